@@ -1,0 +1,201 @@
+//! The configuration as it is meant: defaults filled in, names joined.
+//!
+//! `Config` is plain data, made by `load` from a file's text, written to JSON
+//! for the workers, and never changed while a generation lives.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// One generation's configuration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Config {
+    /// What concerns the daemon as a whole.
+    pub daemon: Daemon,
+    /// Where and how the log is written.
+    pub log: Log,
+    /// The listeners, in the file's order; an index here is a listener's
+    /// number everywhere.
+    pub listeners: Vec<Listener>,
+    /// The upstreams, in the file's order.
+    pub upstreams: Vec<Upstream>,
+}
+
+/// The `[daemon]` table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Daemon {
+    /// How many worker processes.
+    pub workers: Workers,
+    /// Workers and steward become this user after binding.
+    pub user: Option<String>,
+    /// And this group; the user's own where only `user` is set.
+    pub group: Option<String>,
+    /// Where the control socket is bound; `None` = the default of this user.
+    pub control_socket: Option<PathBuf>,
+    /// Connections of the whole daemon at once; 0 = what descriptors allow.
+    pub max_connections: u64,
+    /// How long workers go on accepting without a supervisor.
+    pub orphan_timeout: Duration,
+    /// How long a graceful leave may take.
+    pub drain_timeout: Duration,
+}
+
+/// `workers = "auto"` or a number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Workers {
+    /// One a CPU that this process may use.
+    Auto,
+    /// So many, 1 to 64.
+    Count(usize),
+}
+
+/// The `[log]` table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Log {
+    /// The least severe level that is written.
+    pub level: Level,
+    /// Text or JSON lines.
+    pub format: Format,
+}
+
+/// A log level.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[allow(missing_docs)]
+pub enum Level {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+/// How a log line is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[allow(missing_docs)]
+pub enum Format {
+    Text,
+    Json,
+}
+
+/// A `[[listener]]` table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Listener {
+    /// Unique among the listeners.
+    pub name: String,
+    /// At least one address.
+    pub bind: Vec<SocketAddr>,
+    /// TCP sessions or UDP flows.
+    pub mode: Mode,
+    /// Where the traffic goes.
+    pub target: Target,
+    /// The accept queue's length, as given to listen(2).
+    pub backlog: u32,
+    /// SO_RCVBUF in bytes; `None` = the kernel's own tuning.
+    pub receive_buffer: Option<u64>,
+    /// SO_SNDBUF in bytes; `None` = the kernel's own tuning.
+    pub send_buffer: Option<u64>,
+    /// SO_BINDTODEVICE.
+    pub interface: Option<String>,
+    /// IP_TRANSPARENT.
+    pub transparent: bool,
+    /// IP_FREEBIND.
+    pub freebind: bool,
+    /// The `[listener.tcp]` table.
+    pub tcp: Tcp,
+}
+
+/// What a listener's sockets speak.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[allow(missing_docs)]
+pub enum Mode {
+    Tcp,
+}
+
+/// Where a listener's traffic goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Target {
+    /// To the upstream with this index in `Config::upstreams`.
+    Upstream(usize),
+    /// Nowhere: the worker answers itself.
+    Service(Service),
+}
+
+/// What a worker answers by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Service {
+    /// Sends back what it gets.
+    Echo,
+    /// One line that names the worker, then as `Echo`.
+    Identify,
+    /// Reads and drops.
+    Discard,
+}
+
+/// The `[listener.tcp]` table. A zero duration means: no such limit.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Tcp {
+    /// A session without a byte for so long is ended.
+    pub idle_timeout: Duration,
+    /// The same once one side has finished sending.
+    pub half_close_timeout: Duration,
+    /// The longest life of a session, spread by up to a tenth.
+    pub max_age: Duration,
+    /// TCP keep-alive idle time, both sides.
+    pub keepalive: Duration,
+    /// TCP_USER_TIMEOUT, both sides.
+    pub user_timeout: Duration,
+    /// TCP Fast Open on the listener.
+    pub fast_open: bool,
+    /// TCP_DEFER_ACCEPT on the listener.
+    pub defer_accept: bool,
+}
+
+/// An `[[upstream]]` table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Upstream {
+    /// Unique among the upstreams.
+    pub name: String,
+    /// How a worker picks a server.
+    pub balance: Balance,
+    /// How long one connect may take.
+    pub connect_timeout: Duration,
+    /// How many other servers are tried after the first failed.
+    pub retries: u32,
+    /// At least one.
+    pub servers: Vec<Server>,
+}
+
+/// How a worker picks a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[allow(missing_docs)]
+pub enum Balance {
+    RoundRobin,
+    LeastConnections,
+}
+
+/// An `[[upstream.server]]` table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Server {
+    /// Where it is.
+    pub address: ServerAddress,
+    /// Its share, 0..=256; 0 = nothing new.
+    pub weight: u32,
+    /// Used only when no other server can be.
+    pub backup: bool,
+}
+
+/// Where a server is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ServerAddress {
+    /// `10.0.0.1:80`, `[::1]:80`
+    Ip(SocketAddr),
+    /// `unix:/path`
+    Unix(PathBuf),
+}

@@ -1,0 +1,2 @@
+//! The operating system: the only place with `unsafe`, and where every
+//! socket option is set.

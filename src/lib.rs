@@ -8,14 +8,20 @@
 //! 4  cli
 //! 3  supervisor  worker  steward  loadgen  doctor    never import each other
 //! 2  control
-//! 1  config  balance  relay  supervision  counters  spread  deadline  slab    pure
+//! 1  config  balance  relay  supervision  counters  spread  deadline  slab  explain    pure
 //! 0  sys  units  logging
 //! ```
 
 #![deny(unsafe_code)]
 
+pub mod balance;
 pub mod cli;
 pub mod config;
+pub mod counters;
+pub mod deadline;
+pub mod relay;
+pub mod slab;
+pub mod supervision;
 #[allow(unsafe_code)]
 pub mod sys;
 pub mod units;

@@ -1,2 +1,4 @@
 //! The operating system: the only place with `unsafe`, and where every
 //! socket option is set.
+
+pub mod listen;

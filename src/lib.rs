@@ -8,7 +8,7 @@
 //! 4  cli
 //! 3  supervisor  worker  steward  loadgen  doctor    never import each other
 //! 2  control
-//! 1  config  balance  relay  supervision  counters  spread  deadline  slab    pure
+//! 1  config  balance  relay  supervision  counters  spread  deadline  slab  explain    pure
 //! 0  sys  units  logging
 //! ```
 
@@ -16,6 +16,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod explain;
 #[allow(unsafe_code)]
 pub mod sys;
 pub mod units;

@@ -21,7 +21,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{setsockopt, sockopt};
-use socket2::{Domain, InterfaceIndexOrAddress, Protocol, SockAddr, Socket, Type};
+use socket2::{Domain, InterfaceIndexOrAddress, SockAddr, Socket, Type};
+
+use crate::sys::holders::{Protocol, only_connections_remain};
 
 /// Seconds that TCP_DEFER_ACCEPT waits for the client's first bytes. The
 /// kernel counts in retransmissions of the SYN-ACK, the first after a second.
@@ -123,7 +125,7 @@ pub struct OpenError {
 /// non-blocking, close-on-exec, both reuse options set before bind(2).
 pub fn tcp(address: SocketAddr, options: &Options) -> Result<OwnedFd, OpenError> {
     let at = At(address);
-    let socket = at.socket(Type::STREAM, Protocol::TCP)?;
+    let socket = at.socket(Type::STREAM, socket2::Protocol::TCP)?;
     // Passes over what an earlier listener left: connections still open and
     // those in TIME_WAIT. Between two listening sockets it has no say.
     at.option("SO_REUSEADDR", socket.set_reuse_address(true))?;
@@ -156,7 +158,7 @@ pub fn tcp(address: SocketAddr, options: &Options) -> Result<OwnedFd, OpenError>
 /// with each datagram (IP_PKTINFO).
 pub fn udp(address: SocketAddr, options: &Options) -> Result<OwnedFd, OpenError> {
     let at = At(address);
-    let socket = at.socket(Type::DGRAM, Protocol::UDP)?;
+    let socket = at.socket(Type::DGRAM, socket2::Protocol::UDP)?;
     // Never SO_REUSEADDR here: with it a socket of any other user may bind
     // the same port later, and the kernel gives it all the datagrams.
     at.option("SO_REUSEPORT", socket.set_reuse_port(true))?;
@@ -178,7 +180,7 @@ pub fn multicast(
     // its number even though the join names it again.
     let index = interface_index(interface).map_err(|e| At(group).failed(Step::Join, e))?;
     let at = At(with_scope(group, index));
-    let socket = at.socket(Type::DGRAM, Protocol::UDP)?;
+    let socket = at.socket(Type::DGRAM, socket2::Protocol::UDP)?;
     // The two options mean the same for a group, so both: the port can then
     // be shared with programs that set either. Nobody can steal here, for
     // every socket gets its copy.
@@ -208,14 +210,23 @@ pub fn is_group(address: SocketAddr) -> bool {
 ///
 /// Binds with SO_REUSEADDR alone and closes again; nothing listens, so no
 /// client is taken from anybody. That fails where anyone listens, even our
-/// own uid with SO_REUSEPORT, and passes over connections that an earlier
-/// listener with SO_REUSEADDR left behind.
+/// own uid with SO_REUSEPORT. Connections that an earlier listener left are
+/// nobody's: whether they stand in the way is what `tcp` finds out.
 pub fn probe_tcp(address: SocketAddr, options: &Options) -> io::Result<()> {
     let at = At(address);
-    let socket = at.socket(Type::STREAM, Protocol::TCP).map_err(|e| e.source)?;
+    let socket = at
+        .socket(Type::STREAM, socket2::Protocol::TCP)
+        .map_err(|e| e.source)?;
     socket.set_reuse_address(true)?;
     at.before_bind(&socket, options).map_err(|e| e.source)?;
-    socket.bind(&SockAddr::from(address))
+    let result = socket.bind(&SockAddr::from(address));
+    // SO_REUSEADDR passes over the remains of listeners that had it too. Those
+    // of one with SO_REUSEPORT alone fail this bind and not that of `tcp`.
+    let in_use = |e: &io::Error| e.kind() == io::ErrorKind::AddrInUse;
+    match result {
+        Err(e) if in_use(&e) && only_connections_remain(address, Protocol::Tcp, options) => Ok(()),
+        other => other,
+    }
 }
 
 /// The same for a unicast UDP address: binds without any reuse option, so any
@@ -223,7 +234,9 @@ pub fn probe_tcp(address: SocketAddr, options: &Options) -> io::Result<()> {
 /// microseconds, a datagram that arrives is lost with it.
 pub fn probe_udp(address: SocketAddr, options: &Options) -> io::Result<()> {
     let at = At(address);
-    let socket = at.socket(Type::DGRAM, Protocol::UDP).map_err(|e| e.source)?;
+    let socket = at
+        .socket(Type::DGRAM, socket2::Protocol::UDP)
+        .map_err(|e| e.source)?;
     at.before_bind(&socket, options).map_err(|e| e.source)?;
     socket.bind(&SockAddr::from(address))
 }
@@ -245,7 +258,7 @@ impl At {
         result.map_err(|e| self.failed(Step::Option(name), e.into()))
     }
 
-    fn socket(self, kind: Type, protocol: Protocol) -> Result<Socket, OpenError> {
+    fn socket(self, kind: Type, protocol: socket2::Protocol) -> Result<Socket, OpenError> {
         // Close-on-exec from birth: a listener that leaks into another
         // program takes its share of the clients and never answers them.
         let kind = kind.nonblocking().cloexec();

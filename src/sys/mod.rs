@@ -1,4 +1,5 @@
 //! The operating system: the only place with `unsafe`, and where every
 //! socket option is set.
 
+pub mod holders;
 pub mod listen;

@@ -19,6 +19,7 @@ pub mod cli;
 pub mod config;
 pub mod counters;
 pub mod deadline;
+pub mod explain;
 pub mod relay;
 pub mod slab;
 pub mod supervision;

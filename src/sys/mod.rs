@@ -8,6 +8,8 @@ pub mod accounts;
 pub mod channel;
 pub mod clock;
 pub mod filter;
+pub mod holders;
+pub mod listen;
 pub mod process;
 pub mod shared;
 pub mod signals;

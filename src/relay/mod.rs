@@ -112,7 +112,8 @@ struct Half {
     /// slow reader costs little memory.
     read_bits: u8,
     residue: Option<Box<Residue>>,
-    bytes: u64,
+    received: u64,
+    sent: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -264,9 +265,13 @@ impl Session {
         let residue = self.halves[half].residue.as_mut().expect("the caller looked");
         let rest = &residue.bytes[residue.sent..];
         match ends[to as usize].send(rest) {
-            Ok(count) if count == rest.len() => self.halves[half].residue = None,
+            Ok(count) if count == rest.len() => {
+                self.halves[half].residue = None;
+                self.halves[half].sent += count as u64;
+            }
             Ok(count) => {
                 residue.sent += count;
+                self.halves[half].sent += count as u64;
                 self.sides[to as usize].writable = false;
             }
             Err(error) => self.handle_send_error(to, &error),
@@ -310,7 +315,7 @@ impl Session {
                 return 0;
             }
         };
-        self.halves[half].bytes += count as u64;
+        self.halves[half].received += count as u64;
         if count < size && !self.sides[from as usize].probe {
             self.sides[from as usize].readable = false;
         }
@@ -323,6 +328,7 @@ impl Session {
             }
         };
         let half = &mut self.halves[half];
+        half.sent += sent as u64;
         if sent < count {
             // A short write filled the send buffer: an edge will come.
             self.sides[to as usize].writable = false;
@@ -360,9 +366,10 @@ impl Session {
                 .any(|half| half.to.is_some() && half.state != HalfState::Open)
     }
 
-    /// Bytes received from the client, from the server.
-    pub fn bytes(&self) -> [u64; 2] {
-        [self.halves[0].bytes, self.halves[1].bytes]
+    /// Bytes received from the client, and sent to it.
+    pub fn client_bytes(&self) -> [u64; 2] {
+        let to_client = self.halves.iter().filter(|half| half.to == Some(Side::Client));
+        [self.halves[0].received, to_client.map(|half| half.sent).sum()]
     }
 
     /// Bytes that were received and not yet sent.
@@ -383,7 +390,8 @@ impl Half {
             state: HalfState::Open,
             read_bits: FIRST_READ_BITS,
             residue: None,
-            bytes: 0,
+            received: 0,
+            sent: 0,
         }
     }
 

@@ -8,6 +8,7 @@ pub mod accounts;
 pub mod channel;
 pub mod clock;
 pub mod filter;
+pub mod handshakes;
 pub mod holders;
 pub mod listen;
 pub mod process;

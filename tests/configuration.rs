@@ -1,0 +1,647 @@
+//! The configuration as its users meet it: the files in `config/`, the exact
+//! words of errors, and that `config show` loses nothing.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::time::Duration;
+
+use evenkeel::config::{self, Entry, Loaded, Service, Target, Workers, load};
+use proptest::prelude::*;
+
+const REFERENCE: &str = include_str!("../config/reference.toml");
+const TCP: &str = include_str!("../config/tcp.toml");
+const DEMO: &str = include_str!("../config/demo.toml");
+
+/// A file with nothing to complain about, to which tests append.
+const GOOD: &str = r#"
+[[listener]]
+name = "front"
+bind = "127.0.0.1:80"
+mode = "tcp"
+service = "echo"
+"#;
+
+fn right(text: &str) -> Loaded {
+    load("a.toml", text).unwrap_or_else(|problems| panic!("{problems}\n{text}"))
+}
+
+fn complaints(text: &str) -> String {
+    load("a.toml", text).expect_err("the file is wrong").to_string()
+}
+
+fn warnings(text: &str) -> String {
+    right(text).warnings.to_string()
+}
+
+/// A listener with these lines, in a file that is right without them.
+fn listener_with(lines: &str) -> String {
+    format!("[[listener]]\nname = \"front\"\nmode = \"tcp\"\nservice = \"echo\"\n{lines}\n")
+}
+
+/// An upstream in use, with one server of this address.
+fn server_at(address: &str) -> String {
+    format!(
+        "[[listener]]\nname = \"front\"\nbind = \"127.0.0.1:80\"\nmode = \"tcp\"\nupstream = \"web\"\n\
+         [[upstream]]\nname = \"web\"\n[[upstream.server]]\naddress = \"{address}\"\n"
+    )
+}
+
+#[test]
+fn every_file_in_config_loads_without_a_warning() {
+    let mut count = 0;
+    for entry in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/config")).unwrap() {
+        let path = entry.unwrap().path();
+        let text = fs::read_to_string(&path).unwrap();
+        let loaded = load(&path.display().to_string(), &text).unwrap_or_else(|problems| panic!("{problems}"));
+        assert!(loaded.warnings.0.is_empty(), "{}", loaded.warnings);
+        count += 1;
+    }
+    assert!(count >= 3);
+}
+
+#[test]
+fn the_demo_is_a_listener_before_two_servers_of_its_own() {
+    let config = right(DEMO).config;
+    assert_eq!(config.daemon.workers, Workers::Auto);
+    assert_eq!(config.listeners[0].target, Target::Upstream(0));
+    let servers: Vec<String> = config.upstreams[0]
+        .servers
+        .iter()
+        .map(|s| s.address.to_string())
+        .collect();
+    let played: Vec<String> = config.listeners[1..]
+        .iter()
+        .filter(|listener| listener.target == Target::Service(Service::Identify))
+        .map(|listener| listener.bind[0].to_string())
+        .collect();
+    assert_eq!(servers, ["127.0.0.1:9001", "127.0.0.1:9002"]);
+    assert_eq!(played, servers);
+}
+
+/// Every key that was read, by table and name, with its entries.
+fn keys(loaded: &Loaded) -> BTreeMap<String, Vec<Entry>> {
+    let mut keys: BTreeMap<String, Vec<Entry>> = BTreeMap::new();
+    for block in &loaded.blocks {
+        let table = block.header.trim_matches(['[', ']']);
+        for entry in &block.entries {
+            keys.entry(format!("{table}.{}", entry.key))
+                .or_default()
+                .push(entry.clone());
+        }
+    }
+    keys
+}
+
+/// `#key = value` becomes `key = value`; `# prose` stays.
+fn with_unset_keys(text: &str) -> String {
+    let lines = text.lines().map(|line| match line.strip_prefix('#') {
+        Some(rest) if rest.starts_with(|c: char| c.is_ascii_lowercase()) => rest,
+        _ => line,
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+// A key of the file that the schema does not know is refused by `load`; so
+// the other direction is what is left to show.
+#[test]
+fn the_reference_names_every_key_with_its_default() {
+    let as_it_is = keys(&right(REFERENCE));
+    let with_unset = keys(&right(&with_unset_keys(REFERENCE)));
+    assert!(as_it_is.len() > 30, "only {} keys", as_it_is.len());
+    for (key, entries) in &as_it_is {
+        let typed: Vec<&Entry> = entries.iter().filter(|entry| entry.line.is_some()).collect();
+        for entry in &typed {
+            if let Some(default) = &entry.default {
+                assert_eq!(entry.value.as_ref(), Some(default), "{key}");
+            }
+        }
+        let has_default = entries[0].default.is_some();
+        let named_when_unset = with_unset[key].iter().any(|entry| entry.line.is_some());
+        assert!(
+            !typed.is_empty() || (!has_default && named_when_unset),
+            "{key} is not in reference.toml"
+        );
+    }
+}
+
+#[test]
+fn what_the_reference_leaves_unset_is_unset() {
+    let config = right(REFERENCE).config;
+    assert_eq!(
+        (
+            config.daemon.user,
+            config.daemon.group,
+            config.daemon.control_socket
+        ),
+        (None, None, None)
+    );
+    assert_eq!(config.listeners[0].interface, None);
+    let config = right(&with_unset_keys(REFERENCE)).config;
+    assert_eq!(config.daemon.user.as_deref(), Some("evenkeel"));
+    assert_eq!(config.listeners[0].interface.as_deref(), Some("eth0"));
+}
+
+#[test]
+fn defaults_are_those_promised() {
+    let config = right(GOOD).config;
+    assert_eq!(config.daemon.orphan_timeout, Duration::from_secs(10));
+    assert_eq!(config.daemon.drain_timeout, Duration::from_secs(30));
+    let listener = &config.listeners[0];
+    assert_eq!(
+        (listener.backlog, listener.receive_buffer, listener.send_buffer),
+        (4096, None, None)
+    );
+    assert_eq!(listener.tcp.idle_timeout, Duration::from_secs(3600));
+    assert_eq!(listener.tcp.half_close_timeout, Duration::from_secs(60));
+    assert_eq!(listener.tcp.keepalive, Duration::from_secs(60));
+    assert_eq!(
+        (listener.tcp.max_age, listener.tcp.user_timeout),
+        (Duration::ZERO, Duration::ZERO)
+    );
+    let upstream = &right(&server_at("10.0.0.1:80")).config.upstreams[0];
+    assert_eq!(
+        (upstream.connect_timeout, upstream.retries),
+        (Duration::from_secs(3), 2)
+    );
+    assert_eq!(
+        (upstream.servers[0].weight, upstream.servers[0].backup),
+        (1, false)
+    );
+}
+
+#[test]
+fn all_errors_of_a_file_are_told_at_once() {
+    let text = r#"
+[daemon]
+worker = 4
+drain_timeout = 30
+
+[[listener]]
+name = "front"
+bind = ["0.0.0.0:80", "127.0.0.1:80"]
+mode = "tpc"
+upstream = "wbe"
+
+[listener.tcp]
+idle_timeout = "5x"
+
+[[upstream]]
+name = "web"
+"#;
+    assert_eq!(
+        complaints(text),
+        r#"a.toml:3:1: unknown key "worker" in [daemon]
+  did you mean "workers"?
+a.toml:4:17: drain_timeout = 30 has no unit
+  say which unit, in quotes: "30s" or "30ms"
+a.toml:8:23: 127.0.0.1:80 overlaps 0.0.0.0:80 of line 8
+  the kernel gives all traffic for 127.0.0.1:80 to the socket of that very address: bind either all or single addresses on port 80
+a.toml:9:8: mode = "tpc" is not known
+  did you mean "tcp"?
+a.toml:10:12: upstream = "wbe" is not an upstream
+  did you mean "web"?
+a.toml:13:16: idle_timeout = "5x" is not a duration
+  write whole numbers with ms, s, m, h or d: "250ms", "5s", "1m30s"
+a.toml:16:8: upstream "web" has no servers
+  add a [[upstream.server]] table, or take the upstream out"#
+    );
+}
+
+#[test]
+fn problems_are_json_with_their_place() {
+    let problems = load("a.toml", "[daemon]\nworkers = 0\n").unwrap_err();
+    assert_eq!(
+        serde_json::to_value(&problems).unwrap(),
+        serde_json::json!([
+            { "file": "a.toml", "line": 1, "column": 1, "message": "there is no listener",
+              "help": "add a [[listener]] with name, bind, mode and upstream" },
+            { "file": "a.toml", "line": 2, "column": 11, "message": "workers = 0 is out of range",
+              "help": "write \"auto\" or a number from 1 to 64" },
+        ])
+    );
+}
+
+#[test]
+fn an_upstream_without_servers_names_who_uses_it() {
+    let text = "[[listener]]\nname = \"front\"\nbind = \"127.0.0.1:80\"\nmode = \"tcp\"\nupstream = \"web\"\n\
+                [[upstream]]\nname = \"web\"\n";
+    assert_eq!(
+        complaints(text),
+        "a.toml:7:8: upstream \"web\" has no servers\n  \
+         add a [[upstream.server]] table, or point listener \"front\" elsewhere"
+    );
+}
+
+#[test]
+fn a_listener_that_lacks_everything_is_told_so() {
+    assert_eq!(
+        complaints("[[listener]]\n"),
+        r#"a.toml:1:1: [[listener]] has no name
+  add: name = "web"
+a.toml:1:1: [[listener]] has no bind
+  add: bind = "0.0.0.0:8080"
+a.toml:1:1: [[listener]] has no mode
+  add: mode = "tcp"
+a.toml:1:1: [[listener]] has neither upstream nor service
+  add upstream = "NAME", or service = "echo""#
+    );
+}
+
+#[test]
+fn every_mistake_in_toml_itself_is_told_by_place() {
+    let help =
+        "  texts stand in double quotes, a table's name in [brackets], a key and its value on one line";
+    assert_eq!(
+        complaints("[daemon]\nworkers = \n[log]\nlevel = info\n"),
+        format!(
+            "a.toml:2:11: not TOML: string values must be quoted, expected literal string\n{help}\n\
+             a.toml:4:9: not TOML: invalid float, expected `inf`\n{help}"
+        )
+    );
+    assert_eq!(
+        complaints("[daemon]\nworkers = 1\nworkers = 2\n"),
+        "a.toml:3:1: key \"workers\" is there twice\n  \
+         take one of the two out; a table that may occur several times has two brackets: [[listener]]"
+    );
+}
+
+#[test]
+fn a_server_address_that_is_none_says_what_it_is() {
+    for (address, complaint) in [
+        (
+            "web.example:80",
+            "is a host name\n  names are not resolved yet: write an IP address",
+        ),
+        ("10.0.0.1", "has no port\n  write \"10.0.0.1:PORT\""),
+        ("::1", "has no port\n  write \"[::1]:PORT\""),
+        (
+            "10.0.0.1:70000",
+            "has a wrong port\n  a port is a number from 1 to 65535",
+        ),
+        ("10.0.0.1:0", "has port 0\n  write the server's port, 1 to 65535"),
+        (
+            "0.0.0.0:80",
+            "is not the address of one host\n  write the server's own address",
+        ),
+        ("unix:run/web", "is not an absolute path\n  start it with \"/\""),
+        ("/run/web", "is a path\n  put \"unix:\" in front of it"),
+        (
+            ":80",
+            "has no host\n  write the address in front of the port: \"10.0.0.1:80\"",
+        ),
+        (
+            "",
+            "is not an address\n  write it as \"10.0.0.1:80\" or \"[::1]:80\"",
+        ),
+    ] {
+        assert_eq!(
+            complaints(&server_at(address)),
+            format!("a.toml:9:11: address = \"{address}\" {complaint}")
+        );
+    }
+    for address in ["10.0.0.1:80", "[::1]:80", "[fe80::1%2]:80", "unix:/run/web"] {
+        let config = right(&server_at(address)).config;
+        assert_eq!(config.upstreams[0].servers[0].address.to_string(), address);
+    }
+}
+
+#[test]
+fn a_socket_path_ends_where_the_kernel_does() {
+    let path = |bytes: usize| format!("unix:/{}", "x".repeat(bytes - 1));
+    right(&server_at(&path(107)));
+    let problems = load("a.toml", &server_at(&path(108))).unwrap_err();
+    assert_eq!(problems.0[0].help, "the path of a socket has at most 107 bytes");
+}
+
+#[test]
+fn addresses_that_overlap_are_refused_and_others_are_not() {
+    let two = |first: &str, second: &str| listener_with(&format!("bind = [\"{first}\", \"{second}\"]"));
+    assert_eq!(
+        complaints(&two("127.0.0.1:80", "127.0.0.1:80")),
+        "a.toml:5:25: 127.0.0.1:80 is bound twice\n  it is in line 5 already: take one of them out"
+    );
+    for (first, second) in [("127.0.0.1:80", "0.0.0.0:80"), ("[::]:80", "[::1]:80")] {
+        assert!(
+            complaints(&two(first, second)).contains("overlaps"),
+            "{first} {second}"
+        );
+    }
+    for (first, second) in [
+        ("0.0.0.0:80", "[::]:80"),
+        ("0.0.0.0:80", "[::1]:80"),
+        ("127.0.0.1:80", "127.0.0.2:80"),
+        ("0.0.0.0:80", "127.0.0.1:81"),
+    ] {
+        right(&two(first, second));
+    }
+}
+
+#[test]
+fn two_listeners_share_an_address_only_on_two_interfaces() {
+    let second = |interface: &str| {
+        let first = listener_with("bind = \"0.0.0.0:80\"\ninterface = \"eth0\"");
+        first + &listener_with(&format!("bind = \"0.0.0.0:80\"\n{interface}")).replace("front", "other")
+    };
+    right(&second("interface = \"eth1\""));
+    assert!(complaints(&second("interface = \"eth0\"")).contains("0.0.0.0:80 is bound twice"));
+    assert!(complaints(&second("")).contains("0.0.0.0:80 is bound twice"));
+}
+
+#[test]
+fn names_are_unique_and_fit_to_be_labels() {
+    let twice = format!("{GOOD}{}", listener_with("bind = \"127.0.0.1:81\""));
+    assert_eq!(
+        complaints(&twice),
+        "a.toml:8:8: listener \"front\" is there twice\n  \
+         the first is in line 3: give one of them another name"
+    );
+    for name in ["", "a b", "a\\\"", "é", "a/b", &"x".repeat(65)] {
+        let text = GOOD.replace("front", name);
+        assert!(complaints(&text).contains("is not a name"), "{name}");
+    }
+    right(&GOOD.replace("front", &"x".repeat(64)));
+}
+
+#[test]
+fn a_target_is_an_upstream_or_a_service() {
+    assert_eq!(
+        complaints(&GOOD.replace("service = \"echo\"", "")),
+        "a.toml:3:8: listener \"front\" has neither upstream nor service\n  \
+         add upstream = \"NAME\", or service = \"echo\""
+    );
+    let both =
+        server_at("10.0.0.1:80").replace("upstream = \"web\"", "upstream = \"web\"\nservice = \"echo\"");
+    assert_eq!(
+        complaints(&both),
+        "a.toml:2:8: listener \"front\" has both upstream and service\n  keep one of the two"
+    );
+}
+
+#[test]
+fn servers_that_can_never_be_picked_are_refused() {
+    let idle = server_at("10.0.0.1:80") + "weight = 0\n";
+    assert_eq!(
+        complaints(&idle),
+        "a.toml:7:8: all servers of upstream \"web\" have weight 0\n  \
+         nothing would ever be sent: give at least one a weight of 1 or more"
+    );
+    right(&(server_at("10.0.0.1:80") + "backup = true\n"));
+    let twice = server_at("10.0.0.1:80") + "[[upstream.server]]\naddress = \"10.0.0.1:80\"\n";
+    assert_eq!(
+        complaints(&twice),
+        "a.toml:11:11: upstream \"web\" has the server 10.0.0.1:80 twice\n  \
+         it is in line 9 already: for a larger share give it a weight"
+    );
+}
+
+#[test]
+fn what_is_hardly_meant_is_a_warning() {
+    let unused =
+        format!("{GOOD}[[upstream]]\nname = \"web\"\n[[upstream.server]]\naddress = \"10.0.0.1:80\"\n");
+    assert_eq!(
+        warnings(&unused),
+        "a.toml:8:8: upstream \"web\" is used by no listener\n  name it in a listener, or take it out"
+    );
+    let circle = "a.toml:9:11: server 127.0.0.1:80 is listener \"front\" itself\n  \
+                  every connection would go round in circles: write the server's own address";
+    assert_eq!(warnings(&server_at("127.0.0.1:80")), circle);
+    assert_eq!(
+        warnings(&server_at("127.0.0.1:80").replacen("127.0.0.1", "0.0.0.0", 1)),
+        circle
+    );
+    assert_eq!(warnings(&server_at("127.0.0.2:80")), "");
+}
+
+#[test]
+fn values_out_of_range_name_the_range() {
+    for (lines, complaint) in [
+        (
+            "backlog = 0",
+            "backlog = 0 is out of range\n  write a number from 1 to 65535",
+        ),
+        (
+            "backlog = \"9\"",
+            "backlog = \"9\" is a text\n  write it without quotes: 9",
+        ),
+        (
+            "backlog = 1.5",
+            "backlog = 1.5 is not a whole number\n  write a number from 1 to 65535",
+        ),
+        (
+            "receive_buffer = 64",
+            "receive_buffer = 64 has no unit\n  say which unit, in quotes: \"64B\" or \"64KiB\"",
+        ),
+        (
+            "send_buffer = \"1B\"",
+            "send_buffer = \"1B\" is too small\n  write \"auto\", or \"4KiB\" to \"512MiB\"",
+        ),
+        (
+            "send_buffer = \"64kB\"",
+            "send_buffer = \"64kB\" is not a size\n  \
+             write \"auto\", or a whole number with B, KiB, MiB or GiB: \"64KiB\"",
+        ),
+        (
+            "interface = \"sixteen-letters-\"",
+            "interface = \"sixteen-letters-\" is not an interface\n  \
+             write its name of 1 to 15 bytes as `ip link` shows it, like \"eth0\"",
+        ),
+        (
+            "freebind = \"true\"",
+            "freebind = \"true\" is a text\n  write it without quotes: true",
+        ),
+        (
+            "tcp.keepalive = \"500ms\"",
+            "keepalive = \"500ms\" has a fraction of a second\n  the kernel takes whole seconds here",
+        ),
+        (
+            "tcp.user_timeout = \"30d\"",
+            "user_timeout = \"30d\" is too long\n  write \"0s\" to \"24d20h31m23s647ms\"",
+        ),
+        (
+            "services = \"x\"",
+            "unknown key \"services\" in [[listener]]\n  did you mean \"service\"?",
+        ),
+    ] {
+        let told = complaints(&listener_with(&format!("bind = \"127.0.0.1:80\"\n{lines}")));
+        let (_, message) = told.split_once(": ").unwrap();
+        assert_eq!(message, complaint);
+    }
+}
+
+#[test]
+fn a_connect_timeout_of_zero_is_refused_and_a_drain_timeout_is_not() {
+    let text = server_at("10.0.0.1:80").replace(
+        "[[upstream.server]]",
+        "connect_timeout = \"0s\"\n[[upstream.server]]",
+    );
+    assert_eq!(
+        complaints(&text),
+        "a.toml:8:19: connect_timeout = \"0s\" is too short\n  write \"1ms\" to \"365d\""
+    );
+    let config = right(&format!("daemon.drain_timeout = \"0s\"\n{GOOD}")).config;
+    assert_eq!(config.daemon.drain_timeout, Duration::ZERO);
+}
+
+#[test]
+fn a_table_of_the_wrong_sort_says_which_brackets() {
+    assert_eq!(
+        complaints(&GOOD.replace("[[listener]]", "[listener]")),
+        "a.toml:2:1: listener is a single table\n  there may be several: write [[listener]]"
+    );
+    assert_eq!(
+        complaints(&format!("[[daemon]]\n{GOOD}")),
+        "a.toml:1:1: daemon is a list\n  there is only one: write [daemon]"
+    );
+}
+
+#[test]
+fn the_summary_is_short_and_whole() {
+    let summary = config::summary(&right(TCP).config);
+    assert_eq!(
+        summary.to_string(),
+        "3 listeners, 4 addresses, 2 upstreams, 5 servers; workers: auto\n  \
+         listener web  tcp 0.0.0.0:8080 [::]:8080 -> upstream web\n  \
+         listener database  tcp 127.0.0.1:5432 -> upstream database\n  \
+         listener alive  tcp 127.0.0.1:8099 -> service identify\n  \
+         upstream web  least-connections: 10.0.0.11:80 (weight 2) 10.0.0.12:80 10.0.0.13:80 (backup)\n  \
+         upstream database  round-robin: unix:/run/postgresql/.s.PGSQL.5432 10.0.0.21:5432 (backup)"
+    );
+    let json = serde_json::to_value(&summary).unwrap();
+    assert_eq!(json["listeners"][2]["service"], "identify");
+    assert_eq!(json["upstreams"][0]["servers"][0]["weight"], 2);
+}
+
+#[test]
+fn show_names_the_origin_of_every_line() {
+    let text = "[daemon]\nworkers = 2\n".to_string() + GOOD;
+    let shown = config::show(&right(&text), "/etc/evenkeel/a.toml");
+    let head = "[daemon]\n\
+                workers = 2               # a.toml:2\n\
+                #user is unset            # default\n\
+                #group is unset           # default\n\
+                #control_socket is unset  # default\n\
+                max_connections = 0       # default\n";
+    assert!(shown.starts_with(head), "{shown}");
+    assert!(
+        shown.contains("bind = \"127.0.0.1:80\"    # a.toml:6\n"),
+        "{shown}"
+    );
+}
+
+/// What `config show` prints means the same as the file.
+fn loads_again(loaded: &Loaded, file_name: &str) {
+    let shown = config::show(loaded, file_name);
+    let again = load("shown", &shown).unwrap_or_else(|problems| panic!("{problems}\n{shown}"));
+    assert_eq!(again.config, loaded.config, "{shown}");
+}
+
+#[test]
+fn what_is_shown_loads_again() {
+    for text in [DEMO, TCP, REFERENCE, &with_unset_keys(REFERENCE), GOOD] {
+        loads_again(&right(text), "a\nb\u{7f}.toml");
+    }
+}
+
+/// Values that some key takes, and some that none does.
+fn values() -> impl Strategy<Value = String> {
+    let known = prop::sample::select(vec![
+        r#""auto""#,
+        "0",
+        "1",
+        "64",
+        "65536",
+        "-1",
+        r#""0s""#,
+        r#""5s""#,
+        r#""1m30s""#,
+        r#""1h""#,
+        "5",
+        r#""64KiB""#,
+        "true",
+        "false",
+        r#""tcp""#,
+        r#""web""#,
+        r#""echo""#,
+        r#""round-robin""#,
+        r#""error""#,
+        r#""least-connections""#,
+        r#""127.0.0.1:81""#,
+        r#""unix:/a\"\\b\u0007é""#,
+        r#""/run/\u0007 é""#,
+        r#"["127.0.0.1:81", "[::1]:82"]"#,
+        "[]",
+        "[[]]",
+        "{}",
+        "{ a = 1 }",
+        "1.5",
+        "nan",
+        "1979-05-27",
+        "0xffffffffffffffff",
+        r#""a\u0000b""#,
+        r#""""#,
+        "'''\nx'''",
+        "99999999999999999999999999",
+    ]);
+    prop_oneof![
+        8 => known.prop_map(str::to_string),
+        1 => any::<String>().prop_map(|text| format!("{text:?}")),
+        1 => any::<String>(),
+    ]
+}
+
+/// The reference with all keys set and a few lines changed, removed or doubled.
+fn mutated() -> impl Strategy<Value = String> {
+    let edit = (any::<prop::sample::Index>(), 0..6, values());
+    prop::collection::vec(edit, 0..4).prop_map(|edits| {
+        let text = with_unset_keys(REFERENCE);
+        let mut lines: Vec<String> = text
+            .lines()
+            .filter(|line| !line.starts_with('#'))
+            .map(str::to_string)
+            .collect();
+        for (index, how, value) in edits {
+            let at = index.index(lines.len());
+            match (how, lines[at].split_once(" = ")) {
+                (0, _) => drop(lines.remove(at)),
+                (1, _) => lines.insert(at, lines[at].clone()),
+                (_, Some((key, _))) => lines[at] = format!("{key} = {value}"),
+                (_, None) => lines[at].push_str(&value),
+            }
+        }
+        lines.join("\n")
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    #[test]
+    fn no_text_panics(text: String) {
+        let _ = load("a.toml", &text);
+    }
+
+    #[test]
+    fn a_spoilt_file_is_refused_with_places_or_shown_without_loss(text in mutated()) {
+        match load("a.toml", &text) {
+            Ok(loaded) => loads_again(&loaded, "a.toml"),
+            Err(problems) => {
+                prop_assert!(!problems.0.is_empty());
+                let line_count = text.lines().count() + 1;
+                for problem in &problems.0 {
+                    prop_assert!((1..=line_count).contains(&problem.line) && problem.column >= 1, "{}", problem);
+                    prop_assert!(!problem.message.is_empty() && !problem.help.is_empty(), "{}", problem);
+                    prop_assert!(!problem.message.chars().any(char::is_control), "{:?}", problem);
+                    prop_assert!(!problem.help.chars().any(char::is_control), "{:?}", problem);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn text_put_anywhere_never_panics(from: prop::sample::Index, length in 0..40usize, put: String) {
+        let from = from.index(REFERENCE.len());
+        let to = (from + length).min(REFERENCE.len());
+        let (Some(head), Some(tail)) = (REFERENCE.get(..from), REFERENCE.get(to..)) else { return Ok(()) };
+        let _ = load("a.toml", &format!("{head}{put}{tail}"));
+    }
+}

@@ -483,6 +483,20 @@ fn a_connect_timeout_of_zero_is_refused_and_a_drain_timeout_is_not() {
 }
 
 #[test]
+fn unknown_tables_are_refused_like_unknown_keys() {
+    assert_eq!(
+        complaints(&format!(
+            "[deamon]\nworkers = 2\n[limits]\n{GOOD}[listener.udp]\n"
+        )),
+        "a.toml:1:2: unknown key \"deamon\" at the top level\n  did you mean \"daemon\"?\n\
+         a.toml:3:2: unknown key \"limits\" at the top level\n  a file takes daemon, log, upstream, listener\n\
+         a.toml:10:11: unknown key \"udp\" in [[listener]]\n  \
+         [[listener]] takes name, bind, mode, upstream, service, backlog, receive_buffer, send_buffer, \
+         interface, transparent, freebind, tcp"
+    );
+}
+
+#[test]
 fn a_table_of_the_wrong_sort_says_which_brackets() {
     assert_eq!(
         complaints(&GOOD.replace("[[listener]]", "[listener]")),

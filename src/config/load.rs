@@ -50,6 +50,8 @@ pub fn load(file_name: &str, text: &str) -> Result<Loaded, Problems> {
     if !problems.is_empty() {
         return Err(Problems::sorted(problems));
     }
+    // The top level has tables alone, and nothing to show of its own.
+    blocks.retain(|block| !block.header.is_empty());
     // Upstreams are read first and shown last, as people write them.
     blocks.sort_by_key(|block| block.header.contains("[upstream"));
     Ok(Loaded {

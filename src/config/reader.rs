@@ -313,18 +313,17 @@ impl<'d, 'f> Table<'_, 'd, 'f> {
 
     fn refuse_unknown_keys(&mut self) {
         let Some(data) = self.data else { return };
-        let place = if self.header.is_empty() {
-            "the top level"
-        } else {
-            self.header.as_str()
+        let (place, taker) = match self.header.as_str() {
+            "" => ("at the top level".to_string(), "a file"),
+            header => (format!("in {header}"), header),
         };
+        let all = format!("{taker} takes {}", self.known.join(", "));
         for key in data.keys() {
             let typed: &str = key.borrow();
             if self.known.contains(&typed) {
                 continue;
             }
-            let message = format!("unknown key {} in {place}", quote(typed));
-            let all = format!("{place} takes {}", self.known.join(", "));
+            let message = format!("unknown key {} {place}", quote(typed));
             self.reader
                 .problem(key.span().start, message, did_you_mean(typed, &self.known, &all));
         }

@@ -17,9 +17,6 @@ pub fn show(loaded: &Loaded, file_name: &str) -> String {
         .collect();
     let mut text = String::new();
     for block in &loaded.blocks {
-        if block.header.is_empty() {
-            continue;
-        }
         if !text.is_empty() {
             text.push('\n');
         }

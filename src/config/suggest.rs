@@ -8,11 +8,11 @@ pub(super) fn did_you_mean(typed: &str, known: &[&str], otherwise: &str) -> Stri
     otherwise.to_string()
 }
 
-/// The nearest word, at most two edits away and nearer than a new word of the
-/// same length would be.
+/// The nearest word, at most two edits away; one for words of up to three
+/// letters, where two make another word of it (tcp and udp).
 fn nearest<'k>(typed: &str, known: &[&'k str]) -> Option<&'k str> {
     let length = typed.chars().count();
-    let allowed = if length <= 2 { 1 } else { 2 };
+    let allowed = if length <= 3 { 1 } else { 2 };
     known
         .iter()
         .filter(|word| word.chars().count().abs_diff(length) <= allowed)
@@ -62,5 +62,6 @@ mod tests {
     fn a_short_word_is_not_near_everything() {
         assert_eq!(nearest("c", &["a", "b"]), None);
         assert_eq!(nearest("x1", &["y2"]), None);
+        assert_eq!(nearest("udp", &["tcp"]), None);
     }
 }

@@ -556,6 +556,16 @@ fn what_is_shown_loads_again() {
     }
 }
 
+#[test]
+fn a_text_with_odd_characters_is_shown_so_that_it_loads_again() {
+    let loaded = right(&server_at(r#"unix:/a\"\\b\u0007\u0085é"#));
+    assert_eq!(
+        loaded.config.upstreams[0].servers[0].address.to_string(),
+        "unix:/a\"\\b\u{7}\u{85}é"
+    );
+    loads_again(&loaded, "a.toml");
+}
+
 /// Values that some key takes, and some that none does.
 fn values() -> impl Strategy<Value = String> {
     let known = prop::sample::select(vec![

@@ -54,6 +54,7 @@ mod tests {
         assert_eq!(nearest("wrokres", &known), Some("workers"));
         assert_eq!(nearest("Gruop", &known), Some("group"));
         assert_eq!(nearest("tpc", &known), Some("tcp"));
+        assert_eq!(nearest("timeot", &["timeouts", "timeout"]), Some("timeout"));
         assert_eq!(nearest("threads", &known), None);
         assert_eq!(nearest("", &known), None);
     }

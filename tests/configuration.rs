@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::time::Duration;
 
-use evenkeel::config::{self, Entry, Loaded, Service, Target, Workers, load};
+use evenkeel::config::{self, Config, Entry, Loaded, Service, Target, Workers, load};
 use proptest::prelude::*;
 
 const REFERENCE: &str = include_str!("../config/reference.toml");
@@ -497,6 +497,28 @@ fn unknown_tables_are_refused_like_unknown_keys() {
 }
 
 #[test]
+fn a_key_below_the_wrong_header_is_told_where_it_belongs() {
+    let help =
+        |table: &str| format!("it belongs in {table}: write it below that header, before the next one");
+    let first_help = |text: &str| load("a.toml", text).unwrap_err().0[0].help.clone();
+    assert_eq!(first_help(&format!("workers = 2\n{GOOD}")), help("[daemon]"));
+    assert_eq!(
+        first_help(&format!("{GOOD}idle_timeout = \"5s\"\n")),
+        help("[listener.tcp]")
+    );
+    assert_eq!(
+        first_help(&format!("{GOOD}[listener.tcp]\nbacklog = 9\n")),
+        help("[[listener]]")
+    );
+    assert_eq!(
+        first_help(&(server_at("10.0.0.1:80") + "retries = 1\n")),
+        help("[[upstream]]")
+    );
+    // Another table's key altogether is no more than unknown.
+    assert!(first_help(&format!("{GOOD}[log]\nretries = 1\n")).starts_with("[log] takes level"));
+}
+
+#[test]
 fn a_table_of_the_wrong_sort_says_which_brackets() {
     assert_eq!(
         complaints(&GOOD.replace("[[listener]]", "[listener]")),
@@ -547,6 +569,12 @@ fn loads_again(loaded: &Loaded, file_name: &str) {
     let shown = config::show(loaded, file_name);
     let again = load("shown", &shown).unwrap_or_else(|problems| panic!("{problems}\n{shown}"));
     assert_eq!(again.config, loaded.config, "{shown}");
+    // As it goes to the workers.
+    let json = serde_json::to_string(&loaded.config).expect("a configuration can be JSON");
+    assert_eq!(
+        serde_json::from_str::<Config>(&json).expect("and back"),
+        loaded.config
+    );
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! Asking a `Table` for a key is all it takes to make that key exist: the name
 //! becomes known, its default stands in where the file is silent, and the
 //! value goes into the notes that `config show` prints. Keys that nobody asked
-//! for are refused when the table ends. What a value must look like is said by
+//! for are refused at the end. What a value must look like is said by
 //! a function of `kinds`.
 //!
 //! A wrong value is noted as a problem and its default (or nothing) is handed
@@ -46,6 +46,16 @@ pub(super) struct Reader<'f> {
     pub(super) source: &'f Source<'f>,
     pub(super) problems: Vec<Problem>,
     pub(super) blocks: Vec<Block>,
+    unknown: Vec<UnknownKey>,
+}
+
+/// A key that nobody asked for. It is judged once the whole file was read,
+/// when it is known in which other table it would have been right.
+struct UnknownKey {
+    typed: String,
+    at: usize,
+    header: String,
+    known: Vec<&'static str>,
 }
 
 impl<'f> Reader<'f> {
@@ -54,6 +64,7 @@ impl<'f> Reader<'f> {
             source,
             problems: Vec::new(),
             blocks: Vec::new(),
+            unknown: Vec::new(),
         }
     }
 
@@ -63,7 +74,45 @@ impl<'f> Reader<'f> {
         data: &Spanned<DeTable<'_>>,
         read: impl FnOnce(&mut Table<'_, '_, 'f>) -> T,
     ) -> T {
-        read_table(self, Some(data.get_ref()), 0, "", String::new(), read)
+        let value = read_table(self, Some(data.get_ref()), 0, "", String::new(), read);
+        for unknown in std::mem::take(&mut self.unknown) {
+            self.refuse(&unknown);
+        }
+        value
+    }
+
+    fn refuse(&mut self, unknown: &UnknownKey) {
+        let UnknownKey {
+            typed,
+            at,
+            header,
+            known,
+        } = unknown;
+        let (place, taker) = match header.as_str() {
+            "" => ("at the top level".to_string(), "a file"),
+            header => (format!("in {header}"), header),
+        };
+        let help = match self.right_table(typed, header) {
+            // In TOML a key belongs to the last header above it.
+            Some(right) => format!("it belongs in {right}: write it below that header, before the next one"),
+            None => did_you_mean(typed, known, &format!("{taker} takes {}", known.join(", "))),
+        };
+        self.problem(*at, format!("unknown key {} {place}", quote(typed)), help);
+    }
+
+    /// The table around or within the one with this header that has the key.
+    fn right_table(&self, key: &str, header: &str) -> Option<&str> {
+        let related = |other: &str| {
+            let (one, other) = (path(header), path(other));
+            one.starts_with(other) || other.starts_with(one)
+        };
+        let has_key = |block: &&Block| block.entries.iter().any(|entry| entry.key == key);
+        let right = self
+            .blocks
+            .iter()
+            .filter(|block| related(&block.header))
+            .find(has_key)?;
+        Some(&right.header)
     }
 
     pub(super) fn problem(&mut self, at: usize, message: impl Into<String>, help: impl Into<String>) {
@@ -311,21 +360,18 @@ impl<'d, 'f> Table<'_, 'd, 'f> {
         }
     }
 
-    fn refuse_unknown_keys(&mut self) {
+    fn note_unknown_keys(&mut self) {
         let Some(data) = self.data else { return };
-        let (place, taker) = match self.header.as_str() {
-            "" => ("at the top level".to_string(), "a file"),
-            header => (format!("in {header}"), header),
-        };
-        let all = format!("{taker} takes {}", self.known.join(", "));
         for key in data.keys() {
             let typed: &str = key.borrow();
-            if self.known.contains(&typed) {
-                continue;
+            if !self.known.contains(&typed) {
+                self.reader.unknown.push(UnknownKey {
+                    typed: typed.to_string(),
+                    at: key.span().start,
+                    header: self.header.clone(),
+                    known: self.known.clone(),
+                });
             }
-            let message = format!("unknown key {} {place}", quote(typed));
-            self.reader
-                .problem(key.span().start, message, did_you_mean(typed, &self.known, &all));
         }
     }
 }
@@ -354,6 +400,11 @@ fn read_table<'d, 'f, T>(
         known: Vec::new(),
     };
     let value = read(&mut table);
-    table.refuse_unknown_keys();
+    table.note_unknown_keys();
     value
+}
+
+/// A header without its brackets.
+fn path(header: &str) -> &str {
+    header.trim_matches(['[', ']'])
 }

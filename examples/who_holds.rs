@@ -11,10 +11,7 @@ use evenkeel::sys::holders::{self, Protocol};
 use evenkeel::sys::listen::{self, Options};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let address = std::env::args()
-        .nth(1)
-        .ok_or("usage: who_holds ADDRESS:PORT")?
-        .parse()?;
+    let address = std::env::args().nth(1).ok_or("usage: who_holds ADDRESS:PORT")?.parse()?;
     let options = Options::default();
     match listen::tcp(address, &options) {
         Ok(_) => println!("{address}/tcp can be bound"),

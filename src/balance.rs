@@ -31,22 +31,10 @@ impl Balancer {
         let servers: Vec<Candidate> = upstream
             .servers
             .iter()
-            .map(|server| Candidate {
-                weight: i64::from(server.weight),
-                backup: server.backup,
-                credit: 0,
-            })
+            .map(|server| Candidate { weight: i64::from(server.weight), backup: server.backup, credit: 0 })
             .collect();
-        let mut balancer = Balancer {
-            balance: upstream.balance,
-            servers,
-        };
-        let rotation: i64 = balancer
-            .servers
-            .iter()
-            .filter(|s| !s.backup)
-            .map(|s| s.weight)
-            .sum();
+        let mut balancer = Balancer { balance: upstream.balance, servers };
+        let rotation: i64 = balancer.servers.iter().filter(|s| !s.backup).map(|s| s.weight).sum();
         let turns = rotation * slot as i64 / slots.max(1) as i64;
         for _ in 0..turns {
             balancer.rotate(&|_| true);
@@ -59,11 +47,7 @@ impl Balancer {
     /// `active` tells the sessions that a server has now; `tried` the servers
     /// that have already failed this session.
     pub fn pick(&mut self, active: impl Fn(usize) -> u64, tried: impl Fn(usize) -> bool) -> Option<usize> {
-        let backup = !self
-            .servers
-            .iter()
-            .enumerate()
-            .any(|(i, s)| s.may_take(false) && !tried(i));
+        let backup = !self.servers.iter().enumerate().any(|(i, s)| s.may_take(false) && !tried(i));
         let may = |balancer: &Balancer, i: usize| balancer.servers[i].may_take(backup) && !tried(i);
         match self.balance {
             Balance::RoundRobin => {
@@ -73,15 +57,12 @@ impl Balancer {
             Balance::LeastConnections => {
                 let allowed: Vec<bool> = (0..self.servers.len()).map(|i| may(self, i)).collect();
                 let relative = |i: usize| (active(i) + 1) as f64 / self.servers[i].weight as f64;
-                let least = (0..self.servers.len())
-                    .filter(|&i| allowed[i])
-                    .map(relative)
-                    .min_by(f64::total_cmp)?;
+                let least =
+                    (0..self.servers.len()).filter(|&i| allowed[i]).map(relative).min_by(f64::total_cmp)?;
                 // Among equals in turn, or an idle upstream would send
                 // everything to its first server.
-                let equals: Vec<bool> = (0..self.servers.len())
-                    .map(|i| allowed[i] && relative(i) <= least)
-                    .collect();
+                let equals: Vec<bool> =
+                    (0..self.servers.len()).map(|i| allowed[i] && relative(i) <= least).collect();
                 self.rotate(&|i| equals[i])
             }
         }
@@ -131,37 +112,25 @@ mod tests {
                 backup,
             })
             .collect();
-        Upstream {
-            name: "u".into(),
-            balance,
-            connect_timeout: Duration::from_secs(1),
-            retries: 2,
-            servers,
-        }
+        Upstream { name: "u".into(), balance, connect_timeout: Duration::from_secs(1), retries: 2, servers }
     }
 
     fn picks(balancer: &mut Balancer, count: usize) -> Vec<usize> {
-        (0..count)
-            .map(|_| balancer.pick(|_| 0, |_| false).unwrap())
-            .collect()
+        (0..count).map(|_| balancer.pick(|_| 0, |_| false).unwrap()).collect()
     }
 
     #[test]
     fn round_robin_gives_each_its_weight_without_runs() {
-        let mut balancer = Balancer::new(
-            &upstream(Balance::RoundRobin, &[(5, false), (1, false), (1, false)]),
-            0,
-            1,
-        );
+        let mut balancer =
+            Balancer::new(&upstream(Balance::RoundRobin, &[(5, false), (1, false), (1, false)]), 0, 1);
         assert_eq!(picks(&mut balancer, 7), [0, 0, 1, 0, 2, 0, 0]);
     }
 
     #[test]
     fn slots_begin_at_different_servers() {
         let upstream = upstream(Balance::RoundRobin, &[(1, false); 4]);
-        let mut first: Vec<usize> = (0..4)
-            .map(|slot| picks(&mut Balancer::new(&upstream, slot, 4), 1)[0])
-            .collect();
+        let mut first: Vec<usize> =
+            (0..4).map(|slot| picks(&mut Balancer::new(&upstream, slot, 4), 1)[0]).collect();
         first.sort();
         assert_eq!(first, [0, 1, 2, 3]);
     }

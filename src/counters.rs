@@ -80,11 +80,7 @@ impl Layout {
             first_servers.push(server_count);
             server_count += upstream.servers.len();
         }
-        Layout {
-            listener_count: config.listeners.len(),
-            first_servers,
-            server_count,
-        }
+        Layout { listener_count: config.listeners.len(), first_servers, server_count }
     }
 
     /// The size of a region.
@@ -108,10 +104,8 @@ pub struct Counters<'a> {
 impl<'a> Counters<'a> {
     /// Counters over a region's words; `None` where they are too few.
     pub fn over(words: &'a [AtomicU64], layout: &Layout) -> Option<Counters<'a>> {
-        (words.len() >= layout.word_count()).then_some(Counters {
-            words,
-            listener_count: layout.listener_count,
-        })
+        (words.len() >= layout.word_count())
+            .then_some(Counters { words, listener_count: layout.listener_count })
     }
 
     /// A cell of the worker as a whole.
@@ -194,11 +188,7 @@ mod tests {
             first_servers.push(first);
             first += count;
         }
-        Layout {
-            listener_count,
-            first_servers,
-            server_count: first,
-        }
+        Layout { listener_count, first_servers, server_count: first }
     }
 
     #[test]
@@ -239,10 +229,7 @@ mod tests {
         counters.ended(0, CloseReason::Finished).add(6);
         counters.server(0, OfServer::Active).add(4);
         counters.begin_life(&layout);
-        let ended: u64 = CloseReason::ALL
-            .iter()
-            .map(|&reason| counters.ended(0, reason).get())
-            .sum();
+        let ended: u64 = CloseReason::ALL.iter().map(|&reason| counters.ended(0, reason).get()).sum();
         assert_eq!((ended, counters.listener(0, OfListener::Active).get()), (10, 0));
         assert_eq!(counters.server(0, OfServer::Active).get(), 0);
     }

@@ -36,11 +36,7 @@ struct Link {
     when: u64,
 }
 
-const UNSET: Link = Link {
-    next: NONE,
-    previous: NONE,
-    when: u64::MAX,
-};
+const UNSET: Link = Link { next: NONE, previous: NONE, when: u64::MAX };
 
 impl Deadlines {
     /// None set; time begins at `now`, in milliseconds.
@@ -119,9 +115,7 @@ impl Deadlines {
             let position = self.tick >> shift;
             let at = (position % SLOTS as u64) as u32;
             // Rotate so that the slot behind the present one is bit 0.
-            let ahead = self.filled[level]
-                .rotate_right((at + 1) % SLOTS as u32)
-                .trailing_zeros();
+            let ahead = self.filled[level].rotate_right((at + 1) % SLOTS as u32).trailing_zeros();
             let tick = (position + 1 + u64::from(ahead)) << shift;
             earliest = Some(earliest.map_or(tick, |e: u64| e.min(tick)));
         }
@@ -218,10 +212,7 @@ impl Deadlines {
                 return slot;
             }
         }
-        self.heads
-            .iter()
-            .position(|&head| head == index)
-            .expect("a first entry heads a list")
+        self.heads.iter().position(|&head| head == index).expect("a first entry heads a list")
     }
 }
 
@@ -232,19 +223,7 @@ mod tests {
 
     #[test]
     fn a_deadline_fires_once_not_early_and_at_most_a_tick_late() {
-        for when in [
-            1,
-            15,
-            16,
-            17,
-            1000,
-            1024,
-            1039,
-            65_536,
-            3_600_000,
-            86_400_000,
-            40_000_000_000,
-        ] {
+        for when in [1, 15, 16, 17, 1000, 1024, 1039, 65_536, 3_600_000, 86_400_000, 40_000_000_000] {
             let mut deadlines = Deadlines::new(5_000);
             let due = 5_000 + when;
             deadlines.set(3, due);

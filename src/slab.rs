@@ -38,11 +38,7 @@ const NONE: u32 = u32::MAX;
 
 impl<T> Default for Slab<T> {
     fn default() -> Self {
-        Slab {
-            places: Vec::new(),
-            first_free: NONE,
-            len: 0,
-        }
+        Slab { places: Vec::new(), first_free: NONE, len: 0 }
     }
 }
 
@@ -67,23 +63,15 @@ impl<T> Slab<T> {
         self.len += 1;
         if self.first_free == NONE {
             let index = u32::try_from(self.places.len()).expect("fewer than 2^32 sessions in a process");
-            self.places.push(Place {
-                generation: 0,
-                state: State::Used(value),
-            });
+            self.places.push(Place { generation: 0, state: State::Used(value) });
             return Key { index, generation: 0 };
         }
         let index = self.first_free;
         let place = &mut self.places[index as usize];
-        let State::Free { next } = place.state else {
-            unreachable!("the free list holds free places")
-        };
+        let State::Free { next } = place.state else { unreachable!("the free list holds free places") };
         self.first_free = next;
         place.state = State::Used(value);
-        Key {
-            index,
-            generation: place.generation,
-        }
+        Key { index, generation: place.generation }
     }
 
     /// Takes the entry out; its key is dead from now on.
@@ -93,12 +81,7 @@ impl<T> Slab<T> {
         // 31 bits: two of a key's 64 bits are the caller's, for a side and
         // for events that are not sessions.
         place.generation = (place.generation + 1) & GENERATION_MASK;
-        let state = std::mem::replace(
-            &mut place.state,
-            State::Free {
-                next: self.first_free,
-            },
-        );
+        let state = std::mem::replace(&mut place.state, State::Free { next: self.first_free });
         self.first_free = key.index;
         self.len -= 1;
         match state {
@@ -110,10 +93,9 @@ impl<T> Slab<T> {
     /// The entry of a living key.
     pub fn get(&self, key: Key) -> Option<&T> {
         match self.places.get(key.index as usize) {
-            Some(Place {
-                generation,
-                state: State::Used(value),
-            }) if *generation == key.generation => Some(value),
+            Some(Place { generation, state: State::Used(value) }) if *generation == key.generation => {
+                Some(value)
+            }
             _ => None,
         }
     }
@@ -121,10 +103,9 @@ impl<T> Slab<T> {
     /// The entry of a living key, to change.
     pub fn get_mut(&mut self, key: Key) -> Option<&mut T> {
         match self.places.get_mut(key.index as usize) {
-            Some(Place {
-                generation,
-                state: State::Used(value),
-            }) if *generation == key.generation => Some(value),
+            Some(Place { generation, state: State::Used(value) }) if *generation == key.generation => {
+                Some(value)
+            }
             _ => None,
         }
     }
@@ -132,22 +113,14 @@ impl<T> Slab<T> {
     /// The key of the entry that has this place now.
     pub fn key_at(&self, index: u32) -> Option<Key> {
         match self.places.get(index as usize)? {
-            Place {
-                generation,
-                state: State::Used(_),
-            } => Some(Key {
-                index,
-                generation: *generation,
-            }),
+            Place { generation, state: State::Used(_) } => Some(Key { index, generation: *generation }),
             _ => None,
         }
     }
 
     /// The keys of all entries.
     pub fn keys(&self) -> Vec<Key> {
-        (0..self.places.len() as u32)
-            .filter_map(|index| self.key_at(index))
-            .collect()
+        (0..self.places.len() as u32).filter_map(|index| self.key_at(index)).collect()
     }
 }
 
@@ -162,13 +135,7 @@ impl Key {
     /// What `pack` packed.
     pub fn unpack(packed: u64) -> (Key, bool) {
         let generation = (packed >> 33) as u32 & GENERATION_MASK;
-        (
-            Key {
-                index: (packed >> 1) as u32,
-                generation,
-            },
-            packed & 1 == 1,
-        )
+        (Key { index: (packed >> 1) as u32, generation }, packed & 1 == 1)
     }
 }
 
@@ -192,18 +159,9 @@ mod tests {
     #[test]
     fn keys_survive_being_packed() {
         for key in [
-            Key {
-                index: 0,
-                generation: 0,
-            },
-            Key {
-                index: u32::MAX,
-                generation: GENERATION_MASK,
-            },
-            Key {
-                index: 7,
-                generation: 12345,
-            },
+            Key { index: 0, generation: 0 },
+            Key { index: u32::MAX, generation: GENERATION_MASK },
+            Key { index: 7, generation: 12345 },
         ] {
             for bit in [false, true] {
                 assert!(key.pack(bit) < 1 << 63);

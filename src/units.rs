@@ -24,13 +24,7 @@ pub enum UnitError {
 }
 
 /// Units of time in milliseconds, the largest first.
-const TIME: &[(&str, u64)] = &[
-    ("d", 86_400_000),
-    ("h", 3_600_000),
-    ("m", 60_000),
-    ("s", 1000),
-    ("ms", 1),
-];
+const TIME: &[(&str, u64)] = &[("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)];
 
 /// Units of size in bytes, the largest first.
 const SIZE: &[(&str, u64)] = &[("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)];
@@ -49,20 +43,12 @@ pub fn parse_size(text: &str) -> Result<u64, UnitError> {
 /// milliseconds and up; what is below a millisecond is cut off.
 pub fn format_duration(duration: Duration) -> String {
     let millis = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
-    if millis == 0 {
-        "0s".to_string()
-    } else {
-        format(millis, TIME)
-    }
+    if millis == 0 { "0s".to_string() } else { format(millis, TIME) }
 }
 
 /// Writes a size so that `parse_size` gives it back.
 pub fn format_size(bytes: u64) -> String {
-    if bytes == 0 {
-        "0B".to_string()
-    } else {
-        format(bytes, SIZE)
-    }
+    if bytes == 0 { "0B".to_string() } else { format(bytes, SIZE) }
 }
 
 fn parse(text: &str, units: &[(&str, u64)]) -> Result<u64, UnitError> {
@@ -80,20 +66,14 @@ fn parse(text: &str, units: &[(&str, u64)]) -> Result<u64, UnitError> {
         if unit.is_empty() {
             return Err(UnitError::NoUnit);
         }
-        let (_, scale) = units
-            .iter()
-            .find(|(name, _)| *name == unit)
-            .ok_or(UnitError::Malformed)?;
+        let (_, scale) = units.iter().find(|(name, _)| *name == unit).ok_or(UnitError::Malformed)?;
         if *scale >= smallest {
             return Err(UnitError::Order);
         }
         smallest = *scale;
         // Only an overflow can fail here: the text is nothing but digits.
         let number: u64 = number.parse().map_err(|_| UnitError::TooLarge)?;
-        total = number
-            .checked_mul(*scale)
-            .and_then(|n| total.checked_add(n))
-            .ok_or(UnitError::TooLarge)?;
+        total = number.checked_mul(*scale).and_then(|n| total.checked_add(n)).ok_or(UnitError::TooLarge)?;
         rest = tail;
     }
     Ok(total)
@@ -121,10 +101,7 @@ mod tests {
         assert_eq!(parse_duration("250ms"), Ok(Duration::from_millis(250)));
         assert_eq!(parse_duration("0s"), Ok(Duration::ZERO));
         assert_eq!(parse_duration("1m30s"), Ok(Duration::from_secs(90)));
-        assert_eq!(
-            parse_duration("1d2h3m4s5ms"),
-            Ok(Duration::from_millis(93_784_005))
-        );
+        assert_eq!(parse_duration("1d2h3m4s5ms"), Ok(Duration::from_millis(93_784_005)));
     }
 
     #[test]

@@ -138,31 +138,16 @@ fn every_mistake_in_toml_itself_is_told_by_place() {
 #[test]
 fn a_server_address_that_is_none_says_what_it_is() {
     for (address, complaint) in [
-        (
-            "web.example:80",
-            "is a host name\n  names are not resolved yet: write an IP address",
-        ),
+        ("web.example:80", "is a host name\n  names are not resolved yet: write an IP address"),
         ("10.0.0.1", "has no port\n  write \"10.0.0.1:PORT\""),
         ("::1", "has no port\n  write \"[::1]:PORT\""),
-        (
-            "10.0.0.1:70000",
-            "has a wrong port\n  a port is a number from 1 to 65535",
-        ),
+        ("10.0.0.1:70000", "has a wrong port\n  a port is a number from 1 to 65535"),
         ("10.0.0.1:0", "has port 0\n  write the server's port, 1 to 65535"),
-        (
-            "0.0.0.0:80",
-            "is not the address of one host\n  write the server's own address",
-        ),
+        ("0.0.0.0:80", "is not the address of one host\n  write the server's own address"),
         ("unix:run/web", "is not an absolute path\n  start it with \"/\""),
         ("/run/web", "is a path\n  put \"unix:\" in front of it"),
-        (
-            ":80",
-            "has no host\n  write the address in front of the port: \"10.0.0.1:80\"",
-        ),
-        (
-            "",
-            "is not an address\n  write it as \"10.0.0.1:80\" or \"[::1]:80\"",
-        ),
+        (":80", "has no host\n  write the address in front of the port: \"10.0.0.1:80\""),
+        ("", "is not an address\n  write it as \"10.0.0.1:80\" or \"[::1]:80\""),
     ] {
         assert_eq!(
             complaints(&server_at(address)),
@@ -191,10 +176,7 @@ fn addresses_that_overlap_are_refused_and_others_are_not() {
         "a.toml:5:25: 127.0.0.1:80 is bound twice\n  it is in line 5 already: take one of them out"
     );
     for (first, second) in [("127.0.0.1:80", "0.0.0.0:80"), ("[::]:80", "[::1]:80")] {
-        assert!(
-            complaints(&two(first, second)).contains("overlaps"),
-            "{first} {second}"
-        );
+        assert!(complaints(&two(first, second)).contains("overlaps"), "{first} {second}");
     }
     for (first, second) in [
         ("0.0.0.0:80", "[::]:80"),
@@ -275,28 +257,16 @@ fn what_is_hardly_meant_is_a_warning() {
     let circle = "a.toml:9:11: server 127.0.0.1:80 is listener \"front\" itself\n  \
                   every connection would go round in circles: write the server's own address";
     assert_eq!(warnings(&server_at("127.0.0.1:80")), circle);
-    assert_eq!(
-        warnings(&server_at("127.0.0.1:80").replacen("127.0.0.1", "0.0.0.0", 1)),
-        circle
-    );
+    assert_eq!(warnings(&server_at("127.0.0.1:80").replacen("127.0.0.1", "0.0.0.0", 1)), circle);
     assert_eq!(warnings(&server_at("127.0.0.2:80")), "");
 }
 
 #[test]
 fn values_out_of_range_name_the_range() {
     for (lines, complaint) in [
-        (
-            "backlog = 0",
-            "backlog = 0 is out of range\n  write a number from 1 to 65535",
-        ),
-        (
-            "backlog = \"9\"",
-            "backlog = \"9\" is a text\n  write it without quotes: 9",
-        ),
-        (
-            "backlog = 1.5",
-            "backlog = 1.5 is not a whole number\n  write a number from 1 to 65535",
-        ),
+        ("backlog = 0", "backlog = 0 is out of range\n  write a number from 1 to 65535"),
+        ("backlog = \"9\"", "backlog = \"9\" is a text\n  write it without quotes: 9"),
+        ("backlog = 1.5", "backlog = 1.5 is not a whole number\n  write a number from 1 to 65535"),
         (
             "receive_buffer = 64",
             "receive_buffer = 64 has no unit\n  say which unit, in quotes: \"64B\" or \"64KiB\"",
@@ -315,10 +285,7 @@ fn values_out_of_range_name_the_range() {
             "interface = \"sixteen-letters-\" is not an interface\n  \
              write its name of 1 to 15 bytes as `ip link` shows it, like \"eth0\"",
         ),
-        (
-            "freebind = \"true\"",
-            "freebind = \"true\" is a text\n  write it without quotes: true",
-        ),
+        ("freebind = \"true\"", "freebind = \"true\" is a text\n  write it without quotes: true"),
         (
             "tcp.keepalive = \"500ms\"",
             "keepalive = \"500ms\" has a fraction of a second\n  the kernel takes whole seconds here",
@@ -327,10 +294,7 @@ fn values_out_of_range_name_the_range() {
             "tcp.user_timeout = \"30d\"",
             "user_timeout = \"30d\" is too long\n  write \"0s\" to \"24d20h31m23s647ms\"",
         ),
-        (
-            "services = \"x\"",
-            "unknown key \"services\" in [[listener]]\n  did you mean \"service\"?",
-        ),
+        ("services = \"x\"", "unknown key \"services\" in [[listener]]\n  did you mean \"service\"?"),
     ] {
         let told = complaints(&listener_with(&format!("bind = \"127.0.0.1:80\"\n{lines}")));
         let (_, message) = told.split_once(": ").unwrap();
@@ -340,10 +304,8 @@ fn values_out_of_range_name_the_range() {
 
 #[test]
 fn a_connect_timeout_of_zero_is_refused_and_a_drain_timeout_is_not() {
-    let text = server_at("10.0.0.1:80").replace(
-        "[[upstream.server]]",
-        "connect_timeout = \"0s\"\n[[upstream.server]]",
-    );
+    let text = server_at("10.0.0.1:80")
+        .replace("[[upstream.server]]", "connect_timeout = \"0s\"\n[[upstream.server]]");
     assert_eq!(
         complaints(&text),
         "a.toml:8:19: connect_timeout = \"0s\" is too short\n  write \"1ms\" to \"365d\""
@@ -355,9 +317,7 @@ fn a_connect_timeout_of_zero_is_refused_and_a_drain_timeout_is_not() {
 #[test]
 fn unknown_tables_are_refused_like_unknown_keys() {
     assert_eq!(
-        complaints(&format!(
-            "[deamon]\nworkers = 2\n[limits]\n{GOOD}[listener.udp]\n"
-        )),
+        complaints(&format!("[deamon]\nworkers = 2\n[limits]\n{GOOD}[listener.udp]\n")),
         "a.toml:1:2: unknown key \"deamon\" at the top level\n  did you mean \"daemon\"?\n\
          a.toml:3:2: unknown key \"limits\" at the top level\n  a file takes daemon, log, upstream, listener\n\
          a.toml:10:11: unknown key \"udp\" in [[listener]]\n  \
@@ -372,18 +332,9 @@ fn a_key_below_the_wrong_header_is_told_where_it_belongs() {
         |table: &str| format!("it belongs in {table}: write it below that header, before the next one");
     let first_help = |text: &str| load("a.toml", text).unwrap_err().0[0].help.clone();
     assert_eq!(first_help(&format!("workers = 2\n{GOOD}")), help("[daemon]"));
-    assert_eq!(
-        first_help(&format!("{GOOD}idle_timeout = \"5s\"\n")),
-        help("[listener.tcp]")
-    );
-    assert_eq!(
-        first_help(&format!("{GOOD}[listener.tcp]\nbacklog = 9\n")),
-        help("[[listener]]")
-    );
-    assert_eq!(
-        first_help(&(server_at("10.0.0.1:80") + "retries = 1\n")),
-        help("[[upstream]]")
-    );
+    assert_eq!(first_help(&format!("{GOOD}idle_timeout = \"5s\"\n")), help("[listener.tcp]"));
+    assert_eq!(first_help(&format!("{GOOD}[listener.tcp]\nbacklog = 9\n")), help("[[listener]]"));
+    assert_eq!(first_help(&(server_at("10.0.0.1:80") + "retries = 1\n")), help("[[upstream]]"));
     // Another table's key altogether is no more than unknown.
     assert!(first_help(&format!("{GOOD}[log]\nretries = 1\n")).starts_with("[log] takes level"));
 }

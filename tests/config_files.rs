@@ -51,11 +51,7 @@ fn the_demo_is_a_listener_before_two_servers_of_its_own() {
     let config = right(DEMO).config;
     assert_eq!(config.daemon.workers, Workers::Auto);
     assert_eq!(config.listeners[0].target, Target::Upstream(0));
-    let servers: Vec<String> = config.upstreams[0]
-        .servers
-        .iter()
-        .map(|s| s.address.to_string())
-        .collect();
+    let servers: Vec<String> = config.upstreams[0].servers.iter().map(|s| s.address.to_string()).collect();
     let played: Vec<String> = config.listeners[1..]
         .iter()
         .filter(|listener| listener.target == Target::Service(Service::Identify))
@@ -71,9 +67,7 @@ fn keys(loaded: &Loaded) -> BTreeMap<String, Vec<Entry>> {
     for block in &loaded.blocks {
         let table = block.header.trim_matches(['[', ']']);
         for entry in &block.entries {
-            keys.entry(format!("{table}.{}", entry.key))
-                .or_default()
-                .push(entry.clone());
+            keys.entry(format!("{table}.{}", entry.key)).or_default().push(entry.clone());
         }
     }
     keys
@@ -104,24 +98,14 @@ fn the_reference_names_every_key_with_its_default() {
         }
         let has_default = entries[0].default.is_some();
         let named_when_unset = with_unset[key].iter().any(|entry| entry.line.is_some());
-        assert!(
-            !typed.is_empty() || (!has_default && named_when_unset),
-            "{key} is not in reference.toml"
-        );
+        assert!(!typed.is_empty() || (!has_default && named_when_unset), "{key} is not in reference.toml");
     }
 }
 
 #[test]
 fn what_the_reference_leaves_unset_is_unset() {
     let config = right(REFERENCE).config;
-    assert_eq!(
-        (
-            config.daemon.user,
-            config.daemon.group,
-            config.daemon.control_socket
-        ),
-        (None, None, None)
-    );
+    assert_eq!((config.daemon.user, config.daemon.group, config.daemon.control_socket), (None, None, None));
     assert_eq!(config.listeners[0].interface, None);
     let config = right(&with_unset_keys(REFERENCE)).config;
     assert_eq!(config.daemon.user.as_deref(), Some("evenkeel"));
@@ -134,26 +118,14 @@ fn defaults_are_those_promised() {
     assert_eq!(config.daemon.orphan_timeout, Duration::from_secs(10));
     assert_eq!(config.daemon.drain_timeout, Duration::from_secs(30));
     let listener = &config.listeners[0];
-    assert_eq!(
-        (listener.backlog, listener.receive_buffer, listener.send_buffer),
-        (4096, None, None)
-    );
+    assert_eq!((listener.backlog, listener.receive_buffer, listener.send_buffer), (4096, None, None));
     assert_eq!(listener.tcp.idle_timeout, Duration::from_secs(3600));
     assert_eq!(listener.tcp.half_close_timeout, Duration::from_secs(60));
     assert_eq!(listener.tcp.keepalive, Duration::from_secs(60));
-    assert_eq!(
-        (listener.tcp.max_age, listener.tcp.user_timeout),
-        (Duration::ZERO, Duration::ZERO)
-    );
+    assert_eq!((listener.tcp.max_age, listener.tcp.user_timeout), (Duration::ZERO, Duration::ZERO));
     let upstream = &right(&server_at("10.0.0.1:80")).config.upstreams[0];
-    assert_eq!(
-        (upstream.connect_timeout, upstream.retries),
-        (Duration::from_secs(3), 2)
-    );
-    assert_eq!(
-        (upstream.servers[0].weight, upstream.servers[0].backup),
-        (1, false)
-    );
+    assert_eq!((upstream.connect_timeout, upstream.retries), (Duration::from_secs(3), 2));
+    assert_eq!((upstream.servers[0].weight, upstream.servers[0].backup), (1, false));
 }
 
 #[test]
@@ -184,10 +156,7 @@ fn show_names_the_origin_of_every_line() {
                 #control_socket is unset  # default\n\
                 max_connections = 0       # default\n";
     assert!(shown.starts_with(head), "{shown}");
-    assert!(
-        shown.contains("bind = \"127.0.0.1:80\"    # a.toml:6\n"),
-        "{shown}"
-    );
+    assert!(shown.contains("bind = \"127.0.0.1:80\"    # a.toml:6\n"), "{shown}");
 }
 
 /// What `config show` prints means the same as the file.
@@ -197,10 +166,7 @@ fn loads_again(loaded: &Loaded, file_name: &str) {
     assert_eq!(again.config, loaded.config, "{shown}");
     // As it goes to the workers.
     let json = serde_json::to_string(&loaded.config).expect("a configuration can be JSON");
-    assert_eq!(
-        serde_json::from_str::<Config>(&json).expect("and back"),
-        loaded.config
-    );
+    assert_eq!(serde_json::from_str::<Config>(&json).expect("and back"), loaded.config);
 }
 
 #[test]
@@ -213,10 +179,7 @@ fn what_is_shown_loads_again() {
 #[test]
 fn a_text_with_odd_characters_is_shown_so_that_it_loads_again() {
     let loaded = right(&server_at(r#"unix:/a\"\\b\u0007\u0085é"#));
-    assert_eq!(
-        loaded.config.upstreams[0].servers[0].address.to_string(),
-        "unix:/a\"\\b\u{7}\u{85}é"
-    );
+    assert_eq!(loaded.config.upstreams[0].servers[0].address.to_string(), "unix:/a\"\\b\u{7}\u{85}é");
     loads_again(&loaded, "a.toml");
 }
 
@@ -272,11 +235,8 @@ fn mutated() -> impl Strategy<Value = String> {
     let edit = (any::<prop::sample::Index>(), 0..6, values());
     prop::collection::vec(edit, 0..4).prop_map(|edits| {
         let text = with_unset_keys(REFERENCE);
-        let mut lines: Vec<String> = text
-            .lines()
-            .filter(|line| !line.starts_with('#'))
-            .map(str::to_string)
-            .collect();
+        let mut lines: Vec<String> =
+            text.lines().filter(|line| !line.starts_with('#')).map(str::to_string).collect();
         for (index, how, value) in edits {
             let at = index.index(lines.len());
             match (how, lines[at].split_once(" = ")) {

@@ -37,10 +37,7 @@ pub(super) fn check(file: &File, source: &Source) -> Found {
             .collect();
         servers(upstream, &users, source, &mut found);
         if users.is_empty() {
-            let message = format!(
-                "{} is used by no listener",
-                called("upstream", &upstream.upstream.name)
-            );
+            let message = format!("{} is used by no listener", called("upstream", &upstream.upstream.name));
             found.warnings.push(source.problem(
                 upstream.at,
                 message,
@@ -64,10 +61,8 @@ fn duplicate_names<'n>(
         match seen.iter().find(|(other, _)| *other == name) {
             Some((_, first)) => {
                 let message = format!("{what} \"{name}\" is there twice");
-                let help = format!(
-                    "the first is in line {}: give one of them another name",
-                    source.line(*first)
-                );
+                let help =
+                    format!("the first is in line {}: give one of them another name", source.line(*first));
                 found.errors.push(source.problem(at, message, help));
             }
             None => seen.push((name, at)),
@@ -85,9 +80,7 @@ fn overlapping_addresses(listeners: &[ReadListener], source: &Source, found: &mu
                 Some((clash, *taken, source.line(*first)))
             });
             if let Some((clash, taken, line)) = earlier {
-                found
-                    .errors
-                    .push(clash.problem(*address, taken, line, *at, source));
+                found.errors.push(clash.problem(*address, taken, line, *at, source));
             }
             seen.push((&read.listener, *address, *at));
         }
@@ -134,11 +127,7 @@ impl Overlap {
                 source.problem(at, format!("{address} is bound twice"), help)
             }
             Self::Wildcard => {
-                let specific = if address.ip().is_unspecified() {
-                    taken
-                } else {
-                    address
-                };
+                let specific = if address.ip().is_unspecified() { taken } else { address };
                 let message = format!("{address} overlaps {taken} of line {line}");
                 let help = format!(
                     "the kernel gives all traffic for {specific} to the socket of that very address: bind either all or single addresses on port {}",
@@ -157,15 +146,10 @@ fn servers(read: &ReadUpstream, users: &[&Listener], source: &Source, found: &mu
         let help = match users {
             [] => "add a [[upstream.server]] table, or take the upstream out".to_string(),
             [user, ..] => {
-                format!(
-                    "add a [[upstream.server]] table, or point listener \"{}\" elsewhere",
-                    user.name
-                )
+                format!("add a [[upstream.server]] table, or point listener \"{}\" elsewhere", user.name)
             }
         };
-        found
-            .errors
-            .push(source.problem(read.at, format!("{upstream} has no servers"), help));
+        found.errors.push(source.problem(read.at, format!("{upstream} has no servers"), help));
     } else if servers.iter().all(|server| server.weight == 0) {
         let message = format!("all servers of {upstream} have weight 0");
         let help = "nothing would ever be sent: give at least one a weight of 1 or more";
@@ -174,17 +158,13 @@ fn servers(read: &ReadUpstream, users: &[&Listener], source: &Source, found: &mu
     for (index, server) in servers.iter().enumerate() {
         // An empty path is an address that was wrong already.
         let known = server.address != ServerAddress::Unix("".into());
-        if let Some(first) = servers[..index]
-            .iter()
-            .position(|other| other.address == server.address)
+        if let Some(first) = servers[..index].iter().position(|other| other.address == server.address)
             && known
         {
             let message = format!("{upstream} has the server {} twice", server.address);
             let line = source.line(read.server_at[first]);
             let help = format!("it is in line {line} already: for a larger share give it a weight");
-            found
-                .errors
-                .push(source.problem(read.server_at[index], message, help));
+            found.errors.push(source.problem(read.server_at[index], message, help));
         }
     }
 }
@@ -195,9 +175,7 @@ fn loops(read: &ReadUpstream, users: &[&Listener], source: &Source, found: &mut 
         let ServerAddress::Ip(address) = server.address else {
             continue;
         };
-        let user = users
-            .iter()
-            .find(|user| user.bind.iter().any(|bind| reaches(address, *bind)));
+        let user = users.iter().find(|user| user.bind.iter().any(|bind| reaches(address, *bind)));
         if let Some(user) = user {
             let message = format!("server {address} is {} itself", called("listener", &user.name));
             let help = "every connection would go round in circles: write the server's own address";

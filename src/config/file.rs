@@ -54,12 +54,7 @@ pub(super) fn file(t: &mut Table) -> File {
     let upstreams = t.tables("upstream", upstream);
     let names: Vec<&str> = upstreams.iter().map(|read| read.upstream.name.as_str()).collect();
     let listeners = t.tables("listener", |t| listener(t, &names));
-    File {
-        daemon,
-        log,
-        listeners,
-        upstreams,
-    }
+    File { daemon, log, listeners, upstreams }
 }
 
 fn daemon(t: &mut Table) -> Daemon {
@@ -75,10 +70,7 @@ fn daemon(t: &mut Table) -> Daemon {
 }
 
 fn log(t: &mut Table) -> Log {
-    Log {
-        level: t.read("level", "info", word),
-        format: t.read("format", "text", word),
-    }
+    Log { level: t.read("level", "info", word), format: t.read("format", "text", word) }
 }
 
 fn listener(t: &mut Table, upstreams: &[&str]) -> ReadListener {
@@ -86,9 +78,7 @@ fn listener(t: &mut Table, upstreams: &[&str]) -> ReadListener {
     let bind = t.required_list("bind", "\"0.0.0.0:8080\"", bind_address);
     let listener = Listener {
         bind: bind.iter().map(|bind| bind.value).collect(),
-        mode: t
-            .required("mode", "\"tcp\"", word)
-            .map_or(super::Mode::Tcp, At::into_value),
+        mode: t.required("mode", "\"tcp\"", word).map_or(super::Mode::Tcp, At::into_value),
         target: target(t, &name, at, upstreams),
         backlog: t.read("backlog", 4096, number(1..=65_535)),
         receive_buffer: t.read("receive_buffer", "auto", auto_or_size(BUFFER_BYTES)),
@@ -99,11 +89,7 @@ fn listener(t: &mut Table, upstreams: &[&str]) -> ReadListener {
         tcp: t.table("tcp", tcp),
         name,
     };
-    ReadListener {
-        listener,
-        at,
-        bind_at: bind.iter().map(|bind| bind.at).collect(),
-    }
+    ReadListener { listener, at, bind_at: bind.iter().map(|bind| bind.at).collect() }
 }
 
 /// `upstream` or `service`: exactly one of them.
@@ -113,11 +99,7 @@ fn target(t: &mut Table, name: &str, at: usize, upstreams: &[&str]) -> Target {
     let upstream = t.optional("upstream", |value| upstream_named(value, upstreams));
     let service = t.optional("service", word::<Service>);
     if has_upstream && has_service {
-        t.problem(
-            at,
-            format!("{listener} has both upstream and service"),
-            "keep one of the two",
-        );
+        t.problem(at, format!("{listener} has both upstream and service"), "keep one of the two");
     }
     if !has_upstream && !has_service {
         let help = "add upstream = \"NAME\", or service = \"echo\"";
@@ -136,16 +118,8 @@ fn tcp(t: &mut Table) -> Tcp {
         idle_timeout: t.read("idle_timeout", "1h", duration(Duration::ZERO..=LONGEST)),
         half_close_timeout: t.read("half_close_timeout", "1m", duration(Duration::ZERO..=LONGEST)),
         max_age: t.read("max_age", "0s", duration(Duration::ZERO..=LONGEST)),
-        keepalive: t.read(
-            "keepalive",
-            "1m",
-            whole_seconds(Duration::ZERO..=LONGEST_KEEPALIVE),
-        ),
-        user_timeout: t.read(
-            "user_timeout",
-            "0s",
-            duration(Duration::ZERO..=LONGEST_USER_TIMEOUT),
-        ),
+        keepalive: t.read("keepalive", "1m", whole_seconds(Duration::ZERO..=LONGEST_KEEPALIVE)),
+        user_timeout: t.read("user_timeout", "0s", duration(Duration::ZERO..=LONGEST_USER_TIMEOUT)),
         fast_open: t.read("fast_open", false, boolean),
         defer_accept: t.read("defer_accept", false, boolean),
     }
@@ -159,18 +133,8 @@ fn upstream(t: &mut Table) -> ReadUpstream {
     let servers = t.tables("server", server);
     let server_at = servers.iter().map(|server| server.at).collect();
     let servers = servers.into_iter().map(At::into_value).collect();
-    let upstream = Upstream {
-        balance,
-        connect_timeout,
-        retries,
-        servers,
-        name,
-    };
-    ReadUpstream {
-        upstream,
-        at,
-        server_at,
-    }
+    let upstream = Upstream { balance, connect_timeout, retries, servers, name };
+    ReadUpstream { upstream, at, server_at }
 }
 
 fn server(t: &mut Table) -> At<Server> {
@@ -196,10 +160,7 @@ fn required_name(t: &mut Table) -> (String, usize) {
 /// The number of the upstream with this name.
 fn upstream_named(value: &Value, names: &[&str]) -> Result<usize, Wrong> {
     let Value::Text(typed) = value else {
-        return Err(Wrong::new(
-            "is not a text",
-            "write the name of an upstream in quotes",
-        ));
+        return Err(Wrong::new("is not a text", "write the name of an upstream in quotes"));
     };
     names.iter().position(|name| name == typed).ok_or_else(|| {
         let known: Vec<&str> = names.iter().copied().filter(|name| !name.is_empty()).collect();

@@ -31,42 +31,30 @@ pub(super) fn duration(range: RangeInclusive<Duration>) -> impl Fn(&Value) -> Re
                 return Err(Wrong::new("has no unit", help));
             }
             _ => {
-                return Err(Wrong::new(
-                    "is not a duration",
-                    "write a text with a unit, like \"5s\"",
-                ));
+                return Err(Wrong::new("is not a duration", "write a text with a unit, like \"5s\""));
             }
         };
         let duration = parse_duration(text).map_err(|error| match error {
-            UnitError::NoUnit => Wrong::new(
-                "has no unit",
-                "the units are ms, s, m, h, d: \"250ms\", \"5s\", \"1m30s\"",
-            ),
+            UnitError::NoUnit => {
+                Wrong::new("has no unit", "the units are ms, s, m, h, d: \"250ms\", \"5s\", \"1m30s\"")
+            }
             UnitError::Malformed => Wrong::new(
                 "is not a duration",
                 "write whole numbers with ms, s, m, h or d: \"250ms\", \"5s\", \"1m30s\"",
             ),
-            UnitError::Order => Wrong::new(
-                "has its units out of order",
-                "write the larger unit first, each once: \"1m30s\"",
-            ),
-            UnitError::TooLarge => Wrong::new(
-                "is too long",
-                format!("at most \"{}\"", format_duration(*range.end())),
-            ),
+            UnitError::Order => {
+                Wrong::new("has its units out of order", "write the larger unit first, each once: \"1m30s\"")
+            }
+            UnitError::TooLarge => {
+                Wrong::new("is too long", format!("at most \"{}\"", format_duration(*range.end())))
+            }
         })?;
         let (least, most) = (format_duration(*range.start()), format_duration(*range.end()));
         if duration < *range.start() {
-            return Err(Wrong::new(
-                "is too short",
-                format!("write \"{least}\" to \"{most}\""),
-            ));
+            return Err(Wrong::new("is too short", format!("write \"{least}\" to \"{most}\"")));
         }
         if duration > *range.end() {
-            return Err(Wrong::new(
-                "is too long",
-                format!("write \"{least}\" to \"{most}\""),
-            ));
+            return Err(Wrong::new("is too long", format!("write \"{least}\" to \"{most}\"")));
         }
         Ok(duration)
     }
@@ -78,10 +66,7 @@ pub(super) fn whole_seconds(range: RangeInclusive<Duration>) -> impl Fn(&Value) 
     move |value| {
         let duration = any(value)?;
         if duration.subsec_nanos() != 0 {
-            return Err(Wrong::new(
-                "has a fraction of a second",
-                "the kernel takes whole seconds here",
-            ));
+            return Err(Wrong::new("has a fraction of a second", "the kernel takes whole seconds here"));
         }
         Ok(duration)
     }
@@ -98,10 +83,7 @@ pub(super) fn auto_or_size(range: RangeInclusive<u64>) -> impl Fn(&Value) -> Res
                 return Err(Wrong::new("has no unit", help));
             }
             _ => {
-                return Err(Wrong::new(
-                    "is not a size",
-                    "write \"auto\" or a size like \"64KiB\"",
-                ));
+                return Err(Wrong::new("is not a size", "write \"auto\" or a size like \"64KiB\""));
             }
         };
         let (least, most) = (format_size(*range.start()), format_size(*range.end()));
@@ -112,10 +94,9 @@ pub(super) fn auto_or_size(range: RangeInclusive<u64>) -> impl Fn(&Value) -> Res
                 "is not a size",
                 "write \"auto\", or a whole number with B, KiB, MiB or GiB: \"64KiB\"",
             ),
-            UnitError::Order => Wrong::new(
-                "has its units out of order",
-                "write the larger unit first, each once",
-            ),
+            UnitError::Order => {
+                Wrong::new("has its units out of order", "write the larger unit first, each once")
+            }
             UnitError::TooLarge => Wrong::new("is too large", bounds()),
         })?;
         match size {
@@ -135,10 +116,9 @@ pub(super) fn number<T: TryFrom<i64>>(range: RangeInclusive<i64>) -> impl Fn(&Va
                 T::try_from(*number).map_err(|_| Wrong::new("is out of range", bounds()))
             }
             Value::Integer(_) => Err(Wrong::new("is out of range", bounds())),
-            Value::Text(text) if text.parse::<i64>().is_ok() => Err(Wrong::new(
-                "is a text",
-                format!("write it without quotes: {text}"),
-            )),
+            Value::Text(text) if text.parse::<i64>().is_ok() => {
+                Err(Wrong::new("is a text", format!("write it without quotes: {text}")))
+            }
             _ => Err(Wrong::new("is not a whole number", bounds())),
         }
     }
@@ -148,14 +128,10 @@ pub(super) fn number<T: TryFrom<i64>>(range: RangeInclusive<i64>) -> impl Fn(&Va
 pub(super) fn boolean(value: &Value) -> Result<bool, Wrong> {
     match value {
         Value::Boolean(yes) => Ok(*yes),
-        Value::Text(text @ ("true" | "false")) => Err(Wrong::new(
-            "is a text",
-            format!("write it without quotes: {text}"),
-        )),
-        _ => Err(Wrong::new(
-            "is neither true nor false",
-            "write true or false, without quotes",
-        )),
+        Value::Text(text @ ("true" | "false")) => {
+            Err(Wrong::new("is a text", format!("write it without quotes: {text}")))
+        }
+        _ => Err(Wrong::new("is neither true nor false", "write true or false, without quotes")),
     }
 }
 
@@ -181,10 +157,7 @@ pub(super) fn workers(value: &Value) -> Result<Workers, Wrong> {
             Err(Wrong::new("is not known", did_you_mean(text, &["auto"], bounds)))
         }
         Value::Integer(_) | Value::Text(_) => match number(1..=64)(value) {
-            Err(Wrong {
-                message: message @ "is out of range",
-                ..
-            }) => Err(Wrong::new(message, bounds)),
+            Err(Wrong { message: message @ "is out of range", .. }) => Err(Wrong::new(message, bounds)),
             other => other.map(Workers::Count),
         },
         _ => Err(Wrong::new("is not a whole number", bounds)),
@@ -196,10 +169,7 @@ pub(super) fn name(value: &Value) -> Result<String, Wrong> {
     let text = text(value)?;
     let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     if text.is_empty() || text.len() > 64 || !text.chars().all(allowed) {
-        return Err(Wrong::new(
-            "is not a name",
-            "a name has 1 to 64 letters, digits, '-', '_' or '.'",
-        ));
+        return Err(Wrong::new("is not a name", "a name has 1 to 64 letters, digits, '-', '_' or '.'"));
     }
     Ok(text.to_string())
 }
@@ -260,17 +230,11 @@ pub(super) fn bind_address(value: &Value) -> Result<SocketAddr, Wrong> {
     }
     let address = socket_address(text, "0.0.0.0:8080")?;
     if address.port() == 0 {
-        return Err(Wrong::new(
-            "has port 0",
-            "write the port that clients connect to, 1 to 65535",
-        ));
+        return Err(Wrong::new("has port 0", "write the port that clients connect to, 1 to 65535"));
     }
     let ip = address.ip();
     if ip.is_multicast() || ip == std::net::Ipv4Addr::BROADCAST {
-        return Err(Wrong::new(
-            "is a group address",
-            "a TCP listener takes an address of this host",
-        ));
+        return Err(Wrong::new("is a group address", "a TCP listener takes an address of this host"));
     }
     if let SocketAddr::V6(v6) = address
         && let Some(v4) = v6.ip().to_ipv4_mapped()
@@ -302,10 +266,7 @@ pub(super) fn server_address(value: &Value) -> Result<ServerAddress, Wrong> {
     }
     let ip = address.ip();
     if ip.is_unspecified() || ip.is_multicast() || ip == std::net::Ipv4Addr::BROADCAST {
-        return Err(Wrong::new(
-            "is not the address of one host",
-            "write the server's own address",
-        ));
+        return Err(Wrong::new("is not the address of one host", "write the server's own address"));
     }
     Ok(ServerAddress::Ip(address))
 }
@@ -331,36 +292,21 @@ fn socket_address(text: &str, example: &str) -> Result<SocketAddr, Wrong> {
     if text.parse::<std::net::Ipv6Addr>().is_ok() {
         return Err(Wrong::new("has no port", format!("write \"[{text}]:PORT\"")));
     }
-    let bare = text
-        .strip_prefix('[')
-        .and_then(|t| t.strip_suffix(']'))
-        .unwrap_or(text);
+    let bare = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text);
     if bare.parse::<std::net::IpAddr>().is_ok() {
         return Err(Wrong::new("has no port", format!("write \"{text}:PORT\"")));
     }
     let (host, port) = text.rsplit_once(':').unwrap_or((text, ""));
     if host.parse::<std::net::Ipv6Addr>().is_ok() {
-        return Err(Wrong::new(
-            "is not an address",
-            format!("write IPv6 in brackets: \"[{host}]:{port}\""),
-        ));
+        return Err(Wrong::new("is not an address", format!("write IPv6 in brackets: \"[{host}]:{port}\"")));
     }
     let in_brackets = host.starts_with('[') && host.ends_with(']');
     if in_brackets || host.parse::<std::net::IpAddr>().is_ok() {
-        return Err(Wrong::new(
-            "has a wrong port",
-            "a port is a number from 1 to 65535",
-        ));
+        return Err(Wrong::new("has a wrong port", "a port is a number from 1 to 65535"));
     }
     let like_a_name = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     if host.chars().all(like_a_name) && host.chars().any(|c| c.is_ascii_alphabetic()) {
-        return Err(Wrong::new(
-            "is a host name",
-            "names are not resolved yet: write an IP address",
-        ));
+        return Err(Wrong::new("is a host name", "names are not resolved yet: write an IP address"));
     }
-    Err(Wrong::new(
-        "is not an address",
-        format!("write it as \"{example}\" or \"[::1]:80\""),
-    ))
+    Err(Wrong::new("is not an address", format!("write it as \"{example}\" or \"[::1]:80\"")))
 }

@@ -31,20 +31,11 @@ pub fn load(file_name: &str, text: &str) -> Result<Loaded, Problems> {
     let source = Source::new(file_name, text);
     let (table, errors) = DeTable::parse_recoverable(text);
     if !errors.is_empty() {
-        return Err(Problems::sorted(
-            errors
-                .iter()
-                .map(|error| syntax_problem(error, &source))
-                .collect(),
-        ));
+        return Err(Problems::sorted(errors.iter().map(|error| syntax_problem(error, &source)).collect()));
     }
     let mut reader = Reader::new(&source);
     let read = reader.root(&table, file);
-    let Reader {
-        mut problems,
-        mut blocks,
-        ..
-    } = reader;
+    let Reader { mut problems, mut blocks, .. } = reader;
     let found = check(&read, &source);
     problems.extend(found.errors);
     if !problems.is_empty() {
@@ -54,11 +45,7 @@ pub fn load(file_name: &str, text: &str) -> Result<Loaded, Problems> {
     blocks.retain(|block| !block.header.is_empty());
     // Upstreams are read first and shown last, as people write them.
     blocks.sort_by_key(|block| block.header.contains("[upstream"));
-    Ok(Loaded {
-        config: config(read),
-        warnings: Problems::sorted(found.warnings),
-        blocks,
-    })
+    Ok(Loaded { config: config(read), warnings: Problems::sorted(found.warnings), blocks })
 }
 
 fn config(read: File) -> Config {

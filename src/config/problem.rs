@@ -25,13 +25,7 @@ pub struct Problem {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            file,
-            line,
-            column,
-            message,
-            help,
-        } = self;
+        let Self { file, line, column, message, help } = self;
         write!(f, "{file}:{line}:{column}: {message}\n  {help}")
     }
 }
@@ -70,17 +64,9 @@ pub(super) struct Source<'f> {
 
 impl<'f> Source<'f> {
     pub(super) fn new(file: &'f str, text: &'f str) -> Self {
-        let after_newlines = text
-            .bytes()
-            .enumerate()
-            .filter(|(_, b)| *b == b'\n')
-            .map(|(at, _)| at + 1);
+        let after_newlines = text.bytes().enumerate().filter(|(_, b)| *b == b'\n').map(|(at, _)| at + 1);
         let line_starts = std::iter::once(0).chain(after_newlines).collect();
-        Self {
-            file,
-            text,
-            line_starts,
-        }
+        Self { file, text, line_starts }
     }
 
     /// The line, from 1, that holds the byte `at`.
@@ -110,11 +96,7 @@ impl<'f> Source<'f> {
 
 /// `listener "web"`, or `[[listener]]` where its name was wrong or missing.
 pub(super) fn called(what: &str, name: &str) -> String {
-    if name.is_empty() {
-        format!("[[{what}]]")
-    } else {
-        format!("{what} \"{name}\"")
-    }
+    if name.is_empty() { format!("[[{what}]]") } else { format!("{what} \"{name}\"") }
 }
 
 /// A text of the file between quotes: on one line, harmless to a terminal,
@@ -124,11 +106,7 @@ pub(super) fn quote(text: &str) -> String {
     let mut shown: String = text.chars().take(SHOWN).flat_map(char::escape_debug).collect();
     // escape_debug turns ' into \', which only confuses between double quotes.
     shown = shown.replace("\\'", "'");
-    let more = if text.chars().nth(SHOWN).is_some() {
-        "..."
-    } else {
-        ""
-    };
+    let more = if text.chars().nth(SHOWN).is_some() { "..." } else { "" };
     format!("\"{shown}{more}\"")
 }
 

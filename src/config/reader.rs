@@ -60,12 +60,7 @@ struct UnknownKey {
 
 impl<'f> Reader<'f> {
     pub(super) fn new(source: &'f Source<'f>) -> Self {
-        Self {
-            source,
-            problems: Vec::new(),
-            blocks: Vec::new(),
-            unknown: Vec::new(),
-        }
+        Self { source, problems: Vec::new(), blocks: Vec::new(), unknown: Vec::new() }
     }
 
     /// Reads the whole file.
@@ -82,12 +77,7 @@ impl<'f> Reader<'f> {
     }
 
     fn refuse(&mut self, unknown: &UnknownKey) {
-        let UnknownKey {
-            typed,
-            at,
-            header,
-            known,
-        } = unknown;
+        let UnknownKey { typed, at, header, known } = unknown;
         let (place, taker) = match header.as_str() {
             "" => ("at the top level".to_string(), "a file"),
             header => (format!("in {header}"), header),
@@ -107,11 +97,7 @@ impl<'f> Reader<'f> {
             one.starts_with(other) || other.starts_with(one)
         };
         let has_key = |block: &&Block| block.entries.iter().any(|entry| entry.key == key);
-        let right = self
-            .blocks
-            .iter()
-            .filter(|block| related(&block.header))
-            .find(has_key)?;
+        let right = self.blocks.iter().filter(|block| related(&block.header)).find(has_key)?;
         Some(&right.header)
     }
 
@@ -203,16 +189,9 @@ impl<'d, 'f> Table<'_, 'd, 'f> {
         self.complain_if_missing(key, example);
         let elements = match typed {
             None => Vec::new(),
-            Some(At {
-                value: Value::List(elements),
-                at,
-            }) => {
+            Some(At { value: Value::List(elements), at }) => {
                 if elements.is_empty() {
-                    self.problem(
-                        at,
-                        format!("{key} is an empty list"),
-                        format!("write {key} = {example}"),
-                    );
+                    self.problem(at, format!("{key} is an empty list"), format!("write {key} = {example}"));
                 }
                 elements
             }
@@ -220,10 +199,7 @@ impl<'d, 'f> Table<'_, 'd, 'f> {
         };
         let judged = elements.iter().filter_map(|element| {
             let value = self.judge(key, element, &kind)?;
-            Some(At {
-                value,
-                at: element.at,
-            })
+            Some(At { value, at: element.at })
         });
         judged.collect()
     }
@@ -290,14 +266,7 @@ impl<'d, 'f> Table<'_, 'd, 'f> {
             let at = element.span().start;
             match element.get_ref() {
                 DeValue::Table(table) => {
-                    all.push(read_table(
-                        self.reader,
-                        Some(table),
-                        at,
-                        &path,
-                        header.clone(),
-                        &mut read,
-                    ));
+                    all.push(read_table(self.reader, Some(table), at, &path, header.clone(), &mut read));
                 }
                 _ => self.problem(
                     at,
@@ -310,11 +279,7 @@ impl<'d, 'f> Table<'_, 'd, 'f> {
     }
 
     fn path_of(&self, key: &str) -> String {
-        if self.path.is_empty() {
-            key.to_string()
-        } else {
-            format!("{}.{key}", self.path)
-        }
+        if self.path.is_empty() { key.to_string() } else { format!("{}.{key}", self.path) }
     }
 
     /// What the file has for a key, which is known from now on.
@@ -386,19 +351,8 @@ fn read_table<'d, 'f, T>(
     read: impl FnOnce(&mut Table<'_, 'd, 'f>) -> T,
 ) -> T {
     let block = reader.blocks.len();
-    reader.blocks.push(Block {
-        header: header.clone(),
-        entries: Vec::new(),
-    });
-    let mut table = Table {
-        reader,
-        data,
-        at,
-        path: path.to_string(),
-        header,
-        block,
-        known: Vec::new(),
-    };
+    reader.blocks.push(Block { header: header.clone(), entries: Vec::new() });
+    let mut table = Table { reader, data, at, path: path.to_string(), header, block, known: Vec::new() };
     let value = read(&mut table);
     table.note_unknown_keys();
     value

@@ -11,10 +11,7 @@ use super::reader::Entry;
 pub fn show(loaded: &Loaded, file_name: &str) -> String {
     let base = file_name.rsplit('/').next().unwrap_or(file_name);
     // A line break in the name would end the comment.
-    let base: String = base
-        .chars()
-        .map(|c| if c.is_control() { '?' } else { c })
-        .collect();
+    let base: String = base.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
     let mut text = String::new();
     for block in &loaded.blocks {
         if !text.is_empty() {
@@ -23,12 +20,7 @@ pub fn show(loaded: &Loaded, file_name: &str) -> String {
         text.push_str(&block.header);
         text.push('\n');
         let lines: Vec<String> = block.entries.iter().map(assignment).collect();
-        let width = lines
-            .iter()
-            .map(|line| line.chars().count())
-            .max()
-            .unwrap_or(0)
-            .min(48);
+        let width = lines.iter().map(|line| line.chars().count()).max().unwrap_or(0).min(48);
         for (line, entry) in lines.iter().zip(&block.entries) {
             let origin = match entry.line {
                 Some(line) => format!("{base}:{line}"),

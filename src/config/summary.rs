@@ -86,11 +86,7 @@ pub fn summary(config: &Config) -> Summary {
 }
 
 fn server(server: &Server) -> ServerSummary {
-    ServerSummary {
-        address: server.address.to_string(),
-        weight: server.weight,
-        backup: server.backup,
-    }
+    ServerSummary { address: server.address.to_string(), weight: server.weight, backup: server.backup }
 }
 
 /// No line break at the end.
@@ -106,13 +102,7 @@ impl fmt::Display for Summary {
         ];
         write!(f, "{}; workers: {}", counts.join(", "), self.workers)?;
         for listener in &self.listeners {
-            let ListenerSummary {
-                name,
-                mode,
-                bind,
-                upstream,
-                service,
-            } = listener;
+            let ListenerSummary { name, mode, bind, upstream, service } = listener;
             write!(f, "\n  listener {name}  {mode} {}", bind.join(" "))?;
             if let Some(upstream) = upstream {
                 write!(f, " -> upstream {upstream}")?;

@@ -41,10 +41,7 @@ pub(super) struct Wrong {
 
 impl Wrong {
     pub(super) fn new(message: &'static str, help: impl Into<String>) -> Self {
-        Self {
-            message,
-            help: help.into(),
-        }
+        Self { message, help: help.into() }
     }
 }
 
@@ -108,10 +105,7 @@ pub(super) fn value_of<'d>(raw: &'d Spanned<DeValue<'d>>) -> At<Value<'d>> {
         DeValue::Datetime(date) => Value::Other(date.to_string()),
         DeValue::Table(_) => Value::Other("{...}".to_string()),
     };
-    At {
-        value,
-        at: raw.span().start,
-    }
+    At { value, at: raw.span().start }
 }
 
 /// A number too long to be one, cut.

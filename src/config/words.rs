@@ -36,18 +36,13 @@ impl Word for Mode {
 }
 
 impl Word for Service {
-    const WORDS: &'static [(&'static str, Self)] = &[
-        ("echo", Self::Echo),
-        ("identify", Self::Identify),
-        ("discard", Self::Discard),
-    ];
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("echo", Self::Echo), ("identify", Self::Identify), ("discard", Self::Discard)];
 }
 
 impl Word for Balance {
-    const WORDS: &'static [(&'static str, Self)] = &[
-        ("round-robin", Self::RoundRobin),
-        ("least-connections", Self::LeastConnections),
-    ];
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("round-robin", Self::RoundRobin), ("least-connections", Self::LeastConnections)];
 }
 
 #[cfg(test)]

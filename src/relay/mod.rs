@@ -141,10 +141,7 @@ enum Stop {
 impl Session {
     /// A client joined to a server.
     pub fn relay() -> Session {
-        Session::new(
-            Half::new(Side::Client, Some(Side::Server)),
-            Half::new(Side::Server, Some(Side::Client)),
-        )
+        Session::new(Half::new(Side::Client, Some(Side::Server)), Half::new(Side::Server, Some(Side::Client)))
     }
 
     /// A client that gets back what it sends, after a greeting.
@@ -160,17 +157,8 @@ impl Session {
     }
 
     fn new(up: Half, down: Half) -> Session {
-        let side = || SideState {
-            readable: false,
-            writable: true,
-            probe: false,
-            broken: None,
-        };
-        Session {
-            sides: [side(), side()],
-            halves: [up, down],
-            broken: None,
-        }
+        let side = || SideState { readable: false, writable: true, probe: false, broken: None };
+        Session { sides: [side(), side()], halves: [up, down], broken: None }
     }
 
     /// Remembers what an event said.
@@ -209,15 +197,9 @@ impl Session {
 
     fn verdict(&self) -> Option<CloseReason> {
         if let Some(side) = self.broken {
-            let delivered = self
-                .halves
-                .iter()
-                .all(|half| half.from != side || half.state == HalfState::Ended);
-            return if delivered {
-                self.sides[side as usize].broken
-            } else {
-                None
-            };
+            let delivered =
+                self.halves.iter().all(|half| half.from != side || half.state == HalfState::Ended);
+            return if delivered { self.sides[side as usize].broken } else { None };
         }
         let ended = self.halves.iter().all(|half| half.state == HalfState::Ended);
         ended.then_some(CloseReason::Finished)
@@ -259,9 +241,7 @@ impl Session {
     }
 
     fn send_residue<E: End>(&mut self, half: usize, ends: [&E; 2]) {
-        let to = self.halves[half]
-            .to
-            .expect("only a direction with a receiver keeps bytes");
+        let to = self.halves[half].to.expect("only a direction with a receiver keeps bytes");
         let residue = self.halves[half].residue.as_mut().expect("the caller looked");
         let rest = &residue.bytes[residue.sent..];
         match ends[to as usize].send(rest) {
@@ -293,9 +273,7 @@ impl Session {
 
     /// One read, and the write of what it brought; answers how much that was.
     fn transfer<E: End>(&mut self, half: usize, ends: [&E; 2], scratch: &mut [u8]) -> usize {
-        let Half {
-            from, to, read_bits, ..
-        } = self.halves[half];
+        let Half { from, to, read_bits, .. } = self.halves[half];
         let size = scratch.len().min(1 << read_bits);
         let count = match ends[from as usize].receive(&mut scratch[..size]) {
             Ok(0) => {
@@ -360,10 +338,7 @@ impl Session {
     /// Whether one side has finished and the other has not.
     pub fn is_half_closed(&self) -> bool {
         self.broken.is_some()
-            || self
-                .halves
-                .iter()
-                .any(|half| half.to.is_some() && half.state != HalfState::Open)
+            || self.halves.iter().any(|half| half.to.is_some() && half.state != HalfState::Open)
     }
 
     /// Bytes received from the client, and sent to it.
@@ -374,11 +349,7 @@ impl Session {
 
     /// Bytes that were received and not yet sent.
     pub fn kept_bytes(&self) -> usize {
-        self.halves
-            .iter()
-            .filter_map(|half| half.residue.as_ref())
-            .map(|r| r.bytes.len() - r.sent)
-            .sum()
+        self.halves.iter().filter_map(|half| half.residue.as_ref()).map(|r| r.bytes.len() - r.sent).sum()
     }
 }
 
@@ -396,22 +367,13 @@ impl Half {
     }
 
     fn ended() -> Half {
-        Half {
-            state: HalfState::Ended,
-            ..Half::new(Side::Server, None)
-        }
+        Half { state: HalfState::Ended, ..Half::new(Side::Server, None) }
     }
 
     fn keep(&mut self, bytes: &[u8]) {
-        debug_assert!(
-            self.residue.is_none(),
-            "nothing is received while something waits"
-        );
+        debug_assert!(self.residue.is_none(), "nothing is received while something waits");
         if !bytes.is_empty() {
-            self.residue = Some(Box::new(Residue {
-                bytes: bytes.into(),
-                sent: 0,
-            }));
+            self.residue = Some(Box::new(Residue { bytes: bytes.into(), sent: 0 }));
         }
     }
 

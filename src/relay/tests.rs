@@ -102,21 +102,9 @@ impl End for Fake {
     }
 }
 
-const READ: Readiness = Readiness {
-    readable: true,
-    writable: false,
-    probe: false,
-};
-const WRITE: Readiness = Readiness {
-    readable: false,
-    writable: true,
-    probe: false,
-};
-const END: Readiness = Readiness {
-    readable: true,
-    writable: false,
-    probe: true,
-};
+const READ: Readiness = Readiness { readable: true, writable: false, probe: false };
+const WRITE: Readiness = Readiness { readable: false, writable: true, probe: false };
+const END: Readiness = Readiness { readable: true, writable: false, probe: true };
 
 fn drive(session: &mut Session, client: &Fake, server: &Fake) -> Drive {
     session.drive([client, server], &mut [0; 64 * 1024], 1 << 20)
@@ -141,10 +129,7 @@ fn a_short_read_needs_no_second_one() {
     client.push(b"question");
     session.handle_ready(Side::Client, READ);
     drive(&mut session, &client, &server);
-    assert_eq!(
-        (client.state.borrow().receives, server.state.borrow().sends),
-        (1, 1)
-    );
+    assert_eq!((client.state.borrow().receives, server.state.borrow().sends), (1, 1));
 }
 
 #[test]
@@ -159,10 +144,7 @@ fn client_half_close_still_receives_the_reply() {
     server.push(b"the answer");
     server.end(Ending::Finish);
     session.handle_ready(Side::Server, END);
-    assert_eq!(
-        drive(&mut session, &client, &server),
-        Drive::Done(CloseReason::Finished)
-    );
+    assert_eq!(drive(&mut session, &client, &server), Drive::Done(CloseReason::Finished));
     assert_eq!(client.taken(), b"the answer");
     assert!(client.state.borrow().finished);
 }
@@ -174,22 +156,12 @@ fn what_came_before_a_reset_is_delivered_first() {
     server.push(b"last words");
     server.end(Ending::Reset);
     session.handle_ready(Side::Server, END);
-    assert_eq!(
-        drive(&mut session, &client, &server),
-        Drive::Idle,
-        "six bytes wait for the client"
-    );
+    assert_eq!(drive(&mut session, &client, &server), Drive::Idle, "six bytes wait for the client");
     client.state.borrow_mut().room = 100;
     session.handle_ready(Side::Client, WRITE);
-    assert_eq!(
-        drive(&mut session, &client, &server),
-        Drive::Done(CloseReason::ServerReset)
-    );
+    assert_eq!(drive(&mut session, &client, &server), Drive::Done(CloseReason::ServerReset));
     assert_eq!(client.taken(), b"last words");
-    assert!(
-        !client.state.borrow().finished,
-        "a reset must not look like an end"
-    );
+    assert!(!client.state.borrow().finished, "a reset must not look like an end");
 }
 
 #[test]
@@ -200,10 +172,7 @@ fn a_reset_that_a_write_finds_still_delivers_what_came_before() {
     session.handle_ready(Side::Client, READ);
     server.push(b"last words");
     server.end(Ending::Reset);
-    assert_eq!(
-        drive(&mut session, &client, &server),
-        Drive::Done(CloseReason::ServerReset)
-    );
+    assert_eq!(drive(&mut session, &client, &server), Drive::Done(CloseReason::ServerReset));
     assert_eq!(client.taken(), b"last words");
     assert!(!client.state.borrow().finished);
 }
@@ -241,10 +210,7 @@ fn echo_sends_the_greeting_and_then_what_it_gets() {
     client.push(b"back");
     client.end(Ending::Finish);
     session.handle_ready(Side::Client, END);
-    assert_eq!(
-        drive(&mut session, &client, &client),
-        Drive::Done(CloseReason::Finished)
-    );
+    assert_eq!(drive(&mut session, &client, &client), Drive::Done(CloseReason::Finished));
     assert_eq!(client.taken(), b"hello back");
 }
 
@@ -255,10 +221,7 @@ fn discard_reads_to_the_end_and_sends_nothing() {
     client.push(&[1; 100_000]);
     client.end(Ending::Finish);
     session.handle_ready(Side::Client, END);
-    assert_eq!(
-        drive(&mut session, &client, &client),
-        Drive::Done(CloseReason::Finished)
-    );
+    assert_eq!(drive(&mut session, &client, &client), Drive::Done(CloseReason::Finished));
     assert_eq!(session.client_bytes(), [100_000, 0]);
     assert!(client.taken().is_empty());
 }

@@ -72,14 +72,17 @@ pub fn main() -> ExitCode {
 
 fn serve(channel: Channel) -> Result<(), String> {
     let Some((message, fds)) = control::receive(&channel).map_err(|e| e.to_string())? else { return Ok(()) };
-    let ToSteward::Birth(birth) = message else { return Err("the supervisor did not begin with a birth".into()) };
+    let ToSteward::Birth(birth) = message else {
+        return Err("the supervisor did not begin with a birth".into());
+    };
     process::set_name("ek-steward");
     let mut fds = fds.into_iter();
     let mut next = || fds.next().ok_or("the birth came with too few descriptors");
     let config = shared::read_sealed(next()?).map_err(|e| e.to_string())?;
     let config: Config = serde_json::from_slice(&config).map_err(|e| e.to_string())?;
     let listener = UnixListener::from(next()?);
-    let regions = fds.map(Region::open_read_only).collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
+    let regions =
+        fds.map(Region::open_read_only).collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
     if let Some(account) = birth.account {
         accounts::become_account(account).map_err(|e| format!("cannot become uid {}: {e}", account.uid))?;
     }

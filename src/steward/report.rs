@@ -12,8 +12,11 @@ use crate::spread::Spread;
 
 /// What runs now.
 pub fn status(knowledge: &Knowledge) -> Status {
-    let slots: Vec<Counters> =
-        knowledge.regions.iter().filter_map(|region| Counters::over(region.words(), &knowledge.layout)).collect();
+    let slots: Vec<Counters> = knowledge
+        .regions
+        .iter()
+        .filter_map(|region| Counters::over(region.words(), &knowledge.layout))
+        .collect();
     let workers = knowledge.workers.lock().expect("no thread panics with it").clone();
     Status {
         version: env!("CARGO_PKG_VERSION").into(),
@@ -83,9 +86,5 @@ fn upstream(knowledge: &Knowledge, index: usize, slots: &[Counters]) -> Upstream
             failures: sum(OfServer::Failures),
         }
     });
-    Upstream {
-        name: config.name.clone(),
-        balance: config.balance.word().into(),
-        servers: servers.collect(),
-    }
+    Upstream { name: config.name.clone(), balance: config.balance.word().into(), servers: servers.collect() }
 }

@@ -39,12 +39,7 @@ mod tests {
     fn the_wait_doubles_from_100_ms_to_30_s_and_begins_anew_after_health() {
         let mut backoff = Backoff::default();
         let waits: Vec<u64> = (0..12).map(|_| backoff.handle_death(0)).collect();
-        assert_eq!(
-            waits,
-            [
-                0, 100, 200, 400, 800, 1600, 3200, 6400, 12800, 25600, 30000, 30000
-            ]
-        );
+        assert_eq!(waits, [0, 100, 200, 400, 800, 1600, 3200, 6400, 12800, 25600, 30000, 30000]);
         assert_eq!(backoff.handle_death(HEALTHY_AFTER), 0);
         assert_eq!(backoff.handle_death(HEALTHY_AFTER - 1), 100);
     }

@@ -111,12 +111,7 @@ impl Supervision {
             restarts: 0,
         };
         let slots = (0..slot_count).map(|_| slot()).collect();
-        Supervision {
-            slots,
-            leaving: false,
-            announced: false,
-            finished: false,
-        }
+        Supervision { slots, leaving: false, announced: false, finished: false }
     }
 
     /// Takes in what happened and answers what to do.
@@ -137,10 +132,7 @@ impl Supervision {
         }
         self.spawn_due(now, &mut actions);
         self.lend_due(now, &mut actions);
-        let all_ready = self
-            .slots
-            .iter()
-            .all(|slot| matches!(slot.phase, Phase::Ready { .. }));
+        let all_ready = self.slots.iter().all(|slot| matches!(slot.phase, Phase::Ready { .. }));
         if all_ready && !self.announced {
             self.announced = true;
             actions.push(Action::Announce);
@@ -190,9 +182,7 @@ impl Supervision {
         }
         state.restarts += 1;
         state.empty_since = Some(state.empty_since.unwrap_or(now));
-        state.phase = Phase::Waiting {
-            until: now + state.backoff.handle_death(ready_for),
-        };
+        state.phase = Phase::Waiting { until: now + state.backoff.handle_death(ready_for) };
     }
 
     fn handle_leave(&mut self, now: u64, actions: &mut Vec<Action>) {
@@ -260,10 +250,7 @@ impl Supervision {
                 _ => None,
             };
             let lendable = state.opened && state.lent_to.is_none() && self.neighbour(slot).is_some();
-            let lend = state
-                .empty_since
-                .filter(|_| lendable)
-                .map(|since| since + LEND_AFTER);
+            let lend = state.empty_since.filter(|_| lendable).map(|since| since + LEND_AFTER);
             [spawn, lend]
         });
         deadlines.flatten().min()

@@ -54,15 +54,9 @@ fn a_slot_that_stays_empty_is_lent_to_a_neighbour_until_it_is_filled() {
     supervision.step(crash(2), 740);
     assert_eq!(supervision.next_deadline(), Some(1000));
     assert_eq!(supervision.step(Event::Tick, 1000), [Lend { slot: 2, to: 0 }]);
-    assert_eq!(
-        supervision.step(crash(0), 1001),
-        [Spawn(0), Lend { slot: 2, to: 1 }]
-    );
+    assert_eq!(supervision.step(crash(0), 1001), [Spawn(0), Lend { slot: 2, to: 1 }]);
     assert_eq!(supervision.step(Event::Tick, 1540), [Spawn(2)]);
-    assert_eq!(
-        supervision.step(Event::Ready(2), 1550),
-        [Recall { slot: 2, from: 1 }]
-    );
+    assert_eq!(supervision.step(Event::Ready(2), 1550), [Recall { slot: 2, from: 1 }]);
 }
 
 #[test]
@@ -73,10 +67,7 @@ fn a_leave_drains_the_living_and_fills_the_empty_once_more() {
     assert_eq!(supervision.step(Event::Leave, 2), [Drain(0), Spawn(1)]);
     assert_eq!(supervision.step(Event::Ready(1), 3), [Drain(1)]);
     assert_eq!(supervision.step(Event::Exited { slot: 0, clean: true }, 4), []);
-    assert_eq!(
-        supervision.step(Event::Exited { slot: 1, clean: true }, 5),
-        [Finish]
-    );
+    assert_eq!(supervision.step(Event::Exited { slot: 1, clean: true }, 5), [Finish]);
 }
 
 #[test]
@@ -85,10 +76,7 @@ fn a_worker_that_dies_while_draining_is_replaced_to_serve_its_queue() {
     supervision.step(Event::Leave, 0);
     assert_eq!(supervision.step(crash(0), 1), [Spawn(0)]);
     assert_eq!(supervision.step(Event::Ready(0), 2), [Drain(0)]);
-    assert_eq!(
-        supervision.step(Event::Exited { slot: 0, clean: true }, 3),
-        [Finish]
-    );
+    assert_eq!(supervision.step(Event::Exited { slot: 0, clean: true }, 3), [Finish]);
 }
 
 #[test]

@@ -95,9 +95,7 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
     let supervision = Supervision::new(slots.len());
     let poll = Poll::new().map_err(Refusal::of_system)?;
     let fd = signals.as_fd().as_raw_fd();
-    poll.registry()
-        .register(&mut SourceFd(&fd), SIGNALS, Interest::READABLE)
-        .map_err(Refusal::of_system)?;
+    poll.registry().register(&mut SourceFd(&fd), SIGNALS, Interest::READABLE).map_err(Refusal::of_system)?;
     let mut supervisor = Supervisor {
         start,
         prepared,
@@ -131,7 +129,8 @@ impl Supervisor {
         self.start_steward();
         let mut events = Events::with_capacity(128);
         while self.end.is_none() {
-            let timeout = self.next_wake().map(|at| Duration::from_millis(at.saturating_sub(clock::coarse())));
+            let timeout =
+                self.next_wake().map(|at| Duration::from_millis(at.saturating_sub(clock::coarse())));
             // The coarse clock steps by some milliseconds: never spin for it.
             let timeout = timeout.map(|timeout| timeout.max(Duration::from_millis(1)));
             match self.poll.poll(&mut events, timeout) {

@@ -97,8 +97,12 @@ fn check_descriptors(config: &Config, slot_count: usize) -> Result<(), Refusal> 
     let needed = wanted.div_ceil(slot_count as u64) * 2 + RESERVED_FILES;
     Err(Refusal::new(
         78,
-        format!("max_connections = {wanted}, but {limit} open files a process allow {possible} with {slot_count} workers"),
-        format!("raise the limit (LimitNOFILE={needed} in the unit, or ulimit -n {needed}), or lower max_connections"),
+        format!(
+            "max_connections = {wanted}, but {limit} open files a process allow {possible} with {slot_count} workers"
+        ),
+        format!(
+            "raise the limit (LimitNOFILE={needed} in the unit, or ulimit -n {needed}), or lower max_connections"
+        ),
     ))
 }
 
@@ -142,7 +146,9 @@ fn lock(socket: &Path) -> Result<Flock<File>, Refusal> {
         other => no_socket(&path, &other.into()),
     })?;
     let written = lock.set_len(0).and_then(|()| lock.rewind());
-    written.and_then(|()| writeln!(lock, "{}", std::process::id())).map_err(|error| no_socket(&path, &error))?;
+    written
+        .and_then(|()| writeln!(lock, "{}", std::process::id()))
+        .map_err(|error| no_socket(&path, &error))?;
     Ok(lock)
 }
 

@@ -68,9 +68,11 @@ impl Slot {
             account: prepared.account,
         };
         let readable = prepared.counters_to_read.iter().map(AsFd::as_fd);
-        let fds: Vec<BorrowedFd> = [prepared.config.as_fd(), self.counters.as_fd()].into_iter().chain(readable).collect();
+        let fds: Vec<BorrowedFd> =
+            [prepared.config.as_fd(), self.counters.as_fd()].into_iter().chain(readable).collect();
         control::send(channel, &birth, &fds)?;
-        let held: Vec<(Place, BorrowedFd)> = self.held.iter().map(|(place, fd)| (*place, fd.as_fd())).collect();
+        let held: Vec<(Place, BorrowedFd)> =
+            self.held.iter().map(|(place, fd)| (*place, fd.as_fd())).collect();
         control::send_sockets(channel, &held, ToWorker::Sockets)?;
         control::send(channel, &ToWorker::Begin, &[])
     }
@@ -137,8 +139,10 @@ impl Slot {
     /// Its worker polls another slot's sockets as well.
     pub fn lend(&mut self, slot: usize, sockets: &[(Place, OwnedFd)]) {
         let Some(channel) = self.channel() else { return };
-        let sockets: Vec<(Place, BorrowedFd)> = sockets.iter().map(|(place, fd)| (*place, fd.as_fd())).collect();
-        if let Err(error) = control::send_sockets(channel, &sockets, |places| ToWorker::Lend { slot, places }) {
+        let sockets: Vec<(Place, BorrowedFd)> =
+            sockets.iter().map(|(place, fd)| (*place, fd.as_fd())).collect();
+        if let Err(error) = control::send_sockets(channel, &sockets, |places| ToWorker::Lend { slot, places })
+        {
             warn!(slot = self.number, %error, "the worker takes no loan: killed");
             self.kill();
         }

@@ -21,22 +21,14 @@ pub fn lookup(user: Option<&str>, group: Option<&str>) -> Result<Option<Account>
     if user.is_none() && group.is_none() {
         return Ok(None);
     }
-    let mut account = Account {
-        uid: geteuid().as_raw(),
-        gid: getegid().as_raw(),
-    };
+    let mut account = Account { uid: geteuid().as_raw(), gid: getegid().as_raw() };
     if let Some(name) = user {
         let found = match name.parse() {
             Ok(uid) => User::from_uid(Uid::from_raw(uid)),
             Err(_) => User::from_name(name),
         };
         match (found, name.parse()) {
-            (Ok(Some(user)), _) => {
-                account = Account {
-                    uid: user.uid.as_raw(),
-                    gid: user.gid.as_raw(),
-                }
-            }
+            (Ok(Some(user)), _) => account = Account { uid: user.uid.as_raw(), gid: user.gid.as_raw() },
             // A number without an entry is a user all the same; its group
             // cannot be guessed.
             (_, Ok(uid)) if group.is_some() => account.uid = uid,

@@ -39,12 +39,7 @@ pub struct Packet {
 impl Channel {
     /// Two connected ends, close-on-exec and blocking.
     pub fn pair() -> io::Result<(Channel, Channel)> {
-        let (a, b) = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC,
-        )?;
+        let (a, b) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         Ok((Channel { socket: a }, Channel { socket: b }))
     }
 
@@ -76,13 +71,7 @@ impl Channel {
         let rights = [ControlMessage::ScmRights(&raw)];
         let control: &[ControlMessage] = if raw.is_empty() { &[] } else { &rights };
         let flags = MsgFlags::MSG_NOSIGNAL;
-        sendmsg::<()>(
-            self.socket.as_raw_fd(),
-            &[IoSlice::new(bytes)],
-            control,
-            flags,
-            None,
-        )?;
+        sendmsg::<()>(self.socket.as_raw_fd(), &[IoSlice::new(bytes)], control, flags, None)?;
         Ok(())
     }
 
@@ -107,15 +96,9 @@ impl Channel {
         };
         // SAFETY: the kernel made these descriptors for this call just now
         // (SCM_RIGHTS), so nobody else owns them.
-        let fds = raw
-            .into_iter()
-            .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
-            .collect();
+        let fds = raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect();
         if flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "a message between processes was cut",
-            ));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a message between processes was cut"));
         }
         if length == 0 {
             return Ok(None);
@@ -148,9 +131,7 @@ mod tests {
         assert_eq!(packet.bytes, b"hello");
         assert_eq!(packet.fds.len(), 2);
         let mut text = String::new();
-        File::from(packet.fds.into_iter().next().unwrap())
-            .read_to_string(&mut text)
-            .unwrap();
+        File::from(packet.fds.into_iter().next().unwrap()).read_to_string(&mut text).unwrap();
         assert_eq!(text, "inside");
     }
 

@@ -26,19 +26,11 @@ pub fn refuse_new_handshakes(listener: impl AsFd) -> io::Result<()> {
 }
 
 fn op(code: u32, jump_true: u8, jump_false: u8, k: u32) -> libc::sock_filter {
-    libc::sock_filter {
-        code: code as u16,
-        jt: jump_true,
-        jf: jump_false,
-        k,
-    }
+    libc::sock_filter { code: code as u16, jt: jump_true, jf: jump_false, k }
 }
 
 fn attach(socket: impl AsFd, program: &[libc::sock_filter]) -> io::Result<()> {
-    let header = libc::sock_fprog {
-        len: program.len() as u16,
-        filter: program.as_ptr().cast_mut(),
-    };
+    let header = libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
     // SAFETY: the kernel reads `len` instructions behind `filter` during the
     // call and keeps a copy; both outlive it.
     let result = unsafe {

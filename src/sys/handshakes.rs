@@ -46,7 +46,8 @@ mod tests {
 
     #[test]
     fn a_row_in_syn_recv_at_our_port_counts() {
-        let row = |state: &str| format!("   1: 0100007F:1F90 0100007F:A0D2 {state} 00000000:00000000 01:00000063");
+        let row =
+            |state: &str| format!("   1: 0100007F:1F90 0100007F:A0D2 {state} 00000000:00000000 01:00000063");
         assert!(is_half_open(&row("03"), &[80, 8080]));
         assert!(!is_half_open(&row("01"), &[8080]));
         assert!(!is_half_open(&row("03"), &[81]));

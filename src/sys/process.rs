@@ -23,10 +23,7 @@ impl Image {
     /// This process's own running image.
     pub fn own() -> io::Result<Image> {
         // O_PATH: the file may be executed through it, though not readable.
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_PATH)
-            .open("/proc/self/exe")?;
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open("/proc/self/exe")?;
         Ok(Image { file })
     }
 

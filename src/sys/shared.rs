@@ -61,21 +61,14 @@ impl Region {
     fn map(fd: OwnedFd, protection: ProtFlags) -> io::Result<Region> {
         let seals = SealFlag::from_bits_truncate(fcntl(&fd, FcntlArg::F_GET_SEALS)?);
         if !seals.contains(SealFlag::F_SEAL_SHRINK) {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "shared memory that could shrink",
-            ));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "shared memory that could shrink"));
         }
         let bytes = nix::sys::stat::fstat(&fd)?.st_size as usize;
         let length = NonZeroUsize::new(bytes).ok_or(io::ErrorKind::InvalidData)?;
         // SAFETY: a new mapping at an address of the kernel's choice; the
         // file cannot shrink below `length` (checked seal).
         let base = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, &fd, 0)? };
-        Ok(Region {
-            fd,
-            base: base.cast(),
-            word_count: bytes / 8,
-        })
+        Ok(Region { fd, base: base.cast(), word_count: bytes / 8 })
     }
 
     /// The words. Other processes may change them at any time.

@@ -68,9 +68,7 @@ pub fn accept(listener: impl AsFd) -> io::Result<(Stream, SocketAddr)> {
         SockAddr::try_init(|storage, length| {
             let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
             let new = super::check(libc::accept4(fd, storage.cast(), length, flags))?;
-            Ok(Stream {
-                fd: OwnedFd::from_raw_fd(new),
-            })
+            Ok(Stream { fd: OwnedFd::from_raw_fd(new) })
         })?
     };
     let address = address.as_socket().ok_or(io::ErrorKind::InvalidData)?;
@@ -79,11 +77,7 @@ pub fn accept(listener: impl AsFd) -> io::Result<(Stream, SocketAddr)> {
 
 /// Begins a TCP connection.
 pub fn connect_tcp(address: SocketAddr, options: &TcpOptions) -> io::Result<Connecting> {
-    let socket = Socket::new(
-        Domain::for_address(address),
-        nonblocking_stream(),
-        Some(Protocol::TCP),
-    )?;
+    let socket = Socket::new(Domain::for_address(address), nonblocking_stream(), Some(Protocol::TCP))?;
     options.apply(&socket)?;
     begin(socket, &SockAddr::from(address))
 }
@@ -106,11 +100,7 @@ fn begin(socket: Socket, address: &SockAddr) -> io::Result<Connecting> {
         Err(error) => return Err(error),
     };
     let stream = Stream { fd: socket.into() };
-    Ok(if done {
-        Connecting::Done(stream)
-    } else {
-        Connecting::UnderWay(stream)
-    })
+    Ok(if done { Connecting::Done(stream) } else { Connecting::UnderWay(stream) })
 }
 
 impl Stream {

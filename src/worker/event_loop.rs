@@ -133,7 +133,9 @@ impl<'a> Loop<'a> {
             for event in &events {
                 match event.token() {
                     CHANNEL => self.handle_channel(now),
-                    token if token.0 & SPECIAL != 0 => self.listeners.handle_ready(listeners::index_of(token)),
+                    token if token.0 & SPECIAL != 0 => {
+                        self.listeners.handle_ready(listeners::index_of(token))
+                    }
                     _ => self.sessions.handle_event(self.poll.registry(), event, now),
                 }
             }

@@ -112,7 +112,9 @@ impl Listeners {
                 Accepted::Empty
             }
             Err(error) => match error.raw_os_error() {
-                Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => Accepted::Exhausted(error),
+                Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
+                    Accepted::Exhausted(error)
+                }
                 // accept(2): errors of the new connection are passed on and
                 // mean: try again.
                 _ => Accepted::Gone,

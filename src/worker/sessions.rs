@@ -135,7 +135,14 @@ impl<'a> Sessions<'a> {
     }
 
     /// Takes over a connection that was accepted.
-    pub fn open(&mut self, registry: &Registry, listener: usize, client: Stream, _peer: SocketAddr, now: Millis) {
+    pub fn open(
+        &mut self,
+        registry: &Registry,
+        listener: usize,
+        client: Stream,
+        _peer: SocketAddr,
+        now: Millis,
+    ) {
         let config = &self.context.config.listeners[listener];
         let session = match config.target {
             Target::Upstream(_) => Session::relay(),

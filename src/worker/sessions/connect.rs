@@ -54,13 +54,7 @@ impl Refusal {
 
 impl Sessions<'_> {
     /// Connects to the next server that may be tried.
-    pub(super) fn begin_connect(
-        &mut self,
-        registry: &Registry,
-        key: Key,
-        mut attempt: Attempt,
-        now: Millis,
-    ) {
+    pub(super) fn begin_connect(&mut self, registry: &Registry, key: Key, mut attempt: Attempt, now: Millis) {
         loop {
             let Some((upstream, server)) = self.pick(key, &attempt.tried) else {
                 return self.close(key, attempt.failure, now);

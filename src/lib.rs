@@ -16,6 +16,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod doctor;
 pub mod explain;
 #[allow(unsafe_code)]
 pub mod sys;

@@ -187,10 +187,7 @@ fn unlistening(holder: &Holder) -> bool {
 fn reuse(holder: &Holder, our_uid: u32) -> String {
     match holder.reuse_port {
         Some(true) if holder.uid != our_uid => {
-            format!(
-                "with SO_REUSEPORT but uid {}, we are uid {our_uid}: all must share one uid",
-                holder.uid
-            )
+            format!("with SO_REUSEPORT, but we are uid {our_uid}: all must share one uid")
         }
         Some(true) => "with SO_REUSEPORT".into(),
         Some(false) => "without SO_REUSEPORT".into(),

@@ -2,4 +2,5 @@
 //! socket option is set.
 
 pub mod holders;
+pub mod isolated;
 pub mod listen;

@@ -2,5 +2,6 @@
 //! socket option is set.
 
 pub mod holders;
+pub mod host;
 pub mod isolated;
 pub mod listen;

@@ -3,6 +3,8 @@
 //!
 //! The rules are those that `doctor --matrix` tries out on this kernel.
 
+use std::net::SocketAddr;
+
 use crate::sys::holders::{Holder, Protocol, State};
 
 use super::{BindFailure, EXIT_ADDRESS, Explanation};
@@ -12,13 +14,17 @@ const NAMED: usize = 3;
 
 /// Does this holder stand in the way of a socket of ours?
 ///
-/// Ours have SO_REUSEPORT, TCP ones SO_REUSEADDR too. An option that could
-/// not be read counts as not set: better named than passed over.
-pub fn blocks(holder: &Holder, protocol: Protocol, our_uid: u32) -> bool {
+/// Ours have SO_REUSEPORT, those of TCP and of multicast groups SO_REUSEADDR
+/// too. An option that could not be read counts as not set: better named
+/// than passed over.
+pub fn blocks(holder: &Holder, address: SocketAddr, our_uid: u32) -> bool {
     let joins = holder.reuse_port == Some(true) && holder.uid == our_uid;
-    let steps_aside =
-        protocol == Protocol::Tcp && holder.state != State::Listening && holder.reuse_address == Some(true);
-    !joins && !steps_aside
+    let ours_step_aside = match holder.protocol {
+        Protocol::Tcp => holder.state != State::Listening,
+        Protocol::Udp => address.ip().is_multicast(),
+    };
+    let passed_over = ours_step_aside && holder.reuse_address == Some(true);
+    !(joins || passed_over)
 }
 
 /// `pid 4242 (nginx: master), uid 33, without SO_REUSEPORT`
@@ -58,7 +64,7 @@ pub(super) fn explain(failure: &BindFailure) -> Explanation {
     let facts = &failure.facts;
     let in_the_way = |holder: &&Holder| {
         let held = matches!(holder.state, State::Listening | State::Bound);
-        blocks(holder, failure.mode, facts.our_uid) || (failure.probing && held)
+        blocks(holder, failure.address, facts.our_uid) || (failure.probing && held)
     };
     let mut culprits: Vec<&Holder> = facts.holders.iter().filter(in_the_way).collect();
     if culprits.is_empty() {
@@ -162,7 +168,7 @@ fn unlistening(holder: &Holder) -> bool {
 fn reuse(holder: &Holder, our_uid: u32) -> String {
     match holder.reuse_port {
         Some(true) if holder.uid != our_uid => {
-            format!("with SO_REUSEPORT but uid {}, we are uid {our_uid}: all must share one uid", holder.uid)
+            format!("with SO_REUSEPORT, but we are uid {our_uid}: all must share one uid")
         }
         Some(true) => "with SO_REUSEPORT".into(),
         Some(false) => "without SO_REUSEPORT".into(),

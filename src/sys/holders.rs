@@ -167,6 +167,11 @@ pub fn find(address: SocketAddr, protocol: Protocol, interface: Option<&str>) ->
     fold(protocol, rows(address, protocol, interface))
 }
 
+/// The states of the sockets there, without a look at their owners.
+pub fn states(address: SocketAddr, protocol: Protocol) -> Vec<State> {
+    rows(address, protocol, None).into_iter().map(|row| row.state).collect()
+}
+
 /// Is all that stands there left from connections: nobody listens, and no
 /// socket is bound that might? False too where nothing can be seen.
 pub(super) fn only_connections_remain(address: SocketAddr, protocol: Protocol, options: &Options) -> bool {

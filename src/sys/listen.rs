@@ -200,25 +200,33 @@ pub fn is_group(address: SocketAddr) -> bool {
     address.ip().is_multicast()
 }
 
-/// Would a TCP listener of ours stand beside somebody else's socket?
+/// Would a TCP listener of ours stand beside nobody else's socket?
 ///
 /// Binds with SO_REUSEADDR alone and closes again; nothing listens, so no
 /// client is taken from anybody. That fails where anyone listens, even our
-/// own uid with SO_REUSEPORT. Connections that an earlier listener left are
-/// nobody's: whether they stand in the way is what `tcp` finds out.
+/// own uid with SO_REUSEPORT.
 pub fn probe_tcp(address: SocketAddr, options: &Options) -> io::Result<()> {
+    match bind_only(address, options, false) {
+        // SO_REUSEADDR passes over the connections that a listener with the
+        // same option left. Those of one with SO_REUSEPORT alone fail it, and
+        // are no obstacle to `tcp`, which sets both.
+        Err(e)
+            if e.kind() == io::ErrorKind::AddrInUse
+                && only_connections_remain(address, Protocol::Tcp, options) =>
+        {
+            bind_only(address, options, true)
+        }
+        result => result,
+    }
+}
+
+fn bind_only(address: SocketAddr, options: &Options, reuse_port: bool) -> io::Result<()> {
     let at = At(address);
     let socket = at.socket(Type::STREAM, socket2::Protocol::TCP).map_err(|e| e.source)?;
     socket.set_reuse_address(true)?;
+    socket.set_reuse_port(reuse_port)?;
     at.before_bind(&socket, options).map_err(|e| e.source)?;
-    let result = socket.bind(&SockAddr::from(address));
-    // SO_REUSEADDR passes over the remains of listeners that had it too. Those
-    // of one with SO_REUSEPORT alone fail this bind and not that of `tcp`.
-    let in_use = |e: &io::Error| e.kind() == io::ErrorKind::AddrInUse;
-    match result {
-        Err(e) if in_use(&e) && only_connections_remain(address, Protocol::Tcp, options) => Ok(()),
-        other => other,
-    }
+    socket.bind(&SockAddr::from(address))
 }
 
 /// The same for a unicast UDP address: binds without any reuse option, so any

@@ -10,6 +10,8 @@ pub mod clock;
 pub mod filter;
 pub mod handshakes;
 pub mod holders;
+pub mod host;
+pub mod isolated;
 pub mod listen;
 pub mod process;
 pub mod shared;

@@ -99,7 +99,7 @@ impl Listeners {
 
     /// Whether there is anything to accept right now.
     pub fn has_ready(&self, now: Millis) -> bool {
-        !self.paused_until.is_some_and(|until| now < until) && self.entries.iter().flatten().any(|e| e.ready)
+        self.paused_until.is_none_or(|until| now >= until) && self.entries.iter().flatten().any(|e| e.ready)
     }
 
     /// Tries to accept at one socket.

@@ -17,6 +17,9 @@
 pub mod balance;
 pub mod cli;
 pub mod config;
+pub mod control;
+pub mod counters;
+pub mod deadline;
 pub mod doctor;
 pub mod explain;
 pub mod logging;

@@ -212,12 +212,9 @@ impl<'a> Sessions<'a> {
                     self.handle_connected(registry, key, now);
                 }
             }
-            // A client that is gone needs no server.
-            Stage::Connecting(_) | Stage::Waiting(_) => {
-                if event.is_error() {
-                    self.close(key, CloseReason::ClientReset, now);
-                }
-            }
+            // A client that has reset meanwhile sent something before,
+            // perhaps: that is delivered first, as everywhere.
+            Stage::Connecting(_) | Stage::Waiting(_) => {}
             Stage::Resetting { .. } => {}
         }
     }
@@ -307,7 +304,7 @@ impl<'a> Sessions<'a> {
             }
             Stage::Resetting { reason, until } => {
                 let (reason, until) = (*reason, *until);
-                if until <= now || !entry.has_unsent() {
+                if until <= now || !entry.has_unsent(reason) {
                     self.remove(key, reason);
                 } else {
                     self.deadlines.set(key.index, now + RESET_CHECK);
@@ -337,7 +334,7 @@ impl<'a> Sessions<'a> {
             let _ = stream.reset_on_close();
         }
         let waits = reason.broken_side().is_some() || reason == CloseReason::MaxAge;
-        if waits && entry.has_unsent() {
+        if waits && entry.has_unsent(reason) {
             let tcp = &self.context.config.listeners[entry.listener as usize].tcp;
             let until = now + millis(tcp.half_close_timeout).max(1_000);
             entry.stage = Stage::Resetting { reason, until };
@@ -384,9 +381,12 @@ impl<'a> Sessions<'a> {
 
 impl Entry {
     /// Whether a side that still lives has not acknowledged everything.
-    fn has_unsent(&self) -> bool {
-        let unsent = |stream: &Stream| stream.unsent().is_ok_and(|count| count > 0);
-        unsent(&self.client) || self.server.as_ref().is_some_and(unsent)
+    fn has_unsent(&self, reason: CloseReason) -> bool {
+        let unsent = |side, stream: &Stream| {
+            reason.broken_side() != Some(side) && stream.unsent().is_ok_and(|count| count > 0)
+        };
+        unsent(Side::Client, &self.client)
+            || self.server.as_ref().is_some_and(|server| unsent(Side::Server, server))
     }
 }
 

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use support::daemon::{Daemon, evenkeel, signal};
-use support::servers::{connect, echo, exchange, local, tcp_server};
 use support::eventually;
+use support::servers::{connect, echo, exchange, local, tcp_server};
 
 fn main() {
     support::run(tests![
@@ -175,5 +175,9 @@ fn an_idle_daemon_leaves_at_once() {
     let begin = Instant::now();
     daemon.signal(Signal::SIGTERM);
     assert!(daemon.wait(Duration::from_secs(10)).success());
-    assert!(begin.elapsed() < Duration::from_secs(2), "no half-open handshake, no grace: {:?}", begin.elapsed());
+    assert!(
+        begin.elapsed() < Duration::from_secs(2),
+        "no half-open handshake, no grace: {:?}",
+        begin.elapsed()
+    );
 }

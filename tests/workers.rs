@@ -231,7 +231,10 @@ fn orphans_serve_on_and_then_leave_without_a_reset() {
         match TcpStream::connect_timeout(&local(8080), Duration::from_secs(10)) {
             Ok(mut client) => {
                 client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-                assert_eq!(exchange(&mut client, b"orphaned").expect("whoever is let in is served"), b"orphaned");
+                assert_eq!(
+                    exchange(&mut client, b"orphaned").expect("whoever is let in is served"),
+                    b"orphaned"
+                );
                 served += 1;
             }
             Err(error) if error.kind() == ErrorKind::ConnectionRefused => break,
@@ -253,7 +256,8 @@ fn cpu_ticks(pid: u32) -> u64 {
 }
 
 fn limit_files(pid: u32, count: usize) {
-    let done = Command::new("prlimit").args(["--pid", &pid.to_string(), &format!("--nofile={count}:")]).status();
+    let done =
+        Command::new("prlimit").args(["--pid", &pid.to_string(), &format!("--nofile={count}:")]).status();
     assert!(done.expect("prlimit of util-linux").success());
 }
 
@@ -383,7 +387,10 @@ fn workers_and_steward_give_up_the_user() {
     for pid in children {
         assert_eq!(uids(pid), "Uid:\t65534\t65534\t65534\t65534");
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-        assert!(status.contains("CapEff:\t0000000000000000") && status.contains("NoNewPrivs:\t1"), "{status}");
+        assert!(
+            status.contains("CapEff:\t0000000000000000") && status.contains("NoNewPrivs:\t1"),
+            "{status}"
+        );
     }
     daemon.kill_worker(0);
     eventually("a new worker", || daemon.worker(0).restarts == 1 && daemon.worker(0).state == "ready");
@@ -426,11 +433,8 @@ fn a_low_port_without_permission_names_the_capability() {
 fn a_second_daemon_on_the_same_control_socket_is_refused() {
     let first = identify(1);
     let path = first.folder().join("second.toml");
-    let text = format!(
-        "[daemon]\ncontrol_socket = {:?}\n{}",
-        first.socket(),
-        IDENTIFY.replace("8080", "8081")
-    );
+    let text =
+        format!("[daemon]\ncontrol_socket = {:?}\n{}", first.socket(), IDENTIFY.replace("8080", "8081"));
     fs::write(&path, text).unwrap();
     let second = evenkeel(&["run", "-c", path.to_str().unwrap()]);
     assert_eq!(second.status.code(), Some(69));

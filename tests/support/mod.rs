@@ -88,7 +88,8 @@ fn missing_network() -> Option<String> {
 /// Why a test cannot run here; `root` stands for the right to be two users.
 fn missing_program(needs: &[&str]) -> Option<String> {
     let paths = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
-    let installed = |name: &str| paths.split(':').any(|folder| std::path::Path::new(folder).join(name).exists());
+    let installed =
+        |name: &str| paths.split(':').any(|folder| std::path::Path::new(folder).join(name).exists());
     needs.iter().find_map(|&need| match need {
         "root" => (!nix::unistd::geteuid().is_root()).then(|| "only root has a second user".to_string()),
         program => (!installed(program)).then(|| format!("{program} is not installed")),

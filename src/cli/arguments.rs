@@ -56,6 +56,34 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Bring the configuration file into force; waits until it serves
+    ///
+    /// On any error in the file the old configuration goes on, nothing is
+    /// touched, and the errors are printed. Every worker is replaced, one by
+    /// one; sessions are handed over and go on.
+    Reload {
+        /// The daemon's control socket
+        #[arg(long, value_name = "PATH")]
+        socket: Option<PathBuf>,
+        /// Only say what would change, and what it would cost
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Change the number of workers, live, losing nothing
+    Scale {
+        /// How many workers, 1 to 64
+        #[arg(value_parser = clap::value_parser!(u64).range(1..=64))]
+        workers: u64,
+        /// The daemon's control socket
+        #[arg(long, value_name = "PATH")]
+        socket: Option<PathBuf>,
+    },
+    /// Move established sessions between workers until all have as many
+    Rebalance {
+        /// The daemon's control socket
+        #[arg(long, value_name = "PATH")]
+        socket: Option<PathBuf>,
+    },
     /// Leave gracefully: take nothing new, finish what is here
     Drain {
         /// The daemon's control socket

@@ -29,8 +29,17 @@ pub fn main() -> ExitCode {
         Command::Check { config, json } => check(&Source::of_check(config), json),
         Command::Config { command: ConfigCommand::Show { config } } => show(&Source::of_check(config)),
         Command::Status { socket, json } => status::run(&files::socket(socket.as_deref()), json),
-        Command::Drain { socket } => ask::simple(&files::socket(socket.as_deref()), "drain"),
-        Command::Stop { socket } => ask::simple(&files::socket(socket.as_deref()), "stop"),
+        Command::Reload { socket, dry_run } => {
+            let request = serde_json::json!({"command": "reload", "dry_run": dry_run});
+            ask::simple(&files::socket(socket.as_deref()), &request)
+        }
+        Command::Scale { workers, socket } => {
+            let request = serde_json::json!({"command": "scale", "workers": workers});
+            ask::simple(&files::socket(socket.as_deref()), &request)
+        }
+        Command::Rebalance { socket } => ask::command(&files::socket(socket.as_deref()), "rebalance"),
+        Command::Drain { socket } => ask::command(&files::socket(socket.as_deref()), "drain"),
+        Command::Stop { socket } => ask::command(&files::socket(socket.as_deref()), "stop"),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "evenkeel", &mut io::stdout());
             ExitCode::SUCCESS
@@ -54,7 +63,14 @@ fn run(source: &Source) -> ExitCode {
     warn_of(&loaded.warnings);
     let control_socket = files::configured_socket(&loaded.config);
     let greeting = source.is_demo().then(|| greeting(&loaded.config, &control_socket));
-    let start = Start { config: loaded.config, config_path: shown, control_socket, greeting };
+    let again = source.clone();
+    let start = Start {
+        config: loaded.config,
+        config_path: shown,
+        control_socket,
+        greeting,
+        read_again: Box::new(move || again.load_quietly()),
+    };
     match supervisor::run(start) {
         Ok(code) => code,
         Err(Refusal { text, advice, exit_code }) => {

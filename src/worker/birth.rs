@@ -96,7 +96,10 @@ fn complete(
         for address in 0..listener.bind.len() {
             let place = Place { listener: listener_index, address };
             let socket = match given.remove(&place) {
-                Some(socket) => socket,
+                Some(socket) => {
+                    adopt(listener, &socket)?;
+                    socket
+                }
                 None => {
                     opened.push(sockets.len());
                     open(listener, address)?
@@ -122,12 +125,24 @@ fn open(listener: &Listener, address: usize) -> Result<OwnedFd, Failure> {
         let text = format!("listener \"{}\": {}", listener.name, told.text);
         Failure { text, advice: told.advice, exit_code: told.exit_code }
     })?;
-    // Set once here, inherited by every connection that is accepted.
-    let tcp = TcpOptions { keepalive: listener.tcp.keepalive, user_timeout: listener.tcp.user_timeout };
-    tcp.apply(&socket).map_err(|e| {
-        Failure::new(format!("listener \"{}\": {}: {e}", listener.name, listener.bind[address]))
-    })?;
+    set_tcp_options(listener, &socket)?;
     Ok(socket)
+}
+
+/// A socket of an earlier worker: its options may be those of an earlier
+/// configuration.
+fn adopt(listener: &Listener, socket: &OwnedFd) -> Result<(), Failure> {
+    let backlog = i32::try_from(listener.backlog).unwrap_or(i32::MAX);
+    socket2::SockRef::from(socket).listen(backlog).map_err(|e| {
+        Failure::new(format!("listener \"{}\": a kept socket does not listen: {e}", listener.name))
+    })?;
+    set_tcp_options(listener, socket)
+}
+
+/// Set once on the listener, inherited by every connection that it accepts.
+fn set_tcp_options(listener: &Listener, socket: &OwnedFd) -> Result<(), Failure> {
+    let tcp = TcpOptions { keepalive: listener.tcp.keepalive, user_timeout: listener.tcp.user_timeout };
+    tcp.apply(socket).map_err(|e| Failure::new(format!("listener \"{}\": {e}", listener.name)))
 }
 
 /// What `sys::listen` is to be told for a listener.

@@ -191,7 +191,10 @@ impl<'a> Loop<'a> {
             return Some(now);
         }
         let leave = self.leave.as_ref().and_then(Leave::next_deadline);
-        let handover = self.sender.as_ref().map(|outgoing| outgoing.sender.next_deadline());
+        let handover = self.sender.as_ref().and_then(|outgoing| {
+            let waits_for_queues = outgoing.then_leave.is_some() && !self.listeners.is_empty();
+            if waits_for_queues { None } else { Some(outgoing.sender.next_deadline(now)) }
+        });
         [handover, self.sessions.next_deadline(), self.listeners.pause_end(), leave, self.orphaned_until]
             .into_iter()
             .flatten()
@@ -353,8 +356,7 @@ impl<'a> Loop<'a> {
             Progress::Done { moved } | Progress::Failed { moved } => moved,
         };
         let then_leave = self.sender.take().and_then(|outgoing| outgoing.then_leave);
-        let left = self.sessions.len();
-        info!("{moved} sessions handed over, {left} left");
+        self.tell(&FromWorker::HandedOver { moved, left: self.sessions.len() });
         if let Some(limit) = then_leave {
             self.leave = Some(Leave::finishing(now, limit));
         }

@@ -115,7 +115,9 @@ impl Sessions<'_> {
             Target::Upstream(upstream) => &config.upstreams[upstream].servers[..],
             Target::Service(_) => &[],
         };
-        let find = |address: &String| servers.iter().position(|s| s.address.to_string() == *address).map(|i| i as u32);
+        let find = |address: &String| {
+            servers.iter().position(|s| s.address.to_string() == *address).map(|i| i as u32)
+        };
         let server_index = record.server.as_ref().and_then(find);
         if sockets.len() != record.socket_count() {
             return None;

@@ -49,7 +49,7 @@ impl Level {
 pub enum Remedy {
     /// A line of /etc/sysctl.d/*.conf: `net.core.somaxconn = 4096`.
     Sysctl(String),
-    /// A line of the unit's [Service]: `LimitNOFILE=65536`.
+    /// A line of the unit's Service section: `LimitNOFILE=65536`.
     Unit(String),
     /// Something else, in words.
     Words(String),

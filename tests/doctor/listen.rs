@@ -131,6 +131,30 @@ fn the_same_holds_for_groups_of_ipv6() {
     });
 }
 
+#[test]
+fn a_member_hears_only_the_interface_that_it_joined_on() {
+    isolated(|| {
+        if !ip("link add left0 type veth peer name right0") || !ip("link set left0 up") {
+            return skipped("no virtual interface can be made here");
+        }
+        let group = "239.255.77.1:7000";
+        let join = |interface| listen::multicast(addr(group), &interface, &Options::default());
+        let here = UdpSocket::from(join(lo()).expect("a member"));
+        let there = join(MulticastInterface::Name("left0".into())).expect("a member on the other interface");
+        let there = UdpSocket::from(there);
+        let sender = Socket::new(Domain::IPV4, Type::DGRAM, None).expect("a sender");
+        sender
+            .set_multicast_if_v4(&[127, 0, 0, 1].into())
+            .expect("the sender's interface");
+        sender.send_to(b"x", &addr(group).into()).expect("sent");
+        eventually("the member on lo hears it", || {
+            here.recv_from(&mut [0; 1]).is_ok()
+        });
+        let other = there.recv_from(&mut [0; 1]).expect_err("not for this member");
+        assert_eq!(other.kind(), ErrorKind::WouldBlock);
+    });
+}
+
 /// Two members of one group and one of another on the same port: a datagram
 /// to each group, and each member gets its own once.
 fn copies(

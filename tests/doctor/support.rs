@@ -102,10 +102,10 @@ impl Holder {
             .spawn()
             .expect("sleep can be started");
         let holder = Holder(child);
-        // Until exec the process still has the name of this test.
-        let comm = format!("/proc/{}/comm", holder.pid());
+        // Until it has begun, the process bears the name of this test.
+        let line = format!("/proc/{}/cmdline", holder.pid());
         eventually("the holder runs", || {
-            std::fs::read_to_string(&comm).is_ok_and(|c| c == "sleep\n")
+            std::fs::read(&line).is_ok_and(|line| line == b"sleep\0600\0")
         });
         holder
     }

@@ -27,10 +27,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     // The sockets do not block: what has arrived is all there is to accept.
     let spread = [&first, &second].map(|l| std::iter::from_fn(|| l.accept().ok()).count());
-    println!(
-        "tcp        {address}: {CLIENTS} connections fell {} and {}",
-        spread[0], spread[1]
-    );
+    println!("tcp        {address}: {CLIENTS} connections fell {} and {}", spread[0], spread[1]);
 
     // A third party can ask whether the address is free without taking a
     // single client away.
@@ -47,10 +44,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         UdpSocket::bind("127.0.0.1:0")?.send_to(b"hello", address)?;
     }
     let spread = [received(&first), received(&second)];
-    println!(
-        "udp        {address}: {CLIENTS} datagrams fell {} and {}",
-        spread[0], spread[1]
-    );
+    println!("udp        {address}: {CLIENTS} datagrams fell {} and {}", spread[0], spread[1]);
 
     // Multicast: every socket gets its own copy.
     let group: SocketAddr = "239.255.77.1:0".parse()?;
@@ -62,10 +56,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     sender.set_multicast_if_v4(&[127, 0, 0, 1].into())?;
     sender.send_to(b"hello", &group.into())?;
     let copies = [received(&first), received(&second)];
-    println!(
-        "multicast  {group}: 1 datagram gave {} and {} copies",
-        copies[0], copies[1]
-    );
+    println!("multicast  {group}: 1 datagram gave {} and {} copies", copies[0], copies[1]);
 
     // An error names the call that failed and the address.
     if let Err(error) = listen::tcp("192.0.2.1:8080".parse()?, &options) {

@@ -14,10 +14,22 @@
 
 #![deny(unsafe_code)]
 
+pub mod balance;
 pub mod cli;
 pub mod config;
+pub mod control;
+pub mod counters;
+pub mod deadline;
 pub mod doctor;
 pub mod explain;
+pub mod logging;
+pub mod relay;
+pub mod slab;
+pub mod spread;
+pub mod steward;
+pub mod supervision;
+pub mod supervisor;
 #[allow(unsafe_code)]
 pub mod sys;
 pub mod units;
+pub mod worker;

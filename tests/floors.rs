@@ -55,10 +55,7 @@ fn modules_import_downwards_only() {
                 continue;
             };
             if below > floor || (below == floor && floor == 3) {
-                wrong.push(format!(
-                    "{}: floor {floor} imports {target} of floor {below}",
-                    path.display()
-                ));
+                wrong.push(format!("{}: floor {floor} imports {target} of floor {below}", path.display()));
             }
         }
     }
@@ -85,12 +82,7 @@ fn unsafe_stands_only_in_sys() {
 
 fn module_of(path: &Path) -> String {
     let inner = path.strip_prefix("src").expect("below src");
-    let first = inner
-        .components()
-        .next()
-        .expect("a file has a name")
-        .as_os_str()
-        .to_string_lossy();
+    let first = inner.components().next().expect("a file has a name").as_os_str().to_string_lossy();
     first.trim_end_matches(".rs").to_string()
 }
 
@@ -107,10 +99,8 @@ fn crate_paths(text: &str) -> Vec<String> {
                     None => vec![rest],
                 };
                 for name in names {
-                    let word: String = name
-                        .chars()
-                        .take_while(|c| c.is_ascii_alphanumeric() || *c == '_')
-                        .collect();
+                    let word: String =
+                        name.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect();
                     if !word.is_empty() {
                         found.push(word);
                     }

@@ -46,10 +46,7 @@ pub fn parse(text: &str) -> Result<Vec<SocketAddr>, String> {
     let port = text.strip_prefix(':').unwrap_or(text);
     if !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit()) {
         let port: u16 = port.parse().map_err(|_| wrong())?;
-        return Ok(vec![
-            (Ipv4Addr::UNSPECIFIED, port).into(),
-            (Ipv6Addr::UNSPECIFIED, port).into(),
-        ]);
+        return Ok(vec![(Ipv4Addr::UNSPECIFIED, port).into(), (Ipv6Addr::UNSPECIFIED, port).into()]);
     }
     if let Some((ip, rest)) = text.strip_prefix('[').and_then(|rest| rest.split_once('%')) {
         let (interface, port) = rest.split_once("]:").ok_or_else(wrong)?;
@@ -66,34 +63,22 @@ pub fn parse(text: &str) -> Result<Vec<SocketAddr>, String> {
 
 /// Asks the kernel about the addresses that `typed` stands for.
 pub fn check(typed: &str, addresses: &[SocketAddr], protocol: Protocol) -> Answer {
-    let mut checked: Vec<Checked> = addresses
-        .iter()
-        .map(|address| check_one(*address, protocol))
-        .collect();
+    let mut checked: Vec<Checked> = addresses.iter().map(|address| check_one(*address, protocol)).collect();
     // A host without IPv6 is no trouble where the other family was meant too.
     if checked.len() > 1 {
         checked.retain(|one| !(one.address.is_ipv6() && one.bind == "EAFNOSUPPORT"));
     }
-    Answer {
-        typed: typed.into(),
-        protocol,
-        checked,
-    }
+    Answer { typed: typed.into(), protocol, checked }
 }
 
 fn check_one(address: SocketAddr, protocol: Protocol) -> Checked {
     let options = Options::default();
-    let failed = |source: io::Error| OpenError {
-        step: Step::Bind,
-        address,
-        source,
-    };
+    let failed = |source: io::Error| OpenError { step: Step::Bind, address, source };
     let (result, probing) = match protocol {
         Protocol::Tcp => (listen::probe_tcp(address, &options).map_err(failed), true),
-        Protocol::Udp if listen::is_group(address) => (
-            listen::multicast(address, &MulticastInterface::Any, &options).map(drop),
-            false,
-        ),
+        Protocol::Udp if listen::is_group(address) => {
+            (listen::multicast(address, &MulticastInterface::Any, &options).map(drop), false)
+        }
         Protocol::Udp => (listen::probe_udp(address, &options).map_err(failed), true),
     };
     // Port 0 is any free one, so nobody can hold it.
@@ -105,33 +90,18 @@ fn check_one(address: SocketAddr, protocol: Protocol) -> Checked {
     let (bind, trouble) = match result {
         Ok(()) => ("ok".into(), None),
         Err(error) => {
-            let failure = BindFailure {
-                probing,
-                ..BindFailure::new(&error, protocol, &options, facts)
-            };
-            (
-                format!("{:?}", Errno::from_raw(failure.errno)),
-                Some(explain::bind_failure(&failure)),
-            )
+            let failure = BindFailure { probing, ..BindFailure::new(&error, protocol, &options, facts) };
+            (format!("{:?}", Errno::from_raw(failure.errno)), Some(explain::bind_failure(&failure)))
         }
     };
-    Checked {
-        address,
-        bind,
-        holders,
-        our_uid,
-        trouble,
-    }
+    Checked { address, bind, holders, our_uid, trouble }
 }
 
 impl Answer {
     /// 0, or why a daemon would end: 69, 77.
     pub fn exit_code(&self) -> u8 {
-        let codes = self
-            .checked
-            .iter()
-            .filter_map(|one| one.trouble.as_ref())
-            .map(|trouble| trouble.exit_code);
+        let codes =
+            self.checked.iter().filter_map(|one| one.trouble.as_ref()).map(|trouble| trouble.exit_code);
         codes.max().unwrap_or(0)
     }
 
@@ -166,10 +136,7 @@ impl Answer {
         for holder in self.checked.iter().flat_map(|one| &one.holders) {
             // A dual socket is met by both wildcards.
             holders.extend(
-                holder_json(holder)
-                    .into_iter()
-                    .filter(|new| !holders.contains(new))
-                    .collect::<Vec<_>>(),
+                holder_json(holder).into_iter().filter(|new| !holders.contains(new)).collect::<Vec<_>>(),
             );
         }
         let value = json!({
@@ -186,16 +153,9 @@ impl Answer {
 
 /// One entry for each process, or one without where none is visible.
 fn holder_json(holder: &Holder) -> Vec<Value> {
-    let read = [
-        (holder.reuse_address, "SO_REUSEADDR"),
-        (holder.reuse_port, "SO_REUSEPORT"),
-    ];
+    let read = [(holder.reuse_address, "SO_REUSEADDR"), (holder.reuse_port, "SO_REUSEPORT")];
     let known = read.iter().all(|(set, _)| set.is_some());
-    let set: Vec<&str> = read
-        .iter()
-        .filter(|(set, _)| *set == Some(true))
-        .map(|(_, name)| *name)
-        .collect();
+    let set: Vec<&str> = read.iter().filter(|(set, _)| *set == Some(true)).map(|(_, name)| *name).collect();
     let entry = |pid: Option<i32>, command: Option<&str>, unit: Option<&str>| {
         json!({
             "pid": pid,
@@ -213,9 +173,7 @@ fn holder_json(holder: &Holder) -> Vec<Value> {
         return vec![entry(None, None, None)];
     }
     let processes = holder.processes.iter();
-    processes
-        .map(|p| entry(Some(p.pid), Some(&p.command), p.unit.as_deref()))
-        .collect()
+    processes.map(|p| entry(Some(p.pid), Some(&p.command), p.unit.as_deref())).collect()
 }
 
 #[cfg(test)]
@@ -229,24 +187,13 @@ mod tests {
         assert_eq!(parse(":8080").expect("a port"), both);
         assert_eq!(parse("127.0.0.1:8080").map(|list| list.len()), Ok(1));
         assert_eq!(parse("[::]:80").map(|list| list[0].is_ipv6()), Ok(true));
-        assert_eq!(
-            parse("[fe80::1%lo]:80").map(|list| list[0].to_string()),
-            Ok("[fe80::1%1]:80".into())
-        );
+        assert_eq!(parse("[fe80::1%lo]:80").map(|list| list[0].to_string()), Ok("[fe80::1%1]:80".into()));
     }
 
     #[test]
     fn what_is_no_address_is_refused_with_an_example() {
-        for text in [
-            "",
-            ":",
-            "65536",
-            "localhost:80",
-            "127.0.0.1",
-            "::1:80",
-            "[::1]",
-            "[fe80::1%nosuch]:80",
-        ] {
+        for text in ["", ":", "65536", "localhost:80", "127.0.0.1", "::1:80", "[::1]", "[fe80::1%nosuch]:80"]
+        {
             let said = parse(text).expect_err(text);
             assert!(said.contains(text) && said.contains('\n'), "{said}");
         }

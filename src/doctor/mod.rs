@@ -74,8 +74,5 @@ pub fn run(command: &Command, config: Option<&Config>) -> Outcome {
             Err(wrong) => (wrong, EXIT_USAGE),
         },
     };
-    Outcome {
-        text: text.trim_end().to_string() + "\n",
-        exit_code,
-    }
+    Outcome { text: text.trim_end().to_string() + "\n", exit_code }
 }

@@ -36,33 +36,19 @@ pub fn holder_line(holder: &Holder, our_uid: u32) -> String {
         (State::Connected, count) => format!("{} of ", connections(count)),
         // Once a program has closed it, a connection is the kernel's alone.
         (State::Closing, count) if holder.processes.is_empty() => {
-            return format!(
-                "{} that a program has closed and the peer has not",
-                connections(count)
-            );
+            return format!("{} that a program has closed and the peer has not", connections(count));
         }
         (State::Closing, count) => format!("{} on its way up or down, of ", connections(count)),
     };
-    let unlistening = if unlistening(holder) {
-        ", bound but not listening"
-    } else {
-        ""
-    };
+    let unlistening = if unlistening(holder) { ", bound but not listening" } else { "" };
     match holder.processes.as_slice() {
-        [] => format!(
-            "{what}uid {}, process not visible from here{unlistening}",
-            holder.uid
-        ),
+        [] => format!("{what}uid {}, process not visible from here{unlistening}", holder.uid),
         [first, others @ ..] => {
             let more = match others.len() {
                 0 => String::new(),
                 count => format!(" and {count} more"),
             };
-            let unit = first
-                .unit
-                .as_ref()
-                .map(|unit| format!(" of {unit}"))
-                .unwrap_or_default();
+            let unit = first.unit.as_ref().map(|unit| format!(" of {unit}")).unwrap_or_default();
             format!(
                 "{what}pid {} ({}){unit}{more}, uid {}, {}{unlistening}",
                 first.pid,
@@ -107,11 +93,7 @@ pub(super) fn explain(failure: &BindFailure) -> Explanation {
 /// Names the holder's own address where it is another one.
 fn at(holder: &Holder, failure: &BindFailure) -> String {
     let same = holder.local.ip() == failure.address.ip();
-    if same {
-        String::new()
-    } else {
-        format!("the overlapping {}: ", holder.local)
-    }
+    if same { String::new() } else { format!("the overlapping {}: ", holder.local) }
 }
 
 fn advice(holder: &Holder, failure: &BindFailure) -> String {
@@ -156,10 +138,7 @@ fn stop(holder: &Holder) -> String {
 
 fn nobody(failure: &BindFailure) -> Explanation {
     Explanation {
-        text: format!(
-            "{} is in use, but no socket there is visible from here",
-            failure.place()
-        ),
+        text: format!("{} is in use, but no socket there is visible from here", failure.place()),
         advice: format!(
             "the holder may have gone, so try again; before Linux 6.8 a socket that is bound and not listening \
              is in no table; root can see more: evenkeel doctor {}{}",
@@ -178,11 +157,7 @@ fn udp(failure: &BindFailure) -> &'static str {
 }
 
 fn connections(count: usize) -> String {
-    if count == 1 {
-        "a connection".into()
-    } else {
-        format!("{count} connections")
-    }
+    if count == 1 { "a connection".into() } else { format!("{count} connections") }
 }
 
 fn unlistening(holder: &Holder) -> bool {

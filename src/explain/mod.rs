@@ -71,15 +71,8 @@ impl BindFailure {
         facts: Facts,
     ) -> BindFailure {
         let source = std::io::Error::from_raw_os_error(errno);
-        let error = OpenError {
-            step: Step::Bind,
-            address,
-            source,
-        };
-        BindFailure {
-            probing: true,
-            ..BindFailure::new(&error, mode, options, facts)
-        }
+        let error = OpenError { step: Step::Bind, address, source };
+        BindFailure { probing: true, ..BindFailure::new(&error, mode, options, facts) }
     }
 
     /// `127.0.0.1:8080/tcp`
@@ -156,11 +149,7 @@ fn refused(failure: &BindFailure) -> Explanation {
         );
     }
     permission(
-        format!(
-            "{}: {}: permission denied, and not for a low port",
-            failure.place(),
-            failure.step
-        ),
+        format!("{}: {}: permission denied, and not for a low port", failure.place(), failure.step),
         "a security policy says no: look for a denial in the journal (SELinux, AppArmor, landlock) \
          and at SocketBindDeny= of the unit"
             .into(),
@@ -187,10 +176,7 @@ fn not_permitted(failure: &BindFailure) -> Explanation {
             "a seccomp rule or a security policy says no: look at SystemCallFilter= of the unit",
         ),
     };
-    permission(
-        format!("{}: {}: {lacking}", failure.place(), failure.step),
-        advice.into(),
-    )
+    permission(format!("{}: {}: {lacking}", failure.place(), failure.step), advice.into())
 }
 
 /// EADDRNOTAVAIL: the address is not this host's, or not at this moment.
@@ -242,24 +228,14 @@ fn invalid(failure: &BindFailure) -> Explanation {
     match failure.address {
         SocketAddr::V6(v6) if v6.scope_id() == 0 && needs_scope(failure.address.ip()) => address(
             format!("{place}: a link-local address is not whole without its interface"),
-            format!(
-                "write it with one: [{}%eth0]:{}, or set interface",
-                v6.ip(),
-                v6.port()
-            ),
+            format!("write it with one: [{}%eth0]:{}, or set interface", v6.ip(), v6.port()),
         ),
         _ if failure.step == Step::Join => address(
-            format!(
-                "{place}: {} is not a multicast group that can be joined",
-                failure.address.ip()
-            ),
+            format!("{place}: {} is not a multicast group that can be joined", failure.address.ip()),
             "a group is in 224.0.0.0/4 or ff00::/8; an IPv6 group names its interface, not an address".into(),
         ),
         _ => address(
-            format!(
-                "{place}: {}: the kernel calls the address or the value invalid",
-                failure.step
-            ),
+            format!("{place}: {}: the kernel calls the address or the value invalid", failure.step),
             "check the address and the listener's socket options".into(),
         ),
     }
@@ -269,10 +245,7 @@ fn no_device(failure: &BindFailure) -> Explanation {
     let name = failure.interface.as_deref().unwrap_or("?");
     let text = match failure.step {
         Step::Option("SO_BINDTODEVICE") => {
-            format!(
-                "{}: there is no interface {name} in this network namespace",
-                failure.place()
-            )
+            format!("{}: there is no interface {name} in this network namespace", failure.place())
         }
         Step::Join => {
             format!("{}: no interface to join the group on", failure.place())
@@ -310,17 +283,9 @@ fn described(errno: Errno) -> String {
 }
 
 fn address(text: String, advice: String) -> Explanation {
-    Explanation {
-        text,
-        advice,
-        exit_code: EXIT_ADDRESS,
-    }
+    Explanation { text, advice, exit_code: EXIT_ADDRESS }
 }
 
 fn permission(text: String, advice: String) -> Explanation {
-    Explanation {
-        text,
-        advice,
-        exit_code: EXIT_PERMISSION,
-    }
+    Explanation { text, advice, exit_code: EXIT_PERMISSION }
 }

@@ -169,10 +169,7 @@ pub fn find(address: SocketAddr, protocol: Protocol, interface: Option<&str>) ->
 
 /// The states of the sockets there, without a look at their owners.
 pub fn states(address: SocketAddr, protocol: Protocol) -> Vec<State> {
-    rows(address, protocol, None)
-        .into_iter()
-        .map(|row| row.state)
-        .collect()
+    rows(address, protocol, None).into_iter().map(|row| row.state).collect()
 }
 
 /// Is all that stands there left from connections: nobody listens, and no
@@ -188,9 +185,7 @@ fn rows(address: SocketAddr, protocol: Protocol, interface: Option<&str>) -> Vec
     let rows = diag::rows(protocol, address.port())
         .or_else(|_| tables::rows(protocol, address.port()))
         .unwrap_or_default();
-    rows.into_iter()
-        .filter(|row| overlaps(address, interface, row))
-        .collect()
+    rows.into_iter().filter(|row| overlaps(address, interface, row)).collect()
 }
 
 /// Would the two stand in each other's way, the reuse options aside?
@@ -227,13 +222,7 @@ fn v4_overlaps(ours: Ipv4Addr, theirs: Ipv4Addr) -> bool {
 /// Puts sockets together that a reader need not tell apart. The options of
 /// each are read before, so a group never mixes them.
 fn fold(protocol: Protocol, rows: Vec<Row>) -> Vec<Holder> {
-    let owners = owner::find(
-        &rows
-            .iter()
-            .map(|row| row.inode)
-            .filter(|inode| *inode != 0)
-            .collect(),
-    );
+    let owners = owner::find(&rows.iter().map(|row| row.inode).filter(|inode| *inode != 0).collect());
     let mut groups: BTreeMap<(State, SocketAddr, u32, u32, owner::Reuse), Holder> = BTreeMap::new();
     for row in rows {
         let owned = owners.get(&row.inode);
@@ -270,14 +259,7 @@ mod tests {
 
     fn row(local: &str, v6_only: Option<bool>) -> Row {
         let local = local.parse().expect("a test address");
-        Row {
-            local,
-            state: State::Listening,
-            uid: 0,
-            inode: 0,
-            interface: 0,
-            v6_only,
-        }
+        Row { local, state: State::Listening, uid: 0, inode: 0, interface: 0, v6_only }
     }
 
     fn meet(ours: &str, theirs: &str, v6_only: Option<bool>) -> bool {

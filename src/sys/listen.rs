@@ -134,16 +134,10 @@ pub fn tcp(address: SocketAddr, options: &Options) -> Result<OwnedFd, OpenError>
     at.option("SO_REUSEPORT", socket.set_reuse_port(true))?;
     at.before_bind(&socket, options)?;
     if options.fast_open {
-        at.option(
-            "TCP_FASTOPEN",
-            set_tcp(&socket, libc::TCP_FASTOPEN, FAST_OPEN_QUEUE),
-        )?;
+        at.option("TCP_FASTOPEN", set_tcp(&socket, libc::TCP_FASTOPEN, FAST_OPEN_QUEUE))?;
     }
     if options.defer_accept {
-        at.option(
-            "TCP_DEFER_ACCEPT",
-            set_tcp(&socket, libc::TCP_DEFER_ACCEPT, DEFER_ACCEPT_SECONDS),
-        )?;
+        at.option("TCP_DEFER_ACCEPT", set_tcp(&socket, libc::TCP_DEFER_ACCEPT, DEFER_ACCEPT_SECONDS))?;
     }
     at.bind(&socket)?;
     // At once: a socket that is bound and does not listen yet can be joined
@@ -228,9 +222,7 @@ pub fn probe_tcp(address: SocketAddr, options: &Options) -> io::Result<()> {
 
 fn bind_only(address: SocketAddr, options: &Options, reuse_port: bool) -> io::Result<()> {
     let at = At(address);
-    let socket = at
-        .socket(Type::STREAM, socket2::Protocol::TCP)
-        .map_err(|e| e.source)?;
+    let socket = at.socket(Type::STREAM, socket2::Protocol::TCP).map_err(|e| e.source)?;
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(reuse_port)?;
     at.before_bind(&socket, options).map_err(|e| e.source)?;
@@ -242,9 +234,7 @@ fn bind_only(address: SocketAddr, options: &Options, reuse_port: bool) -> io::Re
 /// microseconds, a datagram that arrives is lost with it.
 pub fn probe_udp(address: SocketAddr, options: &Options) -> io::Result<()> {
     let at = At(address);
-    let socket = at
-        .socket(Type::DGRAM, socket2::Protocol::UDP)
-        .map_err(|e| e.source)?;
+    let socket = at.socket(Type::DGRAM, socket2::Protocol::UDP).map_err(|e| e.source)?;
     at.before_bind(&socket, options).map_err(|e| e.source)?;
     socket.bind(&SockAddr::from(address))
 }
@@ -255,11 +245,7 @@ struct At(SocketAddr);
 
 impl At {
     fn failed(self, step: Step, source: io::Error) -> OpenError {
-        OpenError {
-            step,
-            address: self.0,
-            source,
-        }
+        OpenError { step, address: self.0, source }
     }
 
     fn option<T>(self, name: &'static str, result: Result<T, impl Into<io::Error>>) -> Result<T, OpenError> {
@@ -323,25 +309,20 @@ impl At {
             SocketAddr::V4(_) => {
                 self.option("IP_PKTINFO", setsockopt(socket, sockopt::Ipv4PacketInfo, &true))
             }
-            SocketAddr::V6(_) => self.option(
-                "IPV6_RECVPKTINFO",
-                setsockopt(socket, sockopt::Ipv6RecvPacketInfo, &true),
-            ),
+            SocketAddr::V6(_) => {
+                self.option("IPV6_RECVPKTINFO", setsockopt(socket, sockopt::Ipv6RecvPacketInfo, &true))
+            }
         }
     }
 
     fn bind(self, socket: &Socket) -> Result<(), OpenError> {
-        socket
-            .bind(&SockAddr::from(self.0))
-            .map_err(|e| self.failed(Step::Bind, e))
+        socket.bind(&SockAddr::from(self.0)).map_err(|e| self.failed(Step::Bind, e))
     }
 }
 
 /// The kernel takes an int and cuts it at its own limit.
 fn whole(bytes: u64) -> usize {
-    usize::try_from(bytes)
-        .unwrap_or(usize::MAX)
-        .min(i32::MAX as usize)
+    usize::try_from(bytes).unwrap_or(usize::MAX).min(i32::MAX as usize)
 }
 
 fn interface_index(interface: &MulticastInterface) -> io::Result<u32> {
@@ -389,9 +370,5 @@ fn set_tcp(socket: &Socket, name: i32, value: i32) -> io::Result<()> {
             size_of::<i32>() as libc::socklen_t,
         )
     };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

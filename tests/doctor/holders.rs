@@ -20,18 +20,8 @@ use crate::support::{
 };
 
 const HERE: &str = "127.0.0.1:7000";
-const ALONE: Made = Made {
-    address: false,
-    port: false,
-    owner: None,
-    dual: false,
-};
-const SHARED: Made = Made {
-    address: true,
-    port: true,
-    owner: None,
-    dual: false,
-};
+const ALONE: Made = Made { address: false, port: false, owner: None, dual: false };
+const SHARED: Made = Made { address: true, port: true, owner: None, dual: false };
 
 /// As the supervisor does it: open, and on failure gather and explain.
 fn opened(address: &str, options: &Options) -> Explanation {
@@ -67,26 +57,13 @@ fn a_listener_without_reuseport_is_named() {
 #[test]
 fn the_json_has_what_was_promised() {
     isolated(|| {
-        let holder = Holder::of(tcp(
-            HERE,
-            Made {
-                address: true,
-                ..ALONE
-            },
-            true,
-        ));
+        let holder = Holder::of(tcp(HERE, Made { address: true, ..ALONE }, true));
         let outcome = ask(HERE, Protocol::Tcp, true);
         let told = json(&outcome.text);
         assert_eq!(outcome.exit_code, 69);
-        assert_eq!(
-            (&told["address"], &told["bind"]),
-            (&HERE.into(), &"EADDRINUSE".into())
-        );
+        assert_eq!((&told["address"], &told["bind"]), (&HERE.into(), &"EADDRINUSE".into()));
         let one = &told["holders"][0];
-        assert_eq!(
-            (&one["pid"], &one["command"]),
-            (&holder.pid().into(), &"sleep 600".into())
-        );
+        assert_eq!((&one["pid"], &one["command"]), (&holder.pid().into(), &"sleep 600".into()));
         assert_eq!(
             (&one["state"], &one["uid"]),
             (&"listening".into(), &nix::unistd::geteuid().as_raw().into())
@@ -107,17 +84,10 @@ fn a_group_of_our_own_user_is_counted_and_the_way_to_share_is_told() {
         drop(listen::tcp(addr(HERE), &Options::default()).expect("the group takes us"));
         let told = doctor(HERE);
         assert_eq!(told.exit_code, 69);
-        let named = format!(
-            "is held by 2 sockets of pid {} (sleep 600) and 1 more, uid ",
-            first.pid()
-        );
+        let named = format!("is held by 2 sockets of pid {} (sleep 600) and 1 more, uid ", first.pid());
         assert!(told.text.contains(&named), "{}", told.text);
         assert!(told.text.contains(", with SO_REUSEPORT\n"), "{}", told.text);
-        assert!(
-            told.text.contains("set share_ports = true in [daemon]"),
-            "{}",
-            told.text
-        );
+        assert!(told.text.contains("set share_ports = true in [daemon]"), "{}", told.text);
     });
 }
 
@@ -127,14 +97,7 @@ fn a_group_of_another_user_is_told_by_its_user() {
         if lacks_other_users() {
             return;
         }
-        let holder = Holder::of(tcp(
-            HERE,
-            Made {
-                owner: Some(SOMEBODY),
-                ..SHARED
-            },
-            true,
-        ));
+        let holder = Holder::of(tcp(HERE, Made { owner: Some(SOMEBODY), ..SHARED }, true));
         let told = opened(HERE, &Options::default());
         assert_eq!(
             told.text,
@@ -144,12 +107,7 @@ fn a_group_of_another_user_is_told_by_its_user() {
                 holder.pid()
             )
         );
-        assert!(
-            told.advice
-                .contains("start both programs as uid 65533 or as uid 0"),
-            "{}",
-            told.advice
-        );
+        assert!(told.advice.contains("start both programs as uid 65533 or as uid 0"), "{}", told.advice);
         assert_eq!(told.exit_code, 69);
     });
 }
@@ -183,17 +141,7 @@ fn behind_hidepid_even_the_process_is_gone_and_the_user_still_told() {
         }
         let mut command = Command::new("sleep");
         command.uid(SOMEBODY).gid(SOMEBODY);
-        let holder = Holder::start(
-            tcp(
-                HERE,
-                Made {
-                    owner: Some(SOMEBODY),
-                    ..ALONE
-                },
-                true,
-            ),
-            command,
-        );
+        let holder = Holder::start(tcp(HERE, Made { owner: Some(SOMEBODY), ..ALONE }, true), command);
         let said = elsewhere(|| {
             own_mounts();
             let options = Some("hidepid=2");
@@ -223,13 +171,7 @@ fn a_holder_outside_our_pid_namespace_is_not_visible_and_one_inside_another_is()
             // The child of this one is the first process of the namespace.
             elsewhere(|| {
                 own_mounts();
-                match mount(
-                    Some("proc"),
-                    "/proc",
-                    Some("proc"),
-                    MsFlags::empty(),
-                    None::<&str>,
-                ) {
+                match mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), None::<&str>) {
                     Ok(()) => doctor(HERE).text,
                     Err(_) => "skipped".into(),
                 }
@@ -246,9 +188,7 @@ fn a_holder_outside_our_pid_namespace_is_not_visible_and_one_inside_another_is()
         command.args(["--pid", "--fork", "--kill-child", "sleep"]);
         let below = Below::start(socket, command);
         crate::support::eventually("the inner sleep is named", || {
-            opened("127.0.0.1:7001", &Options::default())
-                .text
-                .contains("sleep 600")
+            opened("127.0.0.1:7001", &Options::default()).text.contains("sleep 600")
         });
         drop(below);
     });
@@ -260,13 +200,7 @@ struct Below(std::process::Child);
 impl Below {
     fn start(socket: socket2::Socket, mut command: Command) -> Below {
         let input = std::process::Stdio::from(std::os::fd::OwnedFd::from(socket));
-        Below(
-            command
-                .arg("600")
-                .stdin(input)
-                .spawn()
-                .expect("unshare can be started"),
-        )
+        Below(command.arg("600").stdin(input).spawn().expect("unshare can be started"))
     }
 }
 
@@ -285,10 +219,7 @@ fn another_network_is_no_conflict_and_a_holder_that_moved_there_still_is_one() {
             let _socket = tcp(HERE, ALONE, true);
             unshare(CloneFlags::CLONE_NEWNET).expect("a network below ours");
             // What is bound stays in the old network; the look is in the new.
-            vec![
-                doctor(HERE).exit_code,
-                find(addr(HERE), Protocol::Tcp, None).len() as u8,
-            ]
+            vec![doctor(HERE).exit_code, find(addr(HERE), Protocol::Tcp, None).len() as u8]
         });
         let seen = elsewhere_network.expect("the child answers");
         // Down is its loopback, so only the absence of holders is claimed.
@@ -299,11 +230,7 @@ fn another_network_is_no_conflict_and_a_holder_that_moved_there_still_is_one() {
         unsafe { command.pre_exec(|| Ok(unshare(CloneFlags::CLONE_NEWNET)?)) };
         let holder = Holder::start(tcp(HERE, ALONE, true), command);
         let told = opened(HERE, &Options::default());
-        assert!(
-            told.text.contains(&format!("pid {} (sleep 600)", holder.pid())),
-            "{}",
-            told.text
-        );
+        assert!(told.text.contains(&format!("pid {} (sleep 600)", holder.pid())), "{}", told.text);
     });
 }
 
@@ -313,20 +240,12 @@ fn a_socket_that_is_bound_and_does_not_listen_is_found() {
         let holder = Holder::of(tcp(HERE, ALONE, false));
         let told = opened(HERE, &Options::default());
         if kernel() < (6, 8) {
-            assert!(
-                told.text
-                    .ends_with("is in use, but no socket there is visible from here")
-            );
+            assert!(told.text.ends_with("is in use, but no socket there is visible from here"));
             return skipped("before Linux 6.8 no table has such sockets");
         }
         let named = format!("pid {} (sleep 600)", holder.pid());
         assert!(told.text.contains(&named), "{}", told.text);
-        assert!(
-            told.text
-                .ends_with("without SO_REUSEPORT, bound but not listening"),
-            "{}",
-            told.text
-        );
+        assert!(told.text.ends_with("without SO_REUSEPORT, bound but not listening"), "{}", told.text);
     });
 }
 
@@ -335,42 +254,21 @@ fn an_overlapping_address_counts_and_is_named() {
     isolated(|| {
         let _wild = Holder::of(tcp("0.0.0.0:7000", ALONE, true));
         let told = opened(HERE, &Options::default());
-        assert!(
-            told.text
-                .contains("is held by the overlapping 0.0.0.0:7000: pid "),
-            "{}",
-            told.text
-        );
+        assert!(told.text.contains("is held by the overlapping 0.0.0.0:7000: pid "), "{}", told.text);
         let _specific = Holder::of(tcp("127.0.0.1:7001", ALONE, true));
         let told = opened("0.0.0.0:7001", &Options::default());
-        assert!(
-            told.text.contains("the overlapping 127.0.0.1:7001: pid "),
-            "{}",
-            told.text
-        );
+        assert!(told.text.contains("the overlapping 127.0.0.1:7001: pid "), "{}", told.text);
         let _dual = Holder::of(tcp("[::]:7002", Made { dual: true, ..ALONE }, true));
         let told = opened("127.0.0.1:7002", &Options::default());
-        assert!(
-            told.text.contains("the overlapping [::]:7002: pid "),
-            "{}",
-            told.text
-        );
+        assert!(told.text.contains("the overlapping [::]:7002: pid "), "{}", told.text);
         // An IPv6-only one is no conflict, and is not shown as one.
         let _only = Holder::of(tcp("[::]:7003", ALONE, true));
         assert_eq!(doctor("127.0.0.1:7003").text, "127.0.0.1:7003/tcp can be bound\n");
         // A bare port asks for both families.
         let both = doctor("7003");
         assert_eq!(both.exit_code, 69);
-        assert!(
-            both.text.contains("0.0.0.0:7003/tcp can be bound"),
-            "{}",
-            both.text
-        );
-        assert!(
-            both.text.contains("[::]:7003/tcp is held by pid "),
-            "{}",
-            both.text
-        );
+        assert!(both.text.contains("0.0.0.0:7003/tcp can be bound"), "{}", both.text);
+        assert!(both.text.contains("[::]:7003/tcp is held by pid "), "{}", both.text);
     });
 }
 
@@ -379,10 +277,7 @@ fn what_lingers_is_told_apart_from_what_lives() {
     isolated(|| {
         leave_time_wait(HERE, ALONE);
         let told = opened(HERE, &Options::default());
-        assert_eq!(
-            told.text,
-            "127.0.0.1:7000/tcp is held by a connection in TIME_WAIT"
-        );
+        assert_eq!(told.text, "127.0.0.1:7000/tcp is held by a connection in TIME_WAIT");
         assert!(told.advice.contains("gone in a minute"), "{}", told.advice);
         assert_eq!((told.exit_code, doctor(HERE).exit_code), (69, 69));
         // In the way of nothing when it was left by a listener like ours.
@@ -390,10 +285,7 @@ fn what_lingers_is_told_apart_from_what_lives() {
         let free = doctor("127.0.0.1:7001");
         assert_eq!(
             (free.exit_code, free.text.as_str()),
-            (
-                0,
-                "127.0.0.1:7001/tcp can be bound\n  not in the way: a connection in TIME_WAIT\n"
-            )
+            (0, "127.0.0.1:7001/tcp can be bound\n  not in the way: a connection in TIME_WAIT\n")
         );
         let _open = leave_connection("127.0.0.1:7002", ALONE);
         let told = opened("127.0.0.1:7002", &Options::default());
@@ -410,11 +302,7 @@ fn a_port_that_an_outgoing_connection_borrowed_is_told_as_such() {
         let borrowed = client.local_addr().expect("its port");
         let (_accepted, _) = server.accept().expect("the other end");
         let told = opened(&borrowed.to_string(), &Options::default());
-        assert!(
-            told.text.contains("is held by a connection of pid "),
-            "{}",
-            told.text
-        );
+        assert!(told.text.contains("is held by a connection of pid "), "{}", told.text);
         let line = format!("net.ipv4.ip_local_reserved_ports={}", borrowed.port());
         assert!(told.advice.contains(&line), "{}", told.advice);
         assert_eq!(told.exit_code, 69);
@@ -424,13 +312,7 @@ fn a_port_that_an_outgoing_connection_borrowed_is_told_as_such() {
 #[test]
 fn udp_holders_are_named_and_asked_for_by_a_flag() {
     isolated(|| {
-        let holder = Holder::of(udp(
-            HERE,
-            Made {
-                address: true,
-                ..ALONE
-            },
-        ));
+        let holder = Holder::of(udp(HERE, Made { address: true, ..ALONE }));
         let error = listen::udp(addr(HERE), &Options::default()).expect_err("in use");
         let told = told(&error, Protocol::Udp, &Options::default());
         let named = format!("127.0.0.1:7000/udp is held by pid {} (sleep 600)", holder.pid());
@@ -465,30 +347,16 @@ fn a_unit_is_named_and_the_line_that_stops_it() {
         let one = json(&ask(HERE, Protocol::Tcp, true).text)["holders"][0]["unit"].clone();
         drop(holder);
         fs::remove_dir(&group).expect("an empty group goes");
-        assert!(
-            told.text
-                .contains("(sleep 600) of evenkeel-test-holder.service, uid 0"),
-            "{}",
-            told.text
-        );
-        assert_eq!(
-            told.advice,
-            "systemctl stop evenkeel-test-holder.service, or choose another port"
-        );
+        assert!(told.text.contains("(sleep 600) of evenkeel-test-holder.service, uid 0"), "{}", told.text);
+        assert_eq!(told.advice, "systemctl stop evenkeel-test-holder.service, or choose another port");
         assert_eq!(one, "evenkeel-test-holder.service");
     });
 }
 
 /// A group of the hierarchy that systemd uses, wherever it is mounted.
 fn control_group(name: &str) -> Option<std::path::PathBuf> {
-    let roots = [
-        "/sys/fs/cgroup/unified",
-        "/sys/fs/cgroup/systemd",
-        "/sys/fs/cgroup",
-    ];
-    let root = roots
-        .iter()
-        .find(|root| fs::exists(format!("{root}/cgroup.procs")).unwrap_or(false))?;
+    let roots = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd", "/sys/fs/cgroup"];
+    let root = roots.iter().find(|root| fs::exists(format!("{root}/cgroup.procs")).unwrap_or(false))?;
     let group = std::path::Path::new(root).join(name);
     fs::create_dir(&group).ok().map(|()| group)
 }
@@ -504,10 +372,8 @@ fn without_netlink_the_tables_of_proc_tell_the_same() {
         });
         assert_eq!(said, usual);
         assert!(said.contains(&holder.pid().to_string()));
-        let states: Vec<State> = find(addr(HERE), Protocol::Tcp, None)
-            .into_iter()
-            .map(|holder| holder.state)
-            .collect();
+        let states: Vec<State> =
+            find(addr(HERE), Protocol::Tcp, None).into_iter().map(|holder| holder.state).collect();
         assert_eq!(states, [State::Listening]);
     });
 }
@@ -553,10 +419,7 @@ fn a_low_port_names_the_capability_the_sysctl_and_the_unit_line() {
 fn an_address_of_no_interface_offers_freebind() {
     isolated(|| {
         let told = opened("192.0.2.1:7000", &Options::default());
-        assert_eq!(
-            told.text,
-            "192.0.2.1:7000/tcp: no interface of this host has the address 192.0.2.1"
-        );
+        assert_eq!(told.text, "192.0.2.1:7000/tcp: no interface of this host has the address 192.0.2.1");
         assert!(told.advice.contains("freebind = true") && told.advice.contains("ip address add 192.0.2.1"));
         assert_eq!(told.exit_code, 69);
     });
@@ -573,21 +436,13 @@ fn an_address_of_an_interface_that_is_down_names_it() {
             // Linux keeps an IPv4 address local whatever its interface does.
             assert!(ip("-6 address add 2001:db8::1/64 dev left0"));
             let told = opened("[2001:db8::1]:7000", &Options::default());
-            assert_eq!(
-                told.text,
-                "[2001:db8::1]:7000/tcp: 2001:db8::1 is on interface left0, which is down"
-            );
+            assert_eq!(told.text, "[2001:db8::1]:7000/tcp: 2001:db8::1 is on interface left0, which is down");
             assert!(told.advice.starts_with("ip link set left0 up"), "{}", told.advice);
             assert_eq!(told.exit_code, 69);
             return;
         }
         let told = opened("198.51.100.1:7000", &Options::default());
-        assert!(
-            told.text
-                .ends_with("198.51.100.1 is on interface left0, which is down"),
-            "{}",
-            told.text
-        );
+        assert!(told.text.ends_with("198.51.100.1 is on interface left0, which is down"), "{}", told.text);
         assert!(told.advice.starts_with("ip link set left0 up"), "{}", told.advice);
     });
 }
@@ -612,10 +467,7 @@ fn an_ipv6_address_under_the_search_for_duplicates_says_so() {
             "[2001:db8::1]:7000/tcp: 2001:db8::1 on left0 is not usable yet: the search for a duplicate runs"
         );
         assert!(told.advice.contains("freebind = true"), "{}", told.advice);
-        let freebind = Options {
-            freebind: true,
-            ..Options::default()
-        };
+        let freebind = Options { freebind: true, ..Options::default() };
         listen::tcp(addr("[2001:db8::1]:7000"), &freebind).expect("as the advice says");
     });
 }
@@ -628,11 +480,7 @@ fn ipv6_switched_off_is_told_with_the_line_that_switches_it_on() {
         }
         let told = opened("[::1]:7000", &Options::default());
         assert_eq!(told.text, "[::1]:7000/tcp: IPv6 is switched off on this host");
-        assert!(
-            told.advice.contains("net.ipv6.conf.all.disable_ipv6=0"),
-            "{}",
-            told.advice
-        );
+        assert!(told.advice.contains("net.ipv6.conf.all.disable_ipv6=0"), "{}", told.advice);
         assert_eq!(told.exit_code, 69);
     });
 }
@@ -641,10 +489,7 @@ fn ipv6_switched_off_is_told_with_the_line_that_switches_it_on() {
 fn a_link_local_address_without_its_interface_is_told_how_to_be_written() {
     isolated(|| {
         let told = opened("[fe80::1]:7000", &Options::default());
-        assert_eq!(
-            told.text,
-            "[fe80::1]:7000/tcp: a link-local address is not whole without its interface"
-        );
+        assert_eq!(told.text, "[fe80::1]:7000/tcp: a link-local address is not whole without its interface");
         assert!(told.advice.contains("[fe80::1%eth0]:7000"), "{}", told.advice);
         assert_eq!(told.exit_code, 69);
     });
@@ -653,10 +498,7 @@ fn a_link_local_address_without_its_interface_is_told_how_to_be_written() {
 #[test]
 fn an_interface_that_is_not_there_and_a_group_without_a_route_are_told() {
     isolated(|| {
-        let options = Options {
-            interface: Some("nosuch0".into()),
-            ..Options::default()
-        };
+        let options = Options { interface: Some("nosuch0".into()), ..Options::default() };
         let device = opened(HERE, &options);
         assert_eq!(
             device.text,
@@ -669,15 +511,8 @@ fn an_interface_that_is_not_there_and_a_group_without_a_route_are_told() {
             return skipped("this network has a route to groups");
         };
         let told = told(&error, Protocol::Udp, &Options::default());
-        assert_eq!(
-            told.text,
-            "239.255.77.1:7000/udp: no interface to join the group on"
-        );
-        assert!(
-            told.advice.starts_with("set multicast_interface"),
-            "{}",
-            told.advice
-        );
+        assert_eq!(told.text, "239.255.77.1:7000/udp: no interface to join the group on");
+        assert!(told.advice.starts_with("set multicast_interface"), "{}", told.advice);
     });
 }
 
@@ -689,13 +524,7 @@ fn transparent_without_the_capability_is_a_missing_permission() {
         }
         let said = elsewhere(|| {
             become_user(NOBODY);
-            let told = opened(
-                HERE,
-                &Options {
-                    transparent: true,
-                    ..Options::default()
-                },
-            );
+            let told = opened(HERE, &Options { transparent: true, ..Options::default() });
             format!("{} {} | {}", told.exit_code, told.text, told.advice)
         });
         assert!(
@@ -711,39 +540,16 @@ fn transparent_without_the_capability_is_a_missing_permission() {
 #[test]
 fn every_errno_gives_one_line_a_way_out_and_an_exit_code() {
     for errno in 1..=133 {
-        for step in [
-            Step::Socket,
-            Step::Option("SO_REUSEPORT"),
-            Step::Bind,
-            Step::Listen,
-            Step::Join,
-        ] {
+        for step in [Step::Socket, Step::Option("SO_REUSEPORT"), Step::Bind, Step::Listen, Step::Join] {
             for address in [HERE, "[::1]:80", "[fe80::1]:80", "239.1.1.1:80"] {
                 let source = std::io::Error::from_raw_os_error(errno);
-                let error = OpenError {
-                    step,
-                    address: addr(address),
-                    source,
-                };
-                let failure = BindFailure::new(
-                    &error,
-                    Protocol::Tcp,
-                    &Options::default(),
-                    holders::Facts::default(),
-                );
+                let error = OpenError { step, address: addr(address), source };
+                let failure =
+                    BindFailure::new(&error, Protocol::Tcp, &Options::default(), holders::Facts::default());
                 let told = explain::bind_failure(&failure);
-                assert!(
-                    told.text.starts_with(&format!("{address}/tcp")),
-                    "{errno}: {told:?}"
-                );
-                assert!(
-                    !told.advice.is_empty() && !told.text.ends_with('.'),
-                    "{errno}: {told:?}"
-                );
-                assert!(
-                    !told.text.contains('\n') && !told.advice.contains('\n'),
-                    "{errno}: {told:?}"
-                );
+                assert!(told.text.starts_with(&format!("{address}/tcp")), "{errno}: {told:?}");
+                assert!(!told.advice.is_empty() && !told.text.ends_with('.'), "{errno}: {told:?}");
+                assert!(!told.text.contains('\n') && !told.advice.contains('\n'), "{errno}: {told:?}");
                 let permission = matches!(errno, libc::EACCES | libc::EPERM);
                 assert_eq!(told.exit_code, if permission { 77 } else { 69 }, "{errno}");
             }
@@ -754,24 +560,13 @@ fn every_errno_gives_one_line_a_way_out_and_an_exit_code() {
 /// Mounts of this process's own, which end with it.
 fn own_mounts() {
     unshare(CloneFlags::CLONE_NEWNS).expect("mounts of our own");
-    mount(
-        None::<&str>,
-        "/",
-        None::<&str>,
-        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
-        None::<&str>,
-    )
-    .expect("what is mounted here stays here");
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
+        .expect("what is mounted here stays here");
 }
 
 /// Major and minor number.
 fn kernel() -> (u32, u32) {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("the kernel tells its release");
-    let mut numbers = release
-        .split(['.', '-'])
-        .map(|part| part.parse().expect("a number"));
-    (
-        numbers.next().expect("a major number"),
-        numbers.next().expect("a minor number"),
-    )
+    let mut numbers = release.split(['.', '-']).map(|part| part.parse().expect("a number"));
+    (numbers.next().expect("a major number"), numbers.next().expect("a minor number"))
 }

@@ -37,11 +37,7 @@ fn host() -> Host {
 }
 
 fn config() -> Config {
-    let server = |address| Server {
-        address: ServerAddress::Ip(addr(address)),
-        weight: 1,
-        backup: false,
-    };
+    let server = |address| Server { address: ServerAddress::Ip(addr(address)), weight: 1, backup: false };
     Config {
         daemon: Daemon {
             workers: Workers::Count(4),
@@ -52,10 +48,7 @@ fn config() -> Config {
             orphan_timeout: Duration::from_secs(10),
             drain_timeout: Duration::from_secs(30),
         },
-        log: Log {
-            level: LogLevel::Info,
-            format: Format::Text,
-        },
+        log: Log { level: LogLevel::Info, format: Format::Text },
         listeners: vec![Listener {
             name: "web".into(),
             bind: vec![addr("0.0.0.0:8080")],
@@ -89,10 +82,7 @@ fn config() -> Config {
 
 fn one(host: &Host, config: &Config, name: &str) -> Finding {
     let findings = judge(host, Some(config));
-    findings
-        .into_iter()
-        .find(|finding| finding.name == name)
-        .unwrap_or_else(|| panic!("no finding {name}"))
+    findings.into_iter().find(|finding| finding.name == name).unwrap_or_else(|| panic!("no finding {name}"))
 }
 
 fn sysctl(line: &str) -> Remedy {
@@ -102,11 +92,7 @@ fn sysctl(line: &str) -> Remedy {
 #[test]
 fn a_usual_host_is_enough_for_a_usual_configuration() {
     for finding in judge(&host(), Some(&config())) {
-        let expected = if finding.name == "BPF" {
-            Level::Note
-        } else {
-            Level::Ok
-        };
+        let expected = if finding.name == "BPF" { Level::Note } else { Level::Ok };
         assert_eq!(finding.level, expected, "{finding:?}");
     }
     let files = one(&host(), &config(), "open files");
@@ -127,59 +113,34 @@ fn too_few_descriptors_cost_sessions_and_name_the_unit_line() {
     );
     config.daemon.max_connections = 4_000_000;
     let files = one(&host(), &config, "open files");
-    assert!(
-        files.remedy.contains(&sysctl("fs.nr_open = 2500064")),
-        "{files:?}"
-    );
+    assert!(files.remedy.contains(&sysctl("fs.nr_open = 2500064")), "{files:?}");
 }
 
 #[test]
 fn a_cut_backlog_and_cut_buffers_name_their_listener_and_line() {
     let mut config = config();
-    let host = Host {
-        somaxconn: Some(128),
-        ..host()
-    };
+    let host = Host { somaxconn: Some(128), ..host() };
     let queue = one(&host, &config, "accept queue");
-    assert_eq!(
-        (queue.level, &queue.remedy[..]),
-        (Level::Short, &[sysctl("net.core.somaxconn = 4096")][..])
-    );
-    assert!(
-        queue.cost.contains("of listener \"web\" is cut to 128"),
-        "{queue:?}"
-    );
+    assert_eq!((queue.level, &queue.remedy[..]), (Level::Short, &[sysctl("net.core.somaxconn = 4096")][..]));
+    assert!(queue.cost.contains("of listener \"web\" is cut to 128"), "{queue:?}");
     config.listeners[0].receive_buffer = Some(4 << 20);
     config.listeners[0].send_buffer = Some(1 << 20);
     let buffers = one(&host, &config, "socket buffers");
-    let lines = [
-        sysctl("net.core.rmem_max = 4194304"),
-        sysctl("net.core.wmem_max = 1048576"),
-    ];
+    let lines = [sysctl("net.core.rmem_max = 4194304"), sysctl("net.core.wmem_max = 1048576")];
     assert_eq!((buffers.level, &buffers.remedy[..]), (Level::Short, &lines[..]));
 }
 
 #[test]
 fn ports_run_out_where_servers_are_few_and_sessions_many() {
     let mut config = config();
-    let host = Host {
-        open_files: Some((1_000_000, 1_000_000)),
-        ..host()
-    };
+    let host = Host { open_files: Some((1_000_000, 1_000_000)), ..host() };
     config.daemon.max_connections = 56_464;
     assert_eq!(one(&host, &config, "outgoing ports").level, Level::Ok);
     config.daemon.max_connections = 56_465;
     let ports = one(&host, &config, "outgoing ports");
     assert_eq!(ports.level, Level::Short);
-    assert!(
-        ports.cost.contains("upstream \"web\" can have 56464 sessions"),
-        "{ports:?}"
-    );
-    assert!(
-        ports
-            .remedy
-            .contains(&sysctl("net.ipv4.ip_local_port_range = 1024 65535"))
-    );
+    assert!(ports.cost.contains("upstream \"web\" can have 56464 sessions"), "{ports:?}");
+    assert!(ports.remedy.contains(&sysctl("net.ipv4.ip_local_port_range = 1024 65535")));
 }
 
 #[test]
@@ -189,10 +150,7 @@ fn a_listening_port_that_may_be_lent_is_to_be_reserved_beside_the_others() {
     let mut host = host();
     host.reserved_ports.push(50000..=50010);
     let ports = one(&host, &config, "listening ports");
-    assert_eq!(
-        ports.remedy,
-        [sysctl("net.ipv4.ip_local_reserved_ports = 50000-50010,40000")]
-    );
+    assert_eq!(ports.remedy, [sysctl("net.ipv4.ip_local_reserved_ports = 50000-50010,40000")]);
     host.reserved_ports.push(40000..=40000);
     assert_eq!(one(&host, &config, "listening ports").level, Level::Ok);
 }
@@ -203,52 +161,26 @@ fn low_ports_conntrack_migration_and_fast_open_are_judged() {
     config.listeners[0].bind[0].set_port(80);
     let low = one(&host(), &config, "low ports");
     assert_eq!(low.level, Level::Short);
-    assert!(
-        low.remedy
-            .contains(&Remedy::Unit("AmbientCapabilities=CAP_NET_BIND_SERVICE".into()))
-    );
-    let able = Host {
-        capabilities: Some(1 << 10),
-        ..host()
-    };
+    assert!(low.remedy.contains(&Remedy::Unit("AmbientCapabilities=CAP_NET_BIND_SERVICE".into())));
+    let able = Host { capabilities: Some(1 << 10), ..host() };
     assert_eq!(one(&able, &config, "low ports").level, Level::Ok);
 
-    let tracked = Host {
-        conntrack_max: Some(1000),
-        conntrack_count: Some(10),
-        ..host()
-    };
+    let tracked = Host { conntrack_max: Some(1000), conntrack_count: Some(10), ..host() };
     let tracked = one(&tracked, &config, "conntrack");
     assert_eq!(tracked.level, Level::Short);
     assert_eq!(tracked.remedy[0], sysctl("net.netfilter.nf_conntrack_max = 3850"));
 
-    let moving = Host {
-        migrate_req: Some(1),
-        ..host()
-    };
+    let moving = Host { migrate_req: Some(1), ..host() };
     assert_eq!(one(&moving, &config, "tcp_migrate_req").level, Level::Note);
 
     config.listeners[0].tcp.fast_open = true;
     let fast = one(&host(), &config, "fast open");
-    assert_eq!(
-        (fast.level, &fast.remedy[..]),
-        (Level::Short, &[sysctl("net.ipv4.tcp_fastopen = 3")][..])
-    );
+    assert_eq!((fast.level, &fast.remedy[..]), (Level::Short, &[sysctl("net.ipv4.tcp_fastopen = 3")][..]));
 }
 
 #[test]
 fn bpf_may_be_loaded_with_its_capability_or_with_all() {
-    let level = |capabilities| {
-        one(
-            &Host {
-                capabilities,
-                ..host()
-            },
-            &config(),
-            "BPF",
-        )
-        .level
-    };
+    let level = |capabilities| one(&Host { capabilities, ..host() }, &config(), "BPF").level;
     assert_eq!(level(Some(1 << 39)), Level::Ok);
     assert_eq!(level(Some(1 << 21)), Level::Ok);
     assert_eq!(level(Some(1 << 12)), Level::Note);
@@ -258,11 +190,7 @@ fn bpf_may_be_loaded_with_its_capability_or_with_all() {
 #[test]
 fn a_host_that_tells_nothing_is_unknown_and_not_well() {
     for finding in judge(&Host::default(), Some(&config())) {
-        let expected = if finding.name == "conntrack" {
-            Level::Ok
-        } else {
-            Level::Unknown
-        };
+        let expected = if finding.name == "conntrack" { Level::Ok } else { Level::Unknown };
         assert_eq!(finding.level, expected, "{finding:?}");
         assert!(finding.remedy.is_empty());
     }
@@ -271,30 +199,15 @@ fn a_host_that_tells_nothing_is_unknown_and_not_well() {
 #[test]
 fn this_host_is_read_and_a_changed_limit_shows() {
     isolated(|| {
-        let report = |json| {
-            doctor::run(
-                &Command {
-                    question: Question::Host,
-                    json,
-                },
-                Some(&config()),
-            )
-        };
+        let report = |json| doctor::run(&Command { question: Question::Host, json }, Some(&config()));
         assert_eq!(report(false).exit_code, 0);
         if fs::write("/proc/sys/net/core/somaxconn", "100").is_err() {
             return skipped("the limits of this network cannot be set");
         }
         let text = report(false).text;
-        assert!(
-            text.contains("/etc/sysctl.d: net.core.somaxconn = 4096"),
-            "{text}"
-        );
+        assert!(text.contains("/etc/sysctl.d: net.core.somaxconn = 4096"), "{text}");
         let findings = json(&report(true).text)["findings"].clone();
-        let queue = findings
-            .as_array()
-            .expect("findings")
-            .iter()
-            .find(|one| one["name"] == "accept queue");
+        let queue = findings.as_array().expect("findings").iter().find(|one| one["name"] == "accept queue");
         assert_eq!(queue.expect("the finding")["level"], "short");
     });
 }
@@ -305,45 +218,18 @@ fn a_hidden_proc_sys_is_said_and_the_rest_still_told() {
         let text = elsewhere(|| {
             let hide = || -> nix::Result<()> {
                 unshare(CloneFlags::CLONE_NEWNS)?;
-                mount(
-                    None::<&str>,
-                    "/",
-                    None::<&str>,
-                    MsFlags::MS_REC | MsFlags::MS_PRIVATE,
-                    None::<&str>,
-                )?;
-                mount(
-                    Some("none"),
-                    "/proc/sys",
-                    Some("tmpfs"),
-                    MsFlags::empty(),
-                    None::<&str>,
-                )
+                mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
+                mount(Some("none"), "/proc/sys", Some("tmpfs"), MsFlags::empty(), None::<&str>)
             };
             match hide() {
-                Ok(()) => {
-                    doctor::run(
-                        &Command {
-                            question: Question::Host,
-                            json: false,
-                        },
-                        None,
-                    )
-                    .text
-                }
+                Ok(()) => doctor::run(&Command { question: Question::Host, json: false }, None).text,
                 Err(e) => format!("skipped {e}"),
             }
         });
         if text.starts_with("skipped") {
             return skipped(&text);
         }
-        assert!(
-            text.contains("/proc/sys/net/core/somaxconn cannot be read here"),
-            "{text}"
-        );
-        assert!(
-            text.contains("kernel unknown") && text.contains("open files"),
-            "{text}"
-        );
+        assert!(text.contains("/proc/sys/net/core/somaxconn cannot be read here"), "{text}");
+        assert!(text.contains("kernel unknown") && text.contains("open files"), "{text}");
     });
 }

@@ -48,10 +48,7 @@ fn a_udp_socket_has_reuseport_alone_and_tells_destinations() {
     isolated(|| {
         let socket = Socket::from(listen::udp(addr(LOOPBACK), &Options::default()).expect("a socket"));
         assert!(socket.reuse_port().expect("an option"));
-        assert!(
-            !socket.reuse_address().expect("an option"),
-            "any user could take the port"
-        );
+        assert!(!socket.reuse_address().expect("an option"), "any user could take the port");
         assert!(getsockopt(&socket, sockopt::Ipv4PacketInfo).expect("an option"));
         let six = Socket::from(listen::udp(addr("[::1]:7000"), &Options::default()).expect("a socket"));
         assert!(getsockopt(&six, sockopt::Ipv6RecvPacketInfo).expect("an option"));
@@ -92,12 +89,8 @@ fn two_listeners_of_one_user_share_the_connections() {
             || TcpListener::from(listen::tcp(addr(LOOPBACK), &Options::default()).expect("a listener"));
         let listeners = [open(), open()];
         // All of 64 at one of two by the kernel's hash: 2 in 2^64.
-        let _clients: Vec<_> = (0..64)
-            .map(|_| TcpStream::connect(LOOPBACK).expect("a connection"))
-            .collect();
-        let counts = listeners
-            .each_ref()
-            .map(|l| std::iter::from_fn(|| l.accept().ok()).count());
+        let _clients: Vec<_> = (0..64).map(|_| TcpStream::connect(LOOPBACK).expect("a connection")).collect();
+        let counts = listeners.each_ref().map(|l| std::iter::from_fn(|| l.accept().ok()).count());
         assert_eq!(counts[0] + counts[1], 64);
         assert!(counts[0] > 0 && counts[1] > 0, "{counts:?}");
     });
@@ -125,9 +118,7 @@ fn the_same_holds_for_groups_of_ipv6() {
         }
         let left = MulticastInterface::Name("left0".into());
         let index = nix::net::if_::if_nametoindex("left0").expect("it was just made");
-        copies("[ff05::7701]:7000", "[ff05::7702]:7000", &left, |sender| {
-            sender.set_multicast_if_v6(index)
-        });
+        copies("[ff05::7701]:7000", "[ff05::7702]:7000", &left, |sender| sender.set_multicast_if_v6(index));
     });
 }
 
@@ -143,13 +134,9 @@ fn a_member_hears_only_the_interface_that_it_joined_on() {
         let there = join(MulticastInterface::Name("left0".into())).expect("a member on the other interface");
         let there = UdpSocket::from(there);
         let sender = Socket::new(Domain::IPV4, Type::DGRAM, None).expect("a sender");
-        sender
-            .set_multicast_if_v4(&[127, 0, 0, 1].into())
-            .expect("the sender's interface");
+        sender.set_multicast_if_v4(&[127, 0, 0, 1].into()).expect("the sender's interface");
         sender.send_to(b"x", &addr(group).into()).expect("sent");
-        eventually("the member on lo hears it", || {
-            here.recv_from(&mut [0; 1]).is_ok()
-        });
+        eventually("the member on lo hears it", || here.recv_from(&mut [0; 1]).is_ok());
         let other = there.recv_from(&mut [0; 1]).expect_err("not for this member");
         assert_eq!(other.kind(), ErrorKind::WouldBlock);
     });
@@ -164,10 +151,7 @@ fn copies(
     leave_by: impl Fn(&Socket) -> std::io::Result<()>,
 ) {
     let join = |at| listen::multicast(addr(at), interface, &Options::default()).map(UdpSocket::from);
-    let members = [
-        join(group).expect("a member"),
-        join(group).expect("a second member"),
-    ];
+    let members = [join(group).expect("a member"), join(group).expect("a second member")];
     let _other = join(other).expect("a member of the other group");
     let sender = Socket::new(Domain::for_address(addr(group)), Type::DGRAM, None).expect("a sender");
     leave_by(&sender).expect("the sender's interface");
@@ -192,10 +176,7 @@ fn a_link_local_group_takes_its_scope_from_the_interface() {
         listen::multicast(group, &lo(), &Options::default()).expect("a member");
         let error =
             listen::multicast(group, &MulticastInterface::Any, &Options::default()).expect_err("no scope");
-        assert_eq!(
-            (error.step, error.source.kind()),
-            (Step::Bind, ErrorKind::InvalidInput)
-        );
+        assert_eq!((error.step, error.source.kind()), (Step::Bind, ErrorKind::InvalidInput));
     });
 }
 
@@ -205,19 +186,10 @@ fn a_failure_names_the_call_and_the_address() {
         let options = Options::default();
         let nowhere = listen::tcp(addr("192.0.2.1:7000"), &options).expect_err("not our address");
         assert_eq!(nowhere.step, Step::Bind);
-        assert!(
-            nowhere.to_string().starts_with("192.0.2.1:7000: bind: "),
-            "{nowhere}"
-        );
-        let freebind = Options {
-            freebind: true,
-            ..Options::default()
-        };
+        assert!(nowhere.to_string().starts_with("192.0.2.1:7000: bind: "), "{nowhere}");
+        let freebind = Options { freebind: true, ..Options::default() };
         listen::tcp(addr("192.0.2.1:7000"), &freebind).expect("freebind takes it");
-        let device = Options {
-            interface: Some("nosuch0".into()),
-            ..Options::default()
-        };
+        let device = Options { interface: Some("nosuch0".into()), ..Options::default() };
         let device = listen::udp(addr(LOOPBACK), &device).expect_err("no such interface");
         assert_eq!(device.step, Step::Option("SO_BINDTODEVICE"));
         let unicast = listen::multicast(addr(LOOPBACK), &lo(), &options).expect_err("not a group");
@@ -248,10 +220,7 @@ fn buffers_and_tcp_options_are_those_asked_for() {
         // Deferred: a connection without a byte is not handed out.
         let listener = TcpListener::from(std::os::fd::OwnedFd::from(socket));
         let mut client = TcpStream::connect(LOOPBACK).expect("a connection");
-        assert_eq!(
-            listener.accept().expect_err("too early").kind(),
-            ErrorKind::WouldBlock
-        );
+        assert_eq!(listener.accept().expect_err("too early").kind(), ErrorKind::WouldBlock);
         std::io::Write::write_all(&mut client, b"x").expect("a byte");
         eventually("the connection comes with its byte", || listener.accept().is_ok());
     });
@@ -284,11 +253,7 @@ fn a_probe_and_a_restart_pass_over_what_a_listener_left() {
         // Of an evenkeel, of an older program with one of the options.
         for (port, address, reuse) in [(7001, true, true), (7002, true, false), (7003, false, true)] {
             let place = format!("127.0.0.1:{port}");
-            let made = Made {
-                address,
-                port: reuse,
-                ..Made::default()
-            };
+            let made = Made { address, port: reuse, ..Made::default() };
             leave_time_wait(&place, made);
             let _open = leave_connection(&place, made);
             listen::probe_tcp(addr(&place), &Options::default()).expect("nobody listens");
@@ -318,7 +283,5 @@ pub fn leave_time_wait(place: &str, made: Made) {
     let read = std::io::Read::read(&mut client, &mut [0; 1]).expect("the end");
     assert_eq!(read, 0);
     drop(client);
-    eventually("TIME_WAIT", || {
-        states(addr(place), Protocol::Tcp) == [State::TimeWait]
-    });
+    eventually("TIME_WAIT", || states(addr(place), Protocol::Tcp) == [State::TimeWait]);
 }

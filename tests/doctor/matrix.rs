@@ -42,13 +42,7 @@ fn is_known(matrix: &Matrix) -> bool {
 fn words(matrix: &Matrix, kind: Kind, pair: usize, same_uid: bool) -> String {
     let pair = kind.pairs()[pair];
     let letter = |first, second| {
-        let trial = Trial {
-            kind,
-            pair,
-            first,
-            second,
-            same_uid,
-        };
+        let trial = Trial { kind, pair, first, second, same_uid };
         match matrix.outcome(trial).expect("every combination is asked") {
             Outcome::Bound => '.',
             Outcome::Refused { errno, call } if errno == "EADDRINUSE" && call == "bind" => 'B',
@@ -56,12 +50,7 @@ fn words(matrix: &Matrix, kind: Kind, pair: usize, same_uid: bool) -> String {
             Outcome::NotTried(_) => '?',
         }
     };
-    let word = |first| {
-        Reuse::ALL
-            .map(|second| letter(first, second))
-            .iter()
-            .collect::<String>()
-    };
+    let word = |first| Reuse::ALL.map(|second| letter(first, second)).iter().collect::<String>();
     Reuse::ALL.map(word).join(" ")
 }
 
@@ -129,14 +118,9 @@ fn without_a_second_user_its_cells_say_so_and_guess_nothing() {
     assert!(other.clone().count() > 900);
     for cell in other {
         assert_eq!(cell["bind"], "not tried");
-        assert!(
-            cell["why"].as_str().is_some_and(|why| why.contains("CAP_SETUID")),
-            "{cell}"
-        );
+        assert!(cell["why"].as_str().is_some_and(|why| why.contains("CAP_SETUID")), "{cell}");
     }
-    let ours = cells
-        .iter()
-        .filter(|cell| cell["same_uid"] == true && cell["bind"] == "not tried");
+    let ours = cells.iter().filter(|cell| cell["same_uid"] == true && cell["bind"] == "not tried");
     assert_eq!(ours.count(), 0);
 }
 
@@ -162,17 +146,10 @@ fn the_classic_sentences_are_held_against_the_answers() {
     if !is_known(&matrix) {
         return skipped(&format!("Linux {} is not in the table", matrix.kernel));
     }
-    let verdicts: BTreeMap<&str, Verdict> = matrix
-        .rules()
-        .iter()
-        .map(|rule| (rule.name, rule.verdict))
-        .collect();
+    let verdicts: BTreeMap<&str, Verdict> =
+        matrix.rules().iter().map(|rule| (rule.name, rule.verdict)).collect();
     let two_users = |verdict| {
-        if crate::support::other_users() {
-            verdict
-        } else {
-            Verdict::NotTried
-        }
+        if crate::support::other_users() { verdict } else { Verdict::NotTried }
     };
     let expected = BTreeMap::from([
         ("restart", Verdict::Holds),
@@ -202,30 +179,16 @@ fn a_thief_by_reuseaddr_gets_every_datagram_and_reuseport_alone_keeps_it_out() {
 #[test]
 fn the_table_explains_every_letter_it_uses() {
     let text = measured().text();
-    let legend: Vec<char> = text
-        .lines()
-        .filter_map(|l| l.strip_prefix("  ")?.split_once("  ")?.0.chars().next())
-        .collect();
-    let tables = text
-        .split("what is commonly said")
-        .next()
-        .expect("the tables come first");
-    let rows: Vec<&str> = tables
-        .lines()
-        .filter(|line| line.matches(", ").count() == 1)
-        .collect();
-    let rows: Vec<&&str> = rows
-        .iter()
-        .filter(|row| row.starts_with(['1', '2', '0', '[']))
-        .collect();
+    let legend: Vec<char> =
+        text.lines().filter_map(|l| l.strip_prefix("  ")?.split_once("  ")?.0.chars().next()).collect();
+    let tables = text.split("what is commonly said").next().expect("the tables come first");
+    let rows: Vec<&str> = tables.lines().filter(|line| line.matches(", ").count() == 1).collect();
+    let rows: Vec<&&str> = rows.iter().filter(|row| row.starts_with(['1', '2', '0', '['])).collect();
     assert_eq!(rows.len(), 5 * 13 + 7);
     for row in rows {
         let letters: String = row[42..].split_whitespace().collect();
         assert_eq!(letters.len(), 32, "{row}");
-        assert!(
-            letters.chars().all(|letter| legend.contains(&letter)),
-            "{row}\n{legend:?}"
-        );
+        assert!(letters.chars().all(|letter| legend.contains(&letter)), "{row}\n{legend:?}");
     }
 }
 
@@ -241,10 +204,7 @@ fn where_no_namespace_is_allowed_the_loopback_answers_the_same() {
     let answers = |cells: &serde_json::Value| -> Vec<serde_json::Value> {
         let cells = cells.as_array().expect("cells").iter();
         // Another user is there or not, as the namespace allows.
-        cells
-            .filter(|cell| cell["same_uid"] == true)
-            .map(|cell| cell["bind"].clone())
-            .collect()
+        cells.filter(|cell| cell["same_uid"] == true).map(|cell| cell["bind"].clone()).collect()
     };
     if usual.network == Network::Shared {
         return skipped("no network namespace is allowed to begin with");
@@ -266,18 +226,11 @@ fn a_kernel_whose_reuseport_does_nothing_shows_in_the_cells() {
             assert_eq!(cell["bind"], "EADDRINUSE", "{cell}");
             let asked = |who: &str| cell[who].to_string().contains("SO_REUSEPORT");
             let why = cell["why"].as_str().expect("a sentence");
-            assert_eq!(
-                why.starts_with("not as on Linux 6.18"),
-                asked("first") && asked("second"),
-                "{cell}"
-            );
+            assert_eq!(why.starts_with("not as on Linux 6.18"), asked("first") && asked("second"), "{cell}");
         }
     }
     let rules = told["rules"].as_array().expect("rules");
-    let rule = rules
-        .iter()
-        .find(|rule| rule["name"] == "reuseport-asked-by-all")
-        .expect("the rule");
+    let rule = rules.iter().find(|rule| rule["name"] == "reuseport-asked-by-all").expect("the rule");
     assert_eq!(rule["verdict"], "differs");
 }
 
@@ -289,21 +242,14 @@ fn a_kernel_that_refuses_to_listen_shows_in_the_cells() {
     });
     let told = json(&text);
     let mut seen = 0;
-    for cell in told["cells"]
-        .as_array()
-        .expect("cells")
-        .iter()
-        .filter(|cell| cell["same_uid"] == true)
-    {
+    for cell in told["cells"].as_array().expect("cells").iter().filter(|cell| cell["same_uid"] == true) {
         match cell["kind"].as_str().expect("a kind") {
             // The first socket cannot be brought there.
             "tcp-listening" | "tcp-connection" | "tcp-time-wait" => assert_eq!(cell["bind"], "not tried"),
             "tcp-bound" if cell["first"] == cell["second"] && cell["first"][0] == "SO_REUSEADDR" => {
                 seen += 1;
                 assert!(
-                    cell["why"]
-                        .as_str()
-                        .is_some_and(|why| why.contains("here listen answered")),
+                    cell["why"].as_str().is_some_and(|why| why.contains("here listen answered")),
                     "{cell}"
                 );
             }
@@ -326,30 +272,18 @@ fn a_bind_that_a_filter_refuses_shows_with_its_own_error() {
     let cells = told["cells"].as_array().expect("cells").iter();
     let seconds = cells.filter(|cell| cell["same_uid"] == true && cell["addresses"][1] == "0.0.0.0");
     let is_six = |cell: &&serde_json::Value| {
-        cell["addresses"][0]
-            .as_str()
-            .is_some_and(|first| first.starts_with("[::]"))
+        cell["addresses"][0].as_str().is_some_and(|first| first.starts_with("[::]"))
     };
     let (six, four): (Vec<_>, Vec<_>) = seconds.partition(is_six);
     assert!(!six.is_empty() && !four.is_empty());
     for cell in six {
         // A connection over IPv4 binds nothing by itself, so those are made.
         assert_eq!(cell["bind"], "EPERM", "{cell}");
-        assert!(
-            cell["why"]
-                .as_str()
-                .is_some_and(|why| why.ends_with("here bind answered EPERM")),
-            "{cell}"
-        );
+        assert!(cell["why"].as_str().is_some_and(|why| why.ends_with("here bind answered EPERM")), "{cell}");
     }
     for cell in four {
         assert_eq!(cell["bind"], "not tried", "{cell}");
-        assert!(
-            cell["why"]
-                .as_str()
-                .is_some_and(|why| why.contains("first socket could not")),
-            "{cell}"
-        );
+        assert!(cell["why"].as_str().is_some_and(|why| why.contains("first socket could not")), "{cell}");
     }
 }
 
@@ -367,29 +301,18 @@ pub fn deny_netlink() {
 }
 
 fn deny_argument(call: libc::c_long, argument: Option<(u32, u32)>, errno: i32) {
-    let step = |code: u32, k: u32, jt, jf| libc::sock_filter {
-        code: code as u16,
-        jt,
-        jf,
-        k,
-    };
+    let step = |code: u32, k: u32, jt, jf| libc::sock_filter { code: code as u16, jt, jf, k };
     let load = |offset| step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset, 0, 0);
     let unless = |value, skip| step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, value, 0, skip);
     let answer = |value| step(libc::BPF_RET | libc::BPF_K, value, 0, 0);
     let half = if cfg!(target_endian = "little") { 0 } else { 4 };
-    let mut program = vec![
-        load(0),
-        unless(call as u32, if argument.is_some() { 3 } else { 1 }),
-    ];
+    let mut program = vec![load(0), unless(call as u32, if argument.is_some() { 3 } else { 1 })];
     if let Some((at, value)) = argument {
         program.extend([load(16 + at * 8 + half), unless(value, 1)]);
     }
     program.push(answer(libc::SECCOMP_RET_ERRNO | errno as u32));
     program.push(answer(libc::SECCOMP_RET_ALLOW));
-    let program = libc::sock_fprog {
-        len: program.len() as u16,
-        filter: program.as_mut_ptr(),
-    };
+    let program = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
     nix::sys::prctl::set_no_new_privs().expect("privileges can always be given up");
     // SAFETY: `program` and what it points to live through the call; the
     // kernel copies both.

@@ -34,14 +34,9 @@ pub fn isolated(body: impl FnOnce()) {
     if std::env::var_os(INSIDE).is_some() {
         return body();
     }
-    let name = std::thread::current()
-        .name()
-        .expect("a test's thread has its name")
-        .to_string();
+    let name = std::thread::current().name().expect("a test's thread has its name").to_string();
     let mut command = Command::new(std::env::current_exe().expect("a running program has a path"));
-    command
-        .args([&name, "--exact", "--nocapture", "--include-ignored"])
-        .env(INSIDE, "1");
+    command.args([&name, "--exact", "--nocapture", "--include-ignored"]).env(INSIDE, "1");
     // SAFETY: between fork and exec only namespaces are changed; allocation
     // there is what glibc and musl allow.
     unsafe {
@@ -96,17 +91,11 @@ impl Holder {
 
     pub fn start(socket: Socket, mut command: Command) -> Holder {
         let input = Stdio::from(OwnedFd::from(socket));
-        let child = command
-            .arg("600")
-            .stdin(input)
-            .spawn()
-            .expect("sleep can be started");
+        let child = command.arg("600").stdin(input).spawn().expect("sleep can be started");
         let holder = Holder(child);
         // Until it has begun, the process bears the name of this test.
         let line = format!("/proc/{}/cmdline", holder.pid());
-        eventually("the holder runs", || {
-            std::fs::read(&line).is_ok_and(|line| line == b"sleep\0600\0")
-        });
+        eventually("the holder runs", || std::fs::read(&line).is_ok_and(|line| line == b"sleep\0600\0"));
         holder
     }
 
@@ -178,10 +167,7 @@ pub fn doctor(address: &str) -> Outcome {
 }
 
 pub fn ask(address: &str, protocol: Protocol, json: bool) -> Outcome {
-    let question = Question::Address {
-        address: address.into(),
-        protocol,
-    };
+    let question = Question::Address { address: address.into(), protocol };
     doctor::run(&doctor::Command { question, json }, None)
 }
 
@@ -192,9 +178,6 @@ pub fn json(text: &str) -> serde_json::Value {
 /// Runs `ip` with these arguments; false where it cannot do it.
 pub fn ip(arguments: &str) -> bool {
     let mut command = Command::new("ip");
-    command
-        .args(arguments.split(' '))
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
+    command.args(arguments.split(' ')).stdout(Stdio::null()).stderr(Stdio::null());
     command.status().is_ok_and(|status| status.success())
 }

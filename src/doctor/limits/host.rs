@@ -68,9 +68,7 @@ impl Host {
             conntrack_count: number("net/netfilter/nf_conntrack_count"),
             migrate_req: number("net/ipv4/tcp_migrate_req"),
             fast_open: number("net/ipv4/tcp_fastopen"),
-            capabilities: fs::read_to_string(proc.join("self/status"))
-                .ok()
-                .and_then(|t| effective(&t)),
+            capabilities: fs::read_to_string(proc.join("self/status")).ok().and_then(|t| effective(&t)),
             udp_offloads: udp_offloads().ok(),
         }
     }
@@ -124,10 +122,7 @@ mod tests {
     fn a_hidden_proc_leaves_readings_out_and_nothing_fails() {
         let empty = tempfile::tempdir().expect("a temporary folder");
         let host = Host::read(empty.path());
-        assert_eq!(
-            (host.kernel.clone(), host.somaxconn, host.capabilities),
-            (None, None, None)
-        );
+        assert_eq!((host.kernel.clone(), host.somaxconn, host.capabilities), (None, None, None));
         assert_eq!(host.version(), None);
     }
 }

@@ -59,52 +59,28 @@ impl Load {
             .open_files
             .map(|(soft, _)| soft.saturating_sub(OWN_DESCRIPTORS).saturating_mul(workers) / session_sockets);
         let wanted = config.map_or(0, |config| config.daemon.max_connections);
-        Load {
-            workers,
-            session_sockets,
-            wanted,
-            room,
-        }
+        Load { workers, session_sockets, wanted, room }
     }
 
     /// Sessions to reckon with.
     fn sessions(&self) -> Option<u64> {
-        if self.wanted > 0 {
-            Some(self.wanted)
-        } else {
-            self.room
-        }
+        if self.wanted > 0 { Some(self.wanted) } else { self.room }
     }
 
     /// Descriptors of one worker for all the sessions wanted. A quarter more
     /// than the mean, because the kernel's hash does not deal evenly.
     fn descriptors(&self) -> u64 {
-        let mean = self
-            .wanted
-            .div_ceil(self.workers)
-            .saturating_mul(self.session_sockets);
+        let mean = self.wanted.div_ceil(self.workers).saturating_mul(self.session_sockets);
         mean.saturating_add(mean / 4).saturating_add(OWN_DESCRIPTORS)
     }
 }
 
 fn finding(name: &'static str, level: Level, found: String, cost: &str, remedy: Vec<Remedy>) -> Finding {
-    Finding {
-        name,
-        level,
-        found,
-        cost: cost.into(),
-        remedy,
-    }
+    Finding { name, level, found, cost: cost.into(), remedy }
 }
 
 fn unknown(name: &'static str, file: &str) -> Finding {
-    finding(
-        name,
-        Level::Unknown,
-        format!("{file} cannot be read here"),
-        "",
-        Vec::new(),
-    )
+    finding(name, Level::Unknown, format!("{file} cannot be read here"), "", Vec::new())
 }
 
 fn sysctl(line: String) -> Vec<Remedy> {
@@ -112,9 +88,7 @@ fn sysctl(line: String) -> Vec<Remedy> {
 }
 
 fn listeners(config: Option<&Config>) -> &[Listener] {
-    config
-        .map(|config| config.listeners.as_slice())
-        .unwrap_or_default()
+    config.map(|config| config.listeners.as_slice()).unwrap_or_default()
 }
 
 fn kernel(host: &Host) -> Finding {
@@ -124,13 +98,7 @@ fn kernel(host: &Host) -> Finding {
     let found = host.kernel.clone().unwrap_or_default();
     if version < OLDEST {
         let words = Remedy::Words(format!("use Linux {}.{} or newer", OLDEST.0, OLDEST.1));
-        return finding(
-            "kernel",
-            Level::Short,
-            found,
-            "older than what is supported",
-            vec![words],
-        );
+        return finding("kernel", Level::Short, found, "older than what is supported", vec![words]);
     }
     finding("kernel", Level::Ok, found, "", Vec::new())
 }
@@ -164,10 +132,7 @@ fn accept_queue(host: &Host, config: Option<&Config>) -> Finding {
         return unknown(NAME, "/proc/sys/net/core/somaxconn");
     };
     let found = format!("net.core.somaxconn = {most}");
-    let cut: Vec<&Listener> = listeners(config)
-        .iter()
-        .filter(|l| u64::from(l.backlog) > most)
-        .collect();
+    let cut: Vec<&Listener> = listeners(config).iter().filter(|l| u64::from(l.backlog) > most).collect();
     let wanted = match config {
         Some(_) => cut.iter().map(|listener| listener.backlog).max(),
         None => (u64::from(DEFAULT_BACKLOG) > most).then_some(DEFAULT_BACKLOG),
@@ -180,13 +145,7 @@ fn accept_queue(host: &Host, config: Option<&Config>) -> Finding {
          again a second later",
         of(&cut)
     );
-    finding(
-        NAME,
-        Level::Short,
-        found,
-        &cost,
-        sysctl(format!("net.core.somaxconn = {wanted}")),
-    )
+    finding(NAME, Level::Short, found, &cost, sysctl(format!("net.core.somaxconn = {wanted}")))
 }
 
 /// ` of listener "web" and 2 more`
@@ -206,9 +165,7 @@ fn outgoing_ports(host: &Host, config: Option<&Config>, load: &Load) -> Finding 
     let count = range.len() as u64;
     let found = format!("{} to {}, {count} for each server", range.start(), range.end());
     // All sessions may be of the upstream with the fewest servers.
-    let upstreams = config
-        .map(|config| config.upstreams.as_slice())
-        .unwrap_or_default();
+    let upstreams = config.map(|config| config.upstreams.as_slice()).unwrap_or_default();
     let fewest = upstreams.iter().min_by_key(|upstream| upstream.servers.len());
     let (Some(upstream), Some(sessions)) = (fewest, load.sessions()) else {
         return finding(NAME, Level::Ok, found, "", Vec::new());
@@ -226,9 +183,7 @@ fn outgoing_ports(host: &Host, config: Option<&Config>, load: &Load) -> Finding 
     if count < 64_000 {
         remedy.push(Remedy::Sysctl("net.ipv4.ip_local_port_range = 1024 65535".into()));
     }
-    remedy.push(Remedy::Words(
-        "more servers, more addresses in source, or a lower max_connections".into(),
-    ));
+    remedy.push(Remedy::Words("more servers, more addresses in source, or a lower max_connections".into()));
     finding(NAME, Level::Short, found, &cost, remedy)
 }
 
@@ -239,13 +194,8 @@ fn listening_ports(host: &Host, config: Option<&Config>) -> Finding {
         return unknown(NAME, "/proc/sys/net/ipv4/ip_local_port_range");
     };
     let reserved = |port: &u16| host.reserved_ports.iter().any(|range| range.contains(port));
-    let ports = listeners(config)
-        .iter()
-        .flat_map(|listener| &listener.bind)
-        .map(|address| address.port());
-    let lent: BTreeSet<u16> = ports
-        .filter(|port| range.contains(port) && !reserved(port))
-        .collect();
+    let ports = listeners(config).iter().flat_map(|listener| &listener.bind).map(|address| address.port());
+    let lent: BTreeSet<u16> = ports.filter(|port| range.contains(port) && !reserved(port)).collect();
     if lent.is_empty() {
         let found = "none of ours is lent to outgoing connections".into();
         return finding(NAME, Level::Ok, found, "", Vec::new());
@@ -260,11 +210,7 @@ fn listening_ports(host: &Host, config: Option<&Config>) -> Finding {
     finding(
         NAME,
         Level::Short,
-        format!(
-            "{list} in ip_local_port_range ({} to {})",
-            range.start(),
-            range.end()
-        ),
+        format!("{list} in ip_local_port_range ({} to {})", range.start(), range.end()),
         "an outgoing connection of any program may hold the port when we start: address already in use",
         sysctl(line),
     )
@@ -276,13 +222,8 @@ fn low_ports(host: &Host, config: Option<&Config>) -> Finding {
         return unknown(NAME, "/proc/sys/net/ipv4/ip_unprivileged_port_start");
     };
     let found = format!("below {start} CAP_NET_BIND_SERVICE is needed");
-    let ports = listeners(config)
-        .iter()
-        .flat_map(|listener| &listener.bind)
-        .map(|address| address.port());
-    let low: Vec<u16> = ports
-        .filter(|port| *port != 0 && u64::from(*port) < start)
-        .collect();
+    let ports = listeners(config).iter().flat_map(|listener| &listener.bind).map(|address| address.port());
+    let low: Vec<u16> = ports.filter(|port| *port != 0 && u64::from(*port) < start).collect();
     match (low.iter().min(), host.capable(CAP_NET_BIND_SERVICE)) {
         (None, _) | (Some(_), Some(true)) => finding(NAME, Level::Ok, found, "", Vec::new()),
         (Some(port), _) => finding(
@@ -324,20 +265,12 @@ fn buffers(host: &Host, config: Option<&Config>) -> Finding {
 fn conntrack(host: &Host, load: &Load) -> Finding {
     const NAME: &str = "conntrack";
     let Some(most) = host.conntrack_max else {
-        return finding(
-            NAME,
-            Level::Ok,
-            "not loaded, or hidden here".into(),
-            "",
-            Vec::new(),
-        );
+        return finding(NAME, Level::Ok, "not loaded, or hidden here".into(), "", Vec::new());
     };
     let used = host.conntrack_count.unwrap_or(0);
     let found = format!("{used} of {most} entries used");
     // One entry for each socket of a session.
-    let wanted = load
-        .sessions()
-        .map(|sessions| sessions.saturating_mul(load.session_sockets));
+    let wanted = load.sessions().map(|sessions| sessions.saturating_mul(load.session_sockets));
     match wanted.filter(|wanted| wanted.saturating_add(used) > most) {
         None => finding(NAME, Level::Ok, found, "", Vec::new()),
         Some(wanted) => finding(
@@ -348,10 +281,7 @@ fn conntrack(host: &Host, load: &Load) -> Finding {
                 "if the firewall tracks our traffic, {wanted} entries are wanted: past the limit packets are dropped"
             ),
             vec![
-                Remedy::Sysctl(format!(
-                    "net.netfilter.nf_conntrack_max = {}",
-                    wanted.saturating_add(used)
-                )),
+                Remedy::Sysctl(format!("net.netfilter.nf_conntrack_max = {}", wanted.saturating_add(used))),
                 Remedy::Words("or leave our ports untracked: nft ... tcp dport PORT notrack".into()),
             ],
         ),
@@ -381,19 +311,10 @@ fn migrate_req(host: &Host) -> Finding {
 
 fn bpf(host: &Host) -> Finding {
     const NAME: &str = "BPF";
-    let may = host
-        .capable(CAP_BPF)
-        .zip(host.capable(CAP_SYS_ADMIN))
-        .map(|(bpf, admin)| bpf || admin);
+    let may = host.capable(CAP_BPF).zip(host.capable(CAP_SYS_ADMIN)).map(|(bpf, admin)| bpf || admin);
     match may {
         None => unknown(NAME, "/proc/self/status"),
-        Some(true) => finding(
-            NAME,
-            Level::Ok,
-            "may load a steering program".into(),
-            "",
-            Vec::new(),
-        ),
+        Some(true) => finding(NAME, Level::Ok, "may load a steering program".into(), "", Vec::new()),
         Some(false) => finding(
             NAME,
             Level::Note,
@@ -408,30 +329,20 @@ fn bpf(host: &Host) -> Finding {
 fn fast_open(host: &Host, config: Option<&Config>) -> Option<Finding> {
     const NAME: &str = "fast open";
     const SERVER: u64 = 2;
-    let wants: Vec<&Listener> = listeners(config)
-        .iter()
-        .filter(|listener| listener.tcp.fast_open)
-        .collect();
+    let wants: Vec<&Listener> = listeners(config).iter().filter(|listener| listener.tcp.fast_open).collect();
     if wants.is_empty() {
         return None;
     }
     Some(match host.fast_open {
         None => unknown(NAME, "/proc/sys/net/ipv4/tcp_fastopen"),
-        Some(bits) if bits & SERVER != 0 => finding(
-            NAME,
-            Level::Ok,
-            format!("net.ipv4.tcp_fastopen = {bits}"),
-            "",
-            Vec::new(),
-        ),
+        Some(bits) if bits & SERVER != 0 => {
+            finding(NAME, Level::Ok, format!("net.ipv4.tcp_fastopen = {bits}"), "", Vec::new())
+        }
         Some(bits) => finding(
             NAME,
             Level::Short,
             format!("net.ipv4.tcp_fastopen = {bits}"),
-            &format!(
-                "fast_open{} has no effect: the kernel takes no data with a SYN",
-                of(&wants)
-            ),
+            &format!("fast_open{} has no effect: the kernel takes no data with a SYN", of(&wants)),
             sysctl(format!("net.ipv4.tcp_fastopen = {}", bits | SERVER)),
         ),
     })
@@ -446,10 +357,9 @@ fn udp_offloads(host: &Host) -> Finding {
             let found = format!("UDP_SEGMENT {}, UDP_GRO {}", has(segment), has(gro));
             let (level, cost) = match segment && gro {
                 true => (Level::Ok, ""),
-                false => (
-                    Level::Note,
-                    "one system call a datagram in bursts; a newer kernel has both (Linux 5.0)",
-                ),
+                false => {
+                    (Level::Note, "one system call a datagram in bursts; a newer kernel has both (Linux 5.0)")
+                }
             };
             finding(NAME, level, found, cost, Vec::new())
         }

@@ -95,11 +95,7 @@ pub struct Report {
 pub fn report(config: Option<&Config>) -> Report {
     let host = Host::read(Path::new("/proc"));
     let findings = judge(&host, config);
-    Report {
-        kernel: host.kernel,
-        configured: config.is_some(),
-        findings,
-    }
+    Report { kernel: host.kernel, configured: config.is_some(), findings }
 }
 
 impl Report {
@@ -114,13 +110,7 @@ impl Report {
             false => ", against the defaults (no configuration was given)\n",
         });
         for finding in &self.findings {
-            let Finding {
-                name,
-                level,
-                found,
-                cost,
-                remedy,
-            } = finding;
+            let Finding { name, level, found, cost, remedy } = finding;
             let _ = writeln!(text, "  {:8}{name:20}{found}", level.word());
             for line in [cost.clone()].into_iter().chain(remedy.iter().map(Remedy::text)) {
                 if !line.is_empty() {

@@ -99,36 +99,20 @@ pub struct Reuse {
 
 impl Reuse {
     /// Neither option.
-    pub const NONE: Reuse = Reuse {
-        address: false,
-        port: false,
-    };
+    pub const NONE: Reuse = Reuse { address: false, port: false };
     /// SO_REUSEADDR alone.
-    pub const ADDRESS: Reuse = Reuse {
-        address: true,
-        port: false,
-    };
+    pub const ADDRESS: Reuse = Reuse { address: true, port: false };
     /// SO_REUSEPORT alone.
-    pub const PORT: Reuse = Reuse {
-        address: false,
-        port: true,
-    };
+    pub const PORT: Reuse = Reuse { address: false, port: true };
     /// Both options.
-    pub const BOTH: Reuse = Reuse {
-        address: true,
-        port: true,
-    };
+    pub const BOTH: Reuse = Reuse { address: true, port: true };
     /// In the order of the table.
     pub const ALL: [Reuse; 4] = [Reuse::NONE, Reuse::ADDRESS, Reuse::PORT, Reuse::BOTH];
 
     /// The options' names.
     pub fn names(self) -> Vec<String> {
         let named = [(self.address, "SO_REUSEADDR"), (self.port, "SO_REUSEPORT")];
-        named
-            .iter()
-            .filter(|(set, _)| *set)
-            .map(|(_, name)| (*name).into())
-            .collect()
+        named.iter().filter(|(set, _)| *set).map(|(_, name)| (*name).into()).collect()
     }
 }
 
@@ -163,48 +147,26 @@ pub struct Pair {
 }
 
 const fn v4(a: u8, b: u8, c: u8, d: u8) -> Place {
-    Place {
-        ip: IpAddr::V4(Ipv4Addr::new(a, b, c, d)),
-        v6_only: false,
-    }
+    Place { ip: IpAddr::V4(Ipv4Addr::new(a, b, c, d)), v6_only: false }
 }
 
 const ONE: Place = v4(127, 0, 0, 1);
 const TWO: Place = v4(127, 0, 0, 2);
 const ANY: Place = v4(0, 0, 0, 0);
-const DUAL: Place = Place {
-    ip: IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-    v6_only: false,
-};
-const ONLY: Place = Place {
-    ip: IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-    v6_only: true,
-};
-const LOOP: Place = Place {
-    ip: IpAddr::V6(Ipv6Addr::LOCALHOST),
-    v6_only: true,
-};
+const DUAL: Place = Place { ip: IpAddr::V6(Ipv6Addr::UNSPECIFIED), v6_only: false };
+const ONLY: Place = Place { ip: IpAddr::V6(Ipv6Addr::UNSPECIFIED), v6_only: true };
+const LOOP: Place = Place { ip: IpAddr::V6(Ipv6Addr::LOCALHOST), v6_only: true };
 const GROUP: Place = v4(239, 255, 77, 1);
 const GROUP_TWO: Place = v4(239, 255, 77, 2);
-const GROUP_SIX: Place = Place {
-    ip: IpAddr::V6(Ipv6Addr::new(0xff05, 0, 0, 0, 0, 0, 0, 0x7701)),
-    v6_only: true,
-};
+const GROUP_SIX: Place =
+    Place { ip: IpAddr::V6(Ipv6Addr::new(0xff05, 0, 0, 0, 0, 0, 0, 0x7701)), v6_only: true };
 
 const fn meet(first: Place, second: Place) -> Pair {
-    Pair {
-        first,
-        second,
-        overlap: true,
-    }
+    Pair { first, second, overlap: true }
 }
 
 const fn apart(first: Place, second: Place) -> Pair {
-    Pair {
-        first,
-        second,
-        overlap: false,
-    }
+    Pair { first, second, overlap: false }
 }
 
 const PAIRS: [Pair; 13] = [
@@ -339,11 +301,7 @@ impl Matrix {
             serde_json::to_vec(&harvest.map_err(|e| e.to_string())).unwrap_or_default()
         })?;
         let harvest: Result<Harvest, String> = serde_json::from_slice(&bytes)?;
-        let Harvest {
-            network,
-            outcomes,
-            extras,
-        } = harvest.map_err(io::Error::other)?;
+        let Harvest { network, outcomes, extras } = harvest.map_err(io::Error::other)?;
         let kernel = fs::read_to_string("/proc/sys/kernel/osrelease");
         Ok(Matrix {
             kernel: kernel.map_or("unknown".into(), |text| text.trim().to_string()),
@@ -355,10 +313,7 @@ impl Matrix {
 
     /// The cells with their reasons.
     pub fn cells(&self) -> Vec<Cell> {
-        self.trials
-            .iter()
-            .map(|(trial, outcome)| cell(trial, outcome))
-            .collect()
+        self.trials.iter().map(|(trial, outcome)| cell(trial, outcome)).collect()
     }
 
     /// The sentences of the classic description, each held against the
@@ -369,10 +324,7 @@ impl Matrix {
 
     /// The answer to one question; `None` = it is not among those asked.
     pub fn outcome(&self, trial: Trial) -> Option<&Outcome> {
-        self.trials
-            .iter()
-            .find(|(asked, _)| *asked == trial)
-            .map(|(_, outcome)| outcome)
+        self.trials.iter().find(|(asked, _)| *asked == trial).map(|(_, outcome)| outcome)
     }
 
     /// As a table.
@@ -407,13 +359,7 @@ pub fn trials() -> Vec<Trial> {
         for pair in kind.pairs() {
             for same_uid in [true, false] {
                 for first in Reuse::ALL {
-                    let ask = |second| Trial {
-                        kind,
-                        pair: *pair,
-                        first,
-                        second,
-                        same_uid,
-                    };
+                    let ask = |second| Trial { kind, pair: *pair, first, second, same_uid };
                     trials.extend(Reuse::ALL.map(ask));
                 }
             }

@@ -44,11 +44,7 @@ pub(super) fn why(trial: &Trial, outcome: &Outcome) -> String {
         (false, Outcome::Refused { errno, call }) if errno == "EADDRINUSE" && call == "bind" => reason.into(),
         (_, Outcome::Bound) => format!("not as on Linux 6.18, where it is refused: {reason}"),
         (_, Outcome::Refused { errno, call }) => {
-            let usual = if bound {
-                "it works"
-            } else {
-                "bind answers EADDRINUSE"
-            };
+            let usual = if bound { "it works" } else { "bind answers EADDRINUSE" };
             format!("not as on Linux 6.18, where {usual} ({reason}); here {call} answered {errno}")
         }
         (_, Outcome::NotTried(reason)) => reason.clone(),
@@ -57,13 +53,7 @@ pub(super) fn why(trial: &Trial, outcome: &Outcome) -> String {
 
 /// Is the second socket bound, and by which rule?
 fn expected(trial: &Trial) -> (bool, &'static str) {
-    let Trial {
-        kind,
-        pair,
-        first,
-        second,
-        same_uid,
-    } = *trial;
+    let Trial { kind, pair, first, second, same_uid } = *trial;
     let address = first.address && second.address;
     let port = first.port && second.port;
     if !pair.overlap {
@@ -73,10 +63,7 @@ fn expected(trial: &Trial) -> (bool, &'static str) {
         return (true, "both set SO_REUSEPORT and one user made both");
     }
     if port && kind == Kind::TcpTimeWait {
-        return (
-            true,
-            "both set SO_REUSEPORT; what is in TIME_WAIT has no owner any more, so any user may",
-        );
+        return (true, "both set SO_REUSEPORT; what is in TIME_WAIT has no owner any more, so any user may");
     }
     if address && kind == Kind::UdpMulticast {
         return (true, "both set SO_REUSEADDR; each socket gets its own copy");
@@ -126,13 +113,7 @@ fn same(matrix: &Matrix, kind: Kind, first: Reuse, second: Reuse, same_uid: bool
 }
 
 fn at(matrix: &Matrix, kind: Kind, pair: Pair, first: Reuse, second: Reuse, same_uid: bool) -> Outcome {
-    let trial = Trial {
-        kind,
-        pair,
-        first,
-        second,
-        same_uid,
-    };
+    let trial = Trial { kind, pair, first, second, same_uid };
     let outcome = matrix.outcome(trial).cloned();
     outcome.unwrap_or_else(|| Outcome::NotTried("not among the cells".into()))
 }
@@ -217,11 +198,7 @@ fn wildcard_beside_specific(matrix: &Matrix) -> Rule {
 
 fn two_families(matrix: &Matrix) -> Rule {
     let ask = |first, second, overlap| {
-        let pair = Pair {
-            first,
-            second,
-            overlap,
-        };
+        let pair = Pair { first, second, overlap };
         at(matrix, Kind::TcpListening, pair, Reuse::NONE, Reuse::NONE, true)
     };
     let only = ask(super::ANY, super::ONLY, false);
@@ -266,10 +243,7 @@ fn reuse_port_by_all(matrix: &Matrix) -> Rule {
     Rule {
         name: "reuseport-asked-by-all",
         claim: "SO_REUSEPORT allows duplicates only if every socket asked for it",
-        verdict: judge(
-            &bound.iter().collect::<Vec<_>>(),
-            &refused.iter().collect::<Vec<_>>(),
-        ),
+        verdict: judge(&bound.iter().collect::<Vec<_>>(), &refused.iter().collect::<Vec<_>>()),
         found: format!(
             "asked by both: tcp {}, udp {}; by the first alone: tcp {}, udp {}; by the second alone: tcp {}, udp {}",
             bound[0].word(),
@@ -310,10 +284,8 @@ fn multicast_the_same(matrix: &Matrix) -> Rule {
     let address = ask(Reuse::ADDRESS, Reuse::ADDRESS, true);
     let port = ask(Reuse::PORT, Reuse::PORT, true);
     let mixed = ask(Reuse::ADDRESS, Reuse::PORT, true);
-    let (address_two, port_two) = (
-        ask(Reuse::ADDRESS, Reuse::ADDRESS, false),
-        ask(Reuse::PORT, Reuse::PORT, false),
-    );
+    let (address_two, port_two) =
+        (ask(Reuse::ADDRESS, Reuse::ADDRESS, false), ask(Reuse::PORT, Reuse::PORT, false));
     Rule {
         name: "multicast-the-same",
         claim: "for multicast SO_REUSEADDR and SO_REUSEPORT mean the same",
@@ -337,21 +309,14 @@ fn multicast_the_same(matrix: &Matrix) -> Rule {
 fn busy_otherwise(matrix: &Matrix) -> Rule {
     let overlapping = |trial: &Trial| trial.pair.overlap && trial.same_uid;
     let unasked = |trial: &Trial| trial.first == Reuse::NONE && trial.second == Reuse::NONE;
-    let asked = matrix
-        .trials
-        .iter()
-        .filter(|(trial, _)| overlapping(trial) && unasked(trial));
+    let asked = matrix.trials.iter().filter(|(trial, _)| overlapping(trial) && unasked(trial));
     let answers: Vec<&Outcome> = asked.map(|(_, outcome)| outcome).collect();
     let tried: Vec<&Outcome> = answers.iter().copied().filter(|o| reason(o).is_none()).collect();
     let refused = tried.iter().filter(|outcome| outcome.in_use()).count();
     Rule {
         name: "busy-otherwise",
         claim: "a port that is busy in any other way answers \"address already in use\"",
-        verdict: if tried.is_empty() {
-            Verdict::NotTried
-        } else {
-            judge(&[], &tried)
-        },
+        verdict: if tried.is_empty() { Verdict::NotTried } else { judge(&[], &tried) },
         found: format!(
             "{refused} of {} cells without options and with overlapping addresses answered EADDRINUSE",
             tried.len()
@@ -363,11 +328,7 @@ fn theft(matrix: &Matrix) -> Rule {
     let (verdict, found) = match &matrix.extras.theft {
         Err(reason) => (Verdict::NotTried, format!("not tried: {reason}")),
         Ok((ours, theirs)) => (
-            if *theirs > 0 {
-                Verdict::Holds
-            } else {
-                Verdict::Differs
-            },
+            if *theirs > 0 { Verdict::Holds } else { Verdict::Differs },
             format!(
                 "both with SO_REUSEADDR, the second of another user: it got {theirs} of {} datagrams, the first {ours}; \
                  against SO_REUSEPORT alone its bind: {}",

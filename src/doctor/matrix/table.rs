@@ -22,13 +22,10 @@ impl Legend {
             Outcome::Refused { errno, .. } => (&mut self.refused, b'A', format!("{errno}: {why}")),
             Outcome::NotTried(_) => (&mut self.untried, b'0', format!("not tried: {why}")),
         };
-        let at = list
-            .iter()
-            .position(|known| *known == sentence)
-            .unwrap_or_else(|| {
-                list.push(sentence);
-                list.len() - 1
-            });
+        let at = list.iter().position(|known| *known == sentence).unwrap_or_else(|| {
+            list.push(sentence);
+            list.len() - 1
+        });
         char::from(first.saturating_add(at as u8))
     }
 
@@ -36,11 +33,7 @@ impl Legend {
         let mut text = String::new();
         for (list, first) in [(&self.bound, b'a'), (&self.refused, b'A'), (&self.untried, b'0')] {
             for (at, sentence) in list.iter().enumerate() {
-                let _ = writeln!(
-                    text,
-                    "  {}  {sentence}",
-                    char::from(first.saturating_add(at as u8))
-                );
+                let _ = writeln!(text, "  {}  {sentence}", char::from(first.saturating_add(at as u8)));
             }
         }
         text
@@ -52,11 +45,7 @@ pub(super) fn text(matrix: &Matrix) -> String {
     let mut tables = String::new();
     for kind in super::Kind::ALL {
         let _ = writeln!(tables, "\n{}", kind.title());
-        let _ = writeln!(
-            tables,
-            "{:42}{:26}another user",
-            "first, then second", "same user"
-        );
+        let _ = writeln!(tables, "{:42}{:26}another user", "first, then second", "same user");
         let _ = writeln!(tables, "{:42}{}  {}", "", heads(), heads());
         for pair in kind.pairs() {
             let of_pair = |(trial, _): &&(Trial, Outcome)| trial.kind == kind && trial.pair == *pair;
@@ -76,9 +65,7 @@ pub(super) fn text(matrix: &Matrix) -> String {
 }
 
 fn heads() -> String {
-    ["none", "RA", "RP", "both"]
-        .map(|name| format!("{name:6}"))
-        .concat()
+    ["none", "RA", "RP", "both"].map(|name| format!("{name:6}")).concat()
 }
 
 fn place(pair: &Pair) -> String {
@@ -90,11 +77,8 @@ fn row(cells: &[&(Trial, Outcome)], legend: &mut Legend) -> String {
     for same_uid in [true, false] {
         for first in Reuse::ALL {
             let here = |(trial, _): &&&(Trial, Outcome)| trial.first == first && trial.same_uid == same_uid;
-            let letters: String = cells
-                .iter()
-                .filter(here)
-                .map(|(trial, outcome)| legend.letter(trial, outcome))
-                .collect();
+            let letters: String =
+                cells.iter().filter(here).map(|(trial, outcome)| legend.letter(trial, outcome)).collect();
             let _ = write!(text, "{letters:6}");
         }
         text.push_str("  ");

@@ -40,11 +40,7 @@ pub(super) fn harvest(network: Network) -> Harvest {
         theft: theft(&other),
         theft_refused: attempt(&joined_by_address(Reuse::PORT), &other),
     };
-    Harvest {
-        network,
-        outcomes,
-        extras,
-    }
+    Harvest { network, outcomes, extras }
 }
 
 fn other_user() -> Other {
@@ -101,18 +97,12 @@ fn free_port(kind: Kind) -> io::Result<u16> {
 
 fn port_of(socket: &Socket) -> io::Result<u16> {
     let address = socket.local_addr()?.as_socket();
-    address
-        .map(|address| address.port())
-        .ok_or_else(|| io::ErrorKind::InvalidData.into())
+    address.map(|address| address.port()).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 fn made(kind: Kind, place: Place, reuse: Reuse) -> io::Result<Socket> {
     let shape = if kind.is_udp() { Type::DGRAM } else { Type::STREAM };
-    let socket = Socket::new(
-        Domain::for_address(SocketAddr::new(place.ip, 0)),
-        shape.cloexec(),
-        None,
-    )?;
+    let socket = Socket::new(Domain::for_address(SocketAddr::new(place.ip, 0)), shape.cloexec(), None)?;
     if place.ip.is_ipv6() {
         socket.set_only_v6(place.v6_only)?;
     }
@@ -190,20 +180,13 @@ fn second(kind: Kind, place: Place, reuse: Reuse, port: u16) -> Outcome {
     }
     match kind.is_udp() {
         true => Outcome::Bound,
-        false => socket
-            .listen(8)
-            .map_or_else(|e| refused("listen", &e), |()| Outcome::Bound),
+        false => socket.listen(8).map_or_else(|e| refused("listen", &e), |()| Outcome::Bound),
     }
 }
 
 fn refused(call: &str, error: &io::Error) -> Outcome {
-    let errno = error
-        .raw_os_error()
-        .map_or("unknown".into(), |raw| format!("{:?}", Errno::from_raw(raw)));
-    Outcome::Refused {
-        errno,
-        call: call.into(),
-    }
+    let errno = error.raw_os_error().map_or("unknown".into(), |raw| format!("{:?}", Errno::from_raw(raw)));
+    Outcome::Refused { errno, call: call.into() }
 }
 
 /// 127.0.0.1 here and 127.0.0.2 in another process, without any option.
@@ -227,13 +210,7 @@ fn two_processes(kind: Kind) -> Outcome {
 /// address of one with these options.
 fn joined_by_address(first: Reuse) -> Trial {
     let pair = Kind::Udp.pairs()[0];
-    Trial {
-        kind: Kind::Udp,
-        pair,
-        first,
-        second: Reuse::ADDRESS,
-        same_uid: false,
-    }
+    Trial { kind: Kind::Udp, pair, first, second: Reuse::ADDRESS, same_uid: false }
 }
 
 /// Our server sets SO_REUSEADDR; another user binds the same port later. Who
@@ -248,9 +225,7 @@ fn theft(other: &Other) -> Result<(usize, usize), String> {
         .map_err(|e| format!("the second bind was refused: {e}"))?;
     for _ in 0..DATAGRAMS {
         let client = made(Kind::Udp, ONE, Reuse::NONE).map_err(told)?;
-        client
-            .send_to(b"x", &SocketAddr::new(ONE.ip, port).into())
-            .map_err(told)?;
+        client.send_to(b"x", &SocketAddr::new(ONE.ip, port).into()).map_err(told)?;
     }
     Ok((waiting(&ours), waiting(&theirs)))
 }

@@ -35,19 +35,11 @@ pub(super) fn rows(protocol: Protocol, port: u16) -> io::Result<Vec<Row>> {
 }
 
 fn dump(protocol: Protocol, family: u8, port: u16, rows: &mut Vec<Row>) -> io::Result<()> {
-    let netlink = socket(
-        AddressFamily::Netlink,
-        SockType::Raw,
-        SockFlag::SOCK_CLOEXEC,
-        SockProtocol::NetlinkSockDiag,
-    )?;
+    let netlink =
+        socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag)?;
     // A kernel that does not answer must not hold up the message.
     setsockopt(&netlink, sockopt::ReceiveTimeout, &TimeVal::seconds(2))?;
-    send(
-        netlink.as_raw_fd(),
-        &request(protocol, family, port),
-        MsgFlags::empty(),
-    )?;
+    send(netlink.as_raw_fd(), &request(protocol, family, port), MsgFlags::empty())?;
     let mut buffer = vec![0; 64 * 1024];
     loop {
         let length = recv(netlink.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
@@ -84,9 +76,7 @@ fn take(mut bytes: &[u8], protocol: Protocol, port: u16, rows: &mut Vec<Row>) ->
         match u16_at(bytes, 4) {
             NLMSG_DONE => return Ok(false),
             NLMSG_ERROR if body.len() >= 4 => {
-                return Err(io::Error::from_raw_os_error(
-                    (u32_at(body, 0) as i32).saturating_neg(),
-                ));
+                return Err(io::Error::from_raw_os_error((u32_at(body, 0) as i32).saturating_neg()));
             }
             // The port is compared again: a kernel may ignore the filter.
             SOCK_DIAG_BY_FAMILY => {

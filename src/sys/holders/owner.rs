@@ -57,9 +57,7 @@ pub(super) fn find(inodes: &BTreeSet<u64>) -> BTreeMap<u64, Owned> {
         };
         let mut process = None;
         for descriptor in descriptors.flatten() {
-            let inode = fs::read_link(descriptor.path())
-                .ok()
-                .and_then(|link| socket_inode(&link));
+            let inode = fs::read_link(descriptor.path()).ok().and_then(|link| socket_inode(&link));
             let Some(inode) = inode.filter(|inode| inodes.contains(inode)) else {
                 continue;
             };
@@ -78,28 +76,18 @@ pub(super) fn find(inodes: &BTreeSet<u64>) -> BTreeMap<u64, Owned> {
 }
 
 fn socket_inode(link: &Path) -> Option<u64> {
-    link.to_str()?
-        .strip_prefix("socket:[")?
-        .strip_suffix(']')?
-        .parse()
-        .ok()
+    link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
 fn describe(pid: i32) -> Process {
     let folder = Path::new("/proc").join(pid.to_string());
     let line = fs::read(folder.join("cmdline")).unwrap_or_default();
-    let mut command = String::from_utf8_lossy(&line)
-        .trim_end_matches('\0')
-        .replace('\0', " ");
+    let mut command = String::from_utf8_lossy(&line).trim_end_matches('\0').replace('\0', " ");
     if command.trim().is_empty() {
         command = fs::read_to_string(folder.join("comm")).unwrap_or_default();
     }
     let cgroup = fs::read_to_string(folder.join("cgroup")).unwrap_or_default();
-    Process {
-        pid,
-        command: shown(command.trim()),
-        unit: unit(&cgroup),
-    }
+    Process { pid, command: shown(command.trim()), unit: unit(&cgroup) }
 }
 
 fn shown(command: &str) -> String {
@@ -118,24 +106,14 @@ fn unit(cgroup: &str) -> Option<String> {
         let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
         matches!(controllers, "" | "name=systemd").then_some(path.to_string())
     };
-    let is_unit = |part: &&str| {
-        [".service", ".scope", ".socket"]
-            .iter()
-            .any(|kind| part.ends_with(kind))
-    };
+    let is_unit = |part: &&str| [".service", ".scope", ".socket"].iter().any(|kind| part.ends_with(kind));
     // On hosts with both hierarchies either one may be the one in use.
-    cgroup
-        .lines()
-        .filter_map(path)
-        .find_map(|path| path.rsplit('/').find(is_unit).map(shown))
+    cgroup.lines().filter_map(path).find_map(|path| path.rsplit('/').find(is_unit).map(shown))
 }
 
 fn reuse(pid: i32, descriptor: i32) -> io::Result<Reuse> {
     let socket = Socket::from(fetch(pid, descriptor)?);
-    Ok(Reuse {
-        address: socket.reuse_address().ok(),
-        port: socket.reuse_port().ok(),
-    })
+    Ok(Reuse { address: socket.reuse_address().ok(), port: socket.reuse_port().ok() })
 }
 
 /// A duplicate, close-on-exec, of another process's descriptor.
@@ -164,10 +142,7 @@ mod tests {
 
     #[test]
     fn the_innermost_unit_of_either_hierarchy_is_found() {
-        assert_eq!(
-            unit("0::/system.slice/nginx.service/worker\n").as_deref(),
-            Some("nginx.service")
-        );
+        assert_eq!(unit("0::/system.slice/nginx.service/worker\n").as_deref(), Some("nginx.service"));
         assert_eq!(
             unit("12:pids:/x\n1:name=systemd:/user.slice/user@1.service/app.slice/a.scope\n0::/\n")
                 .as_deref(),

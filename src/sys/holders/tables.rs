@@ -46,11 +46,7 @@ fn row(line: &str, protocol: Protocol) -> Option<Row> {
 
 /// Words of 32 bits, each written as a number of this machine.
 fn kernel_address(hex: &str) -> Option<IpAddr> {
-    let word = |at: usize| {
-        u32::from_str_radix(hex.get(at * 8..at * 8 + 8)?, 16)
-            .ok()
-            .map(u32::to_ne_bytes)
-    };
+    let word = |at: usize| u32::from_str_radix(hex.get(at * 8..at * 8 + 8)?, 16).ok().map(u32::to_ne_bytes);
     match hex.len() {
         8 => Some(IpAddr::V4(Ipv4Addr::from(word(0)?))),
         32 => {
@@ -67,10 +63,7 @@ fn kernel_address(hex: &str) -> Option<IpAddr> {
 pub(super) fn unprivileged_port_start() -> Option<u16> {
     let text = fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").ok()?;
     // 65536 means that every port needs the privilege.
-    text.trim()
-        .parse::<u32>()
-        .ok()
-        .map(|port| u16::try_from(port).unwrap_or(u16::MAX))
+    text.trim().parse::<u32>().ok().map(|port| u16::try_from(port).unwrap_or(u16::MAX))
 }
 
 /// Where the address is on this host.
@@ -89,9 +82,7 @@ pub(super) fn placement(address: SocketAddr) -> Placement {
     let found = addresses.find(|entry| {
         let entry = entry.address.as_ref();
         let v4 = entry.and_then(|a| a.as_sockaddr_in()).map(|a| IpAddr::V4(a.ip()));
-        let v6 = entry
-            .and_then(|a| a.as_sockaddr_in6())
-            .map(|a| IpAddr::V6(a.ip()));
+        let v6 = entry.and_then(|a| a.as_sockaddr_in6()).map(|a| IpAddr::V6(a.ip()));
         v4.or(v6) == Some(ip)
     });
     let Some(entry) = found else {

@@ -19,7 +19,7 @@ fn host() -> Host {
     Host {
         kernel: Some("6.1.0-generic".into()),
         cpus: 4,
-        open_files: Some((1024, 524_288)),
+        open_files: Some((1024, 4096)),
         nr_open: Some(1_048_576),
         somaxconn: Some(4096),
         port_range: Some(32768..=60999),
@@ -96,7 +96,7 @@ fn a_usual_host_is_enough_for_a_usual_configuration() {
         assert_eq!(finding.level, expected, "{finding:?}");
     }
     let files = one(&host(), &config(), "open files");
-    assert_eq!(files.cost, "room for about 1920 sessions of 2 sockets");
+    assert_eq!(files.cost, "room for about 7936 sessions of 2 sockets");
 }
 
 #[test]
@@ -104,16 +104,16 @@ fn too_few_descriptors_cost_sessions_and_name_the_unit_line() {
     let mut config = config();
     config.daemon.max_connections = 100_000;
     let files = one(&host(), &config, "open files");
-    // 25,000 a worker, two sockets each, a quarter more, 64 of its own.
+    // 25,000 a worker, two sockets each, a quarter more, 128 of its own.
     assert_eq!(files.level, Level::Short);
-    assert_eq!(files.remedy, [Remedy::Unit("LimitNOFILE=62564".into())]);
+    assert_eq!(files.remedy, [Remedy::Unit("LimitNOFILE=62628".into())]);
     assert!(
-        files.cost.contains("max_connections = 100000") && files.cost.contains("about 1920"),
+        files.cost.contains("max_connections = 100000") && files.cost.contains("about 7936"),
         "{files:?}"
     );
     config.daemon.max_connections = 4_000_000;
     let files = one(&host(), &config, "open files");
-    assert!(files.remedy.contains(&sysctl("fs.nr_open = 2500064")), "{files:?}");
+    assert!(files.remedy.contains(&sysctl("fs.nr_open = 2500128")), "{files:?}");
 }
 
 #[test]
@@ -168,7 +168,7 @@ fn low_ports_conntrack_migration_and_fast_open_are_judged() {
     let tracked = Host { conntrack_max: Some(1000), conntrack_count: Some(10), ..host() };
     let tracked = one(&tracked, &config, "conntrack");
     assert_eq!(tracked.level, Level::Short);
-    assert_eq!(tracked.remedy[0], sysctl("net.netfilter.nf_conntrack_max = 3850"));
+    assert_eq!(tracked.remedy[0], sysctl("net.netfilter.nf_conntrack_max = 15882"));
 
     let moving = Host { migrate_req: Some(1), ..host() };
     assert_eq!(one(&moving, &config, "tcp_migrate_req").level, Level::Note);

@@ -95,7 +95,7 @@ impl Holder {
         let holder = Holder(child);
         // Until it has begun, the process bears the name of this test.
         let line = format!("/proc/{}/cmdline", holder.pid());
-        eventually("the holder runs", || std::fs::read(&line).is_ok_and(|line| line == b"sleep\0600\0"));
+        eventually("the holder runs", || std::fs::read(&line).is_ok_and(|line| line == b"sleep\x00600\x00"));
         holder
     }
 

@@ -14,6 +14,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
 use crate::listen::{leave_connection, leave_time_wait};
+use crate::matrix::{deny, deny_family};
 use crate::support::{
     Holder, LIMIT, Made, NOBODY, SOMEBODY, addr, ask, become_user, doctor, elsewhere, ip, isolated, json,
     lacks_other_users, other_users, skipped, tcp, udp,
@@ -367,7 +368,7 @@ fn without_netlink_the_tables_of_proc_tell_the_same() {
         let holder = Holder::of(tcp(HERE, ALONE, true));
         let usual = opened(HERE, &Options::default()).text;
         let said = elsewhere(|| {
-            crate::matrix::deny_netlink();
+            deny_family(libc::AF_NETLINK, libc::EPERM);
             opened(HERE, &Options::default()).text
         });
         assert_eq!(said, usual);
@@ -534,6 +535,58 @@ fn transparent_without_the_capability_is_a_missing_permission() {
             "{said}"
         );
         assert!(said.contains("AmbientCapabilities=CAP_NET_ADMIN"), "{said}");
+    });
+}
+
+#[test]
+fn a_policy_that_refuses_the_bind_is_not_taken_for_a_low_port() {
+    isolated(|| {
+        let refused = |errno| {
+            elsewhere(|| {
+                deny(libc::SYS_bind, None, errno);
+                let outcome = doctor(HERE);
+                format!("{} {}", outcome.exit_code, outcome.text)
+            })
+        };
+        let policy = refused(libc::EACCES);
+        assert!(
+            policy.starts_with("77 127.0.0.1:7000/tcp: bind: permission denied, and not for a low port\n"),
+            "{policy}"
+        );
+        assert!(policy.contains("SELinux, AppArmor, landlock"), "{policy}");
+        let filter = refused(libc::EPERM);
+        assert!(filter.starts_with("77 127.0.0.1:7000/tcp: bind: operation not permitted\n"), "{filter}");
+        assert!(filter.contains("SocketBindDeny=") && filter.contains("SystemCallFilter="), "{filter}");
+    });
+}
+
+#[test]
+fn a_family_that_is_not_there_is_passed_over_for_a_bare_port_and_told_else() {
+    isolated(|| {
+        let said = elsewhere(|| {
+            deny_family(libc::AF_INET6, libc::EAFNOSUPPORT);
+            doctor("[::1]:7000").text + &doctor(":7000").text
+        });
+        assert!(said.starts_with("[::1]:7000/tcp: IPv6 is not there on this host\n"), "{said}");
+        assert!(said.contains("RestrictAddressFamilies="), "{said}");
+        assert!(said.ends_with("0.0.0.0:7000/tcp can be bound\n"), "{said}");
+    });
+}
+
+#[test]
+fn a_process_without_a_descriptor_left_can_still_say_so() {
+    isolated(|| {
+        let said = elsewhere(|| {
+            use nix::sys::resource::{Resource, setrlimit};
+            setrlimit(Resource::RLIMIT_NOFILE, 1, 1).expect("a limit can be lowered");
+            let told = opened(HERE, &Options::default());
+            format!("{} {} | {}", told.exit_code, told.text, told.advice)
+        });
+        assert_eq!(
+            said,
+            "69 127.0.0.1:7000/tcp: this process has no file descriptor left | raise LimitNOFILE= in the unit (or \
+             ulimit -n)"
+        );
     });
 }
 

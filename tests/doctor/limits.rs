@@ -206,6 +206,7 @@ fn this_host_is_read_and_a_changed_limit_shows() {
         }
         let text = report(false).text;
         assert!(text.contains("/etc/sysctl.d: net.core.somaxconn = 4096"), "{text}");
+        assert!(text.contains("1 limit is short") || text.contains(" limits are short"), "{text}");
         let findings = json(&report(true).text)["findings"].clone();
         let queue = findings.as_array().expect("findings").iter().find(|one| one["name"] == "accept queue");
         assert_eq!(queue.expect("the finding")["level"], "short");

@@ -118,6 +118,12 @@ impl Report {
                 }
             }
         }
+        let short = self.findings.iter().filter(|finding| finding.level == Level::Short).count();
+        let _ = match short {
+            0 => writeln!(text, "nothing is short"),
+            1 => writeln!(text, "1 limit is short"),
+            count => writeln!(text, "{count} limits are short"),
+        };
         let _ = writeln!(
             text,
             "limits of a process are those of this shell; under systemd the unit sets them. sysctl --system applies \

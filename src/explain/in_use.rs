@@ -29,7 +29,12 @@ pub fn blocks(holder: &Holder, address: SocketAddr, our_uid: u32) -> bool {
 
 /// `pid 4242 (nginx: master), uid 33, without SO_REUSEPORT`
 pub fn holder_line(holder: &Holder, our_uid: u32) -> String {
-    let what = match (holder.state, holder.socket_count) {
+    let state = match (holder.protocol, holder.state) {
+        // A UDP socket that is connected is a socket like the others.
+        (Protocol::Udp, _) => State::Bound,
+        (Protocol::Tcp, state) => state,
+    };
+    let what = match (state, holder.socket_count) {
         (State::TimeWait, count) => return format!("{} in TIME_WAIT", connections(count)),
         (State::Listening | State::Bound, 1) => String::new(),
         (State::Listening | State::Bound, count) => format!("{count} sockets of "),

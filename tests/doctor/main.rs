@@ -6,4 +6,5 @@ mod holders;
 mod limits;
 mod listen;
 mod matrix;
+mod refusals;
 mod support;

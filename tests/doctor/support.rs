@@ -9,8 +9,10 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use evenkeel::doctor::{self, Outcome, Question};
-use evenkeel::sys::holders::Protocol;
+use evenkeel::explain::{self, BindFailure, Explanation};
+use evenkeel::sys::holders::{self, Protocol};
 use evenkeel::sys::isolated::{Network, in_child, leave_network};
+use evenkeel::sys::listen::{self, OpenError, Options};
 use nix::unistd::{Gid, Uid, fchown, geteuid, setgroups, setresgid, setresuid};
 use socket2::{Domain, Socket, Type};
 
@@ -180,4 +182,15 @@ pub fn ip(arguments: &str) -> bool {
     let mut command = Command::new("ip");
     command.args(arguments.split(' ')).stdout(Stdio::null()).stderr(Stdio::null());
     command.status().is_ok_and(|status| status.success())
+}
+
+/// As the supervisor does it: open, and on failure gather and explain.
+pub fn opened(address: &str, options: &Options) -> Explanation {
+    let error = listen::tcp(addr(address), options).expect_err("this bind fails");
+    told(&error, Protocol::Tcp, options)
+}
+
+pub fn told(error: &OpenError, mode: Protocol, options: &Options) -> Explanation {
+    let facts = holders::gather(error.address, mode, options);
+    explain::bind_failure(&BindFailure::new(error, mode, options, facts))
 }

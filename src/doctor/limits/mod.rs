@@ -14,6 +14,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::config::Config;
+use crate::doctor::wrap::wrap;
 
 pub use host::Host;
 pub use judge::judge;
@@ -114,7 +115,7 @@ impl Report {
             let _ = writeln!(text, "  {:8}{name:20}{found}", level.word());
             for line in [cost.clone()].into_iter().chain(remedy.iter().map(Remedy::text)) {
                 if !line.is_empty() {
-                    let _ = writeln!(text, "{:30}{line}", "");
+                    let _ = writeln!(text, "{:30}{}", "", wrap(&line, 30));
                 }
             }
         }

@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use evenkeel::sys::holders::{Protocol, State, find};
+use evenkeel::sys::holders::{Process, Protocol, State, find};
 use evenkeel::sys::isolated::in_child;
 use evenkeel::sys::listen::{self, Options};
 use nix::mount::{MsFlags, mount};
@@ -14,8 +14,8 @@ use nix::sched::{CloneFlags, unshare};
 use crate::listen::{leave_connection, leave_time_wait};
 use crate::matrix::deny_family;
 use crate::support::{
-    Holder, LIMIT, Made, NOBODY, SOMEBODY, addr, ask, become_user, doctor, elsewhere, ip, isolated, json,
-    lacks_other_users, opened, other_users, skipped, tcp, told, udp,
+    Holder, LIMIT, Made, NOBODY, SOMEBODY, addr, ask, become_user, doctor, elsewhere, eventually, ip,
+    isolated, json, lacks_other_users, opened, other_users, skipped, tcp, told, udp,
 };
 
 const HERE: &str = "127.0.0.1:7000";
@@ -174,29 +174,13 @@ fn a_holder_outside_our_pid_namespace_is_not_visible_and_one_inside_another_is()
         let socket = tcp("127.0.0.1:7001", ALONE, true);
         let mut command = Command::new("unshare");
         command.args(["--pid", "--fork", "--kill-child", "sleep"]);
-        let below = Below::start(socket, command);
-        crate::support::eventually("the inner sleep is named", || {
-            opened("127.0.0.1:7001", &Options::default()).text.contains("sleep 600")
+        let _below = Holder::spawn(socket, command);
+        let inner = |process: &Process| process.command == "sleep 600";
+        eventually("the inner process is named too", || {
+            let holders = find(addr("127.0.0.1:7001"), Protocol::Tcp, None);
+            holders.iter().any(|holder| holder.processes.len() == 2 && holder.processes.iter().any(inner))
         });
-        drop(below);
     });
-}
-
-/// A holder that is not itself the sleep.
-struct Below(std::process::Child);
-
-impl Below {
-    fn start(socket: socket2::Socket, mut command: Command) -> Below {
-        let input = std::process::Stdio::from(std::os::fd::OwnedFd::from(socket));
-        Below(command.arg("600").stdin(input).spawn().expect("unshare can be started"))
-    }
-}
-
-impl Drop for Below {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 #[test]

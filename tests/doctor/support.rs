@@ -13,6 +13,8 @@ use evenkeel::explain::{self, BindFailure, Explanation};
 use evenkeel::sys::holders::{self, Protocol};
 use evenkeel::sys::isolated::{Network, in_child, leave_network};
 use evenkeel::sys::listen::{self, OpenError, Options};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
 use nix::unistd::{Gid, Uid, fchown, geteuid, setgroups, setresgid, setresuid};
 use socket2::{Domain, Socket, Type};
 
@@ -91,14 +93,23 @@ impl Holder {
         Holder::start(socket, Command::new("sleep"))
     }
 
-    pub fn start(socket: Socket, mut command: Command) -> Holder {
-        let input = Stdio::from(OwnedFd::from(socket));
-        let child = command.arg("600").stdin(input).spawn().expect("sleep can be started");
-        let holder = Holder(child);
+    /// Of a command that becomes `sleep` at once.
+    pub fn start(socket: Socket, command: Command) -> Holder {
+        let holder = Holder::spawn(socket, command);
         // Until it has begun, the process bears the name of this test.
         let line = format!("/proc/{}/cmdline", holder.pid());
         eventually("the holder runs", || std::fs::read(&line).is_ok_and(|line| line == b"sleep\x00600\x00"));
         holder
+    }
+
+    /// Of any command that takes the seconds as its last argument.
+    pub fn spawn(socket: Socket, mut command: Command) -> Holder {
+        // Whatever ends this test ends it, and no pipe of ours outlives us.
+        // SAFETY: one system call between fork and exec.
+        unsafe { command.pre_exec(|| Ok(set_pdeathsig(Signal::SIGKILL)?)) };
+        let input = Stdio::from(OwnedFd::from(socket));
+        let command = command.arg("600").stdin(input).stdout(Stdio::null()).stderr(Stdio::null());
+        Holder(command.spawn().expect("the holder can be started"))
     }
 
     pub fn pid(&self) -> u32 {

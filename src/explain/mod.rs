@@ -41,8 +41,6 @@ pub struct BindFailure {
     pub probing: bool,
     /// The interface that was asked for.
     pub interface: Option<String>,
-    /// Was IP_FREEBIND asked for?
-    pub freebind: bool,
     /// Holders, our uid, and what the host says.
     pub facts: Facts,
 }
@@ -57,7 +55,6 @@ impl BindFailure {
             errno: error.source.raw_os_error().unwrap_or(0),
             probing: false,
             interface: options.interface.clone(),
-            freebind: options.freebind || options.transparent,
             facts,
         }
     }

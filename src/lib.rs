@@ -16,6 +16,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod spread;
 #[allow(unsafe_code)]
 pub mod sys;
 pub mod units;

@@ -16,6 +16,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod loadgen;
 pub mod spread;
 #[allow(unsafe_code)]
 pub mod sys;

@@ -2,7 +2,18 @@
 
 use std::process::ExitCode;
 
+use clap::Parser;
+
+#[derive(Parser)]
+#[command(name = "evenkeel")]
+enum Command {
+    /// Make load and check it
+    Bench(Box<crate::loadgen::Args>),
+}
+
 /// Runs the command that was typed and returns its exit code.
 pub fn main() -> ExitCode {
-    ExitCode::SUCCESS
+    match Command::parse() {
+        Command::Bench(args) => crate::loadgen::run(&args),
+    }
 }

@@ -98,9 +98,6 @@ impl Collected {
             to,
             mut tally,
         } = interval;
-        if phase == Phase::Warmup {
-            tally.forget_measures();
-        }
         if phase == Phase::After {
             self.requests_after += tally.requests;
             self.connections_after += tally.connections_measured;
@@ -122,6 +119,9 @@ impl Collected {
             p99: quantile(0.99),
             p50: quantile(0.5),
         });
+        if phase == Phase::Warmup {
+            tally.forget_measures();
+        }
         self.total.merge(*tally);
     }
 

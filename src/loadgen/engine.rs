@@ -257,7 +257,6 @@ impl Engine {
         let plan = &self.shared.plan;
         let measure_from = self.shared.began + plan.warmup;
         if self.phase == Phase::Warmup && self.now >= measure_from {
-            self.tally.forget_measures();
             self.report();
             self.phase = Phase::Measure;
         }

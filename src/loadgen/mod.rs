@@ -18,7 +18,6 @@ mod outcome;
 mod page;
 mod pattern;
 mod plan;
-mod plot;
 mod print;
 mod progress;
 mod session;

@@ -218,7 +218,7 @@ pub fn number(value: f64) -> String {
 /// Nanoseconds with three digits and the unit that suits them.
 pub fn duration(nanos: u64) -> String {
     let (value, unit) = match nanos {
-        0..1_000_000 => (nanos as f64 / 1e3, "us"),
+        0..1_000_000 => (nanos as f64 / 1e3, "µs"),
         1_000_000..1_000_000_000 => (nanos as f64 / 1e6, "ms"),
         _ => (nanos as f64 / 1e9, "s"),
     };
@@ -227,7 +227,7 @@ pub fn duration(nanos: u64) -> String {
     } else {
         usize::from(value < 100.0)
     };
-    let digits = if unit == "us" { 0 } else { digits };
+    let digits = if unit == "µs" { 0 } else { digits };
     format!("{value:.digits$} {unit}")
 }
 
@@ -248,7 +248,7 @@ mod tests {
         assert_eq!(number(1_234_567.4), "1,234,567");
         assert_eq!(number(999.0), "999");
         assert_eq!(number(3.25), "3.2");
-        assert_eq!(duration(31_400), "31 us");
+        assert_eq!(duration(31_400), "31 µs");
         assert_eq!(duration(2_345_000), "2.35 ms");
         assert_eq!(duration(1_500_000_000), "1.50 s");
         assert_eq!(bytes(512.0), "512 B");

@@ -209,30 +209,21 @@ impl Plot {
         ));
     }
 
-    /// A point with a text that shows when it is pointed at, and a word beside it.
+    /// A point of a rising curve, with a text that shows when it is pointed at
+    /// and a word beside it.
     pub fn point(&mut self, class: &str, x: f64, y: f64, word: &str, title: &str) {
         let (px, py) = (self.x(x), self.y(y));
-        // Near the right edge the word goes to the left, near the top below.
-        let (anchor, dx) = if px > WIDTH - 150.0 {
-            ("end", -8.0)
+        // A curve that rises leaves room above its left side.
+        let (anchor, dx, dy) = if px > LEFT + 80.0 {
+            ("end", -7.0, -7.0)
         } else {
-            ("start", 8.0)
+            ("start", -2.0, -14.0)
         };
-        let dy = if py < TOP + 20.0 { 16.0 } else { -8.0 };
         self.draw(format_args!(
             r#"<circle class="{class}" cx="{px:.1}" cy="{py:.1}" r="4"><title>{}</title></circle><text class="word" x="{:.1}" y="{:.1}" text-anchor="{anchor}">{}</text>"#,
             escape(title),
             px + dx,
             py + dy,
-            escape(word)
-        ));
-    }
-
-    /// A word above a bar.
-    pub fn word_above(&mut self, x: f64, y: f64, word: &str) {
-        let (px, py) = (self.x(x), self.y(y) - 5.0);
-        self.draw(format_args!(
-            r#"<text class="word" x="{px:.1}" y="{py:.1}" text-anchor="middle">{}</text>"#,
             escape(word)
         ));
     }

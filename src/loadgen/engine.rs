@@ -133,6 +133,7 @@ pub struct Engine {
     open: usize,
     connections_left: Option<u64>,
     requests_left: Option<u64>,
+    per_connection: Option<u64>,
     arrivals: Option<Arrivals>,
     /// Due starts are waiting for a free connection.
     held_up: bool,
@@ -183,7 +184,8 @@ impl Engine {
             dialling: 0,
             open: 0,
             connections_left: plan.connections.map(|total| plan.part(total, index)),
-            requests_left: plan.requests.map(|total| plan.part(total, index)),
+            requests_left: plan.part_of_requests(index),
+            per_connection: plan.per_connection(index),
             arrivals,
             held_up: false,
             phase: Phase::Warmup,
@@ -442,7 +444,7 @@ impl Engine {
                 Transport::Tcp => sockets::dial_tcp(plan.target, source, nodelay).and_then(|mut stream| {
                     let both = Interest::READABLE | Interest::WRITABLE;
                     self.poll.registry().register(&mut stream, Token(at), both)?;
-                    let mut session = Session::new(stream, dialled, self.number, plan);
+                    let mut session = Session::new(stream, dialled, self.number, self.per_connection, plan);
                     if plan.direction == Direction::Down {
                         session.start_down(plan);
                     }
@@ -453,7 +455,12 @@ impl Engine {
                     self.poll.registry().register(&mut socket, Token(at), both)?;
                     self.tally.connections += 1;
                     self.tally.connections_measured += 1;
-                    Ok(Client::Udp(Flow::new(socket, self.number, plan)))
+                    Ok(Client::Udp(Flow::new(
+                        socket,
+                        self.number,
+                        self.per_connection,
+                        plan,
+                    )))
                 }),
             };
             match opened {

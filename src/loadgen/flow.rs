@@ -55,8 +55,8 @@ pub struct Flow {
 }
 
 impl Flow {
-    /// A flow that was just opened.
-    pub fn new(socket: UdpSocket, number: u64, plan: &Plan) -> Flow {
+    /// A flow that was just opened, for so many exchanges.
+    pub fn new(socket: UdpSocket, number: u64, left: Option<u64>, plan: &Plan) -> Flow {
         Flow {
             socket,
             tag: (number as u32) ^ (plan.seed as u32) << 20,
@@ -64,7 +64,7 @@ impl Flow {
             under_way: VecDeque::new(),
             unsent: 0,
             slot: None,
-            left: plan.per_connection(),
+            left,
             lost: VecDeque::new(),
             resting: false,
         }

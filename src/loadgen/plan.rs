@@ -169,11 +169,26 @@ impl Plan {
         total / threads + u64::from(index < total % threads)
     }
 
-    /// Exchanges of one connection, where the options fix them.
-    pub fn per_connection(&self) -> Option<u64> {
-        match (self.pattern, self.connections, self.requests) {
+    /// Exchanges that thread `index` has to do: where the connections are
+    /// counted too, each connection of the run gets its equal part.
+    pub fn part_of_requests(&self, index: usize) -> Option<u64> {
+        let requests = self.requests?;
+        let Some(connections) = self.connections.filter(|_| self.pattern != Pattern::Connect) else {
+            return Some(self.part(requests, index));
+        };
+        let before: u64 = (0..index).map(|other| self.part(connections, other)).sum();
+        let up_to = |connection: u64| u128::from(connection) * u128::from(requests) / u128::from(connections);
+        Some((up_to(before + self.part(connections, index)) - up_to(before)) as u64)
+    }
+
+    /// Exchanges of one connection of thread `index`, where the options fix
+    /// them; the thread's last one may do fewer.
+    pub fn per_connection(&self, index: usize) -> Option<u64> {
+        match (self.pattern, self.connections, self.part_of_requests(index)) {
             (Pattern::Connect, _, _) => Some(1),
-            (_, Some(connections), Some(requests)) => Some(requests.div_ceil(connections)),
+            (_, Some(connections), Some(requests)) => {
+                Some(requests.div_ceil(self.part(connections, index).max(1)))
+            }
             (_, Some(connections), None) if connections > self.concurrency => Some(1),
             _ => None,
         }
@@ -380,6 +395,21 @@ mod tests {
         let plan = plan("tcp 127.0.0.1:80 --threads 7 --concurrency 100").expect("fine");
         assert_eq!((0..7).map(|index| plan.part(1000, index)).sum::<u64>(), 1000);
         assert_eq!(plan.part(3, 6), 0);
+    }
+
+    #[test]
+    fn requests_follow_the_connections_to_their_threads() {
+        let plan = plan("tcp 127.0.0.1:80 --pattern request --threads 2 --connections 7 --requests 1001")
+            .expect("fine");
+        assert_eq!((plan.part(7, 0), plan.part(7, 1)), (4, 3));
+        assert_eq!(
+            (plan.part_of_requests(0), plan.part_of_requests(1)),
+            (Some(572), Some(429))
+        );
+        assert_eq!(
+            (plan.per_connection(0), plan.per_connection(1)),
+            (Some(143), Some(143))
+        );
     }
 
     #[test]

@@ -75,8 +75,8 @@ pub struct Session {
 }
 
 impl Session {
-    /// A connection that was just dialled.
-    pub fn new(stream: TcpStream, dialled: Instant, number: u64, plan: &Plan) -> Session {
+    /// A connection that was just dialled, for so many exchanges.
+    pub fn new(stream: TcpStream, dialled: Instant, number: u64, left: Option<u64>, plan: &Plan) -> Session {
         Session {
             stream,
             dialled,
@@ -88,7 +88,7 @@ impl Session {
             under_way: VecDeque::new(),
             finder: Finder::default(),
             listening: Listening::default(),
-            left: plan.per_connection(),
+            left,
         }
     }
 

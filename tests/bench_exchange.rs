@@ -2,7 +2,12 @@
 
 mod bench_support;
 
-use bench_support::{Tcp, Udp, bench, private_network, tcp, udp};
+use std::io::Read;
+use std::process::{Command, Stdio};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use bench_support::{Tcp, Udp, bench, group, private_network, tcp, udp};
 
 macro_rules! isolated {
     ($name:ident, $body:block) => {
@@ -392,3 +397,40 @@ isolated!(
         );
     }
 );
+
+isolated!(control_c_ends_the_run_and_still_shows_what_was_measured, {
+    let group = group(1, &[0]);
+    let mut child = Command::new(env!("CARGO_BIN_EXE_evenkeel"))
+        .args([
+            "bench",
+            "tcp",
+            &group.address.to_string(),
+            "--duration",
+            "1h",
+            "--json",
+        ])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while group.accepted[0].load(Ordering::SeqCst) < 200 {
+        assert!(Instant::now() < deadline, "connections come");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let id = nix::unistd::Pid::from_raw(child.id() as i32);
+    nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGINT).expect("our child");
+    let mut text = String::new();
+    child
+        .stdout
+        .take()
+        .expect("a pipe")
+        .read_to_string(&mut text)
+        .expect("text");
+    assert_eq!(child.wait().expect("our child").code(), Some(0), "{text}");
+    let json: serde_json::Value = serde_json::from_str(&text).expect("all of the result");
+    assert!(
+        json["requests"].as_u64() > Some(100) && json["seconds"].as_f64() < Some(30.0),
+        "{text}"
+    );
+    assert_eq!(json["notes"][0], "interrupted before its time");
+});

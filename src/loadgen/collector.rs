@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
 use super::daemon::Snapshot;
-use super::engine::{Ending, Interval, Message, Phase};
+use super::message::{Ending, Interval, Message, Phase};
 use super::progress::Progress;
 use super::tally::Tally;
 

@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
@@ -22,16 +22,13 @@ use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFl
 
 use super::args::{Direction, Pattern, Transport};
 use super::arrivals::Arrivals;
-use super::daemon::Snapshot;
+use super::client::Client;
 use super::flow::Flow;
-use super::pattern::{LONGEST, Noise};
-use super::plan::Plan;
+use super::message::{Ending, Interval, Message, Phase, REPORT_EVERY, Shared};
+use super::pattern::LONGEST;
 use super::session::{Desk, Session, Step};
 use super::sockets::{self, Sources};
 use super::tally::{Tally, Trouble, nanos};
-
-/// How often a thread tells the collector what it has counted.
-pub const REPORT_EVERY: Duration = Duration::from_millis(200);
 
 /// A place whose connection failed rests for so long in a closed loop, so that
 /// a dead target is not hammered.
@@ -42,75 +39,6 @@ const DIALS_UNDER_WAY: usize = 128;
 
 /// The poll's token of the timer of an open loop.
 const TIMER: Token = Token(usize::MAX);
-
-/// What all threads share.
-pub struct Shared {
-    /// The run.
-    pub plan: Plan,
-    /// The payload.
-    pub noise: Noise,
-    /// Whether any thread was ever answered.
-    pub answered: AtomicBool,
-    /// When the run began; schedules count from here.
-    pub began: Instant,
-}
-
-/// Where a thread is in its run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// Not measured.
-    Warmup,
-    /// Measured.
-    Measure,
-    /// Nothing new is started; what is under way may end.
-    After,
-}
-
-/// What a thread tells the collector.
-#[derive(Debug)]
-pub enum Message {
-    /// Counts since its last message.
-    Interval(Interval),
-    /// It has ended.
-    Done(Ending),
-    /// The sampler has looked at the daemon.
-    Sample(Instant, Snapshot),
-}
-
-/// What one thread counted between two moments.
-#[derive(Debug)]
-pub struct Interval {
-    /// Where it was in its run.
-    pub phase: Phase,
-    /// Since when.
-    pub from: Instant,
-    /// Until when.
-    pub to: Instant,
-    /// The counts.
-    pub tally: Box<Tally>,
-}
-
-/// How a thread ended.
-#[derive(Clone, Debug)]
-pub struct Ending {
-    /// CPU time over wall time.
-    pub busy: f64,
-    /// The last answer, or where there was none, the end.
-    pub last_answer: Option<Instant>,
-    /// Starts of the open loop that were due and never made.
-    pub not_started: u64,
-    /// Starts that had to wait for a free connection.
-    pub waited: u64,
-    /// Client addresses used.
-    pub addresses: usize,
-    /// Nothing was ever answered, so it gave up before its time.
-    pub gave_up: bool,
-}
-
-enum Client {
-    Tcp(Session),
-    Udp(Flow),
-}
 
 struct Place {
     client: Option<Client>,
@@ -202,6 +130,7 @@ impl Engine {
                 waited: 0,
                 addresses: 1,
                 gave_up: false,
+                interrupted: false,
             },
             shared,
         })
@@ -268,11 +197,18 @@ impl Engine {
         let patience = plan.timeout + Duration::from_secs(1);
         let hopeless =
             !self.shared.answered.load(Ordering::Relaxed) && self.now > self.shared.began + patience;
-        if self.phase != Phase::After && (hopeless || stop_at.is_some_and(|stop| self.now >= stop)) {
+        let interrupted = self.shared.interrupted.load(Ordering::Relaxed);
+        let over = hopeless || interrupted || stop_at.is_some_and(|stop| self.now >= stop);
+        if self.phase != Phase::After && over {
             self.report();
             self.ending.gave_up = hopeless;
+            self.ending.interrupted = interrupted;
             self.phase = Phase::After;
-            if let (Some(arrivals), Some(stop), None) = (&self.arrivals, stop_at, self.requests_left) {
+            if let (Some(arrivals), Some(stop), None) = (
+                &self.arrivals,
+                stop_at.filter(|_| !interrupted),
+                self.requests_left,
+            ) {
                 self.ending.not_started = arrivals.clone().count_before(stop - self.shared.began);
             }
         }
@@ -294,12 +230,11 @@ impl Engine {
     fn close_idle(&mut self) {
         let down = self.shared.plan.direction == Direction::Down;
         for at in 0..self.places.len() {
-            let idle = match &self.places[at].client {
-                Some(Client::Tcp(session)) => down || (session.is_connected() && session.is_idle()),
-                Some(Client::Udp(flow)) => flow.is_idle(),
-                None => false,
-            };
-            if idle {
+            if self.places[at]
+                .client
+                .as_ref()
+                .is_some_and(|client| down || client.is_idle())
+            {
                 self.close(at);
             }
         }
@@ -382,11 +317,10 @@ impl Engine {
     }
 
     fn has_room(&self, at: usize) -> bool {
-        match &self.places[at].client {
-            Some(Client::Tcp(session)) => session.is_connected() && session.has_room(&self.shared.plan),
-            Some(Client::Udp(flow)) => flow.has_room(&self.shared.plan),
-            None => false,
-        }
+        self.places[at]
+            .client
+            .as_ref()
+            .is_some_and(|client| client.has_room(&self.shared.plan))
     }
 
     fn take_request(&mut self) -> bool {
@@ -474,45 +408,34 @@ impl Engine {
 
     /// Starts as many exchanges as a closed loop has room and work for.
     fn fill(&mut self, at: usize) {
+        // Datagrams go out one by one, each with its own start.
+        let one_by_one = self.shared.plan.transport == Transport::Udp;
         while self.has_work() && self.may_start(at) && self.take_request() {
-            let now = self.now;
-            let plan = &self.shared.plan;
-            match self.places[at].client.as_mut() {
-                Some(Client::Tcp(session)) => session.start(now, now, plan),
-                Some(Client::Udp(flow)) => {
-                    flow.start(now, now);
-                    if plan.window > 1 {
-                        // Datagrams go out one by one, each with its own start.
-                        self.with_client(at, flush);
-                        continue;
-                    }
-                }
-                None => return,
+            self.start_at(at, self.now);
+            if one_by_one {
+                self.with_client(at, Client::flush);
             }
         }
-        self.with_client(at, flush);
+        self.with_client(at, Client::flush);
     }
 
-    /// A closed loop queues its first exchange on a connection that does not
-    /// stand yet.
     fn may_start(&self, at: usize) -> bool {
-        match &self.places[at].client {
-            Some(Client::Tcp(session)) => {
-                session.has_room(&self.shared.plan) && (session.is_connected() || session.is_idle())
-            }
-            Some(Client::Udp(flow)) => flow.has_room(&self.shared.plan),
-            None => false,
+        self.places[at]
+            .client
+            .as_ref()
+            .is_some_and(|client| client.may_start(&self.shared.plan))
+    }
+
+    fn start_at(&mut self, at: usize, due: Instant) {
+        if let Some(client) = self.places[at].client.as_mut() {
+            client.start(due, self.now, &self.shared.plan);
         }
     }
 
     /// Starts one exchange, meant to start at `due`.
     fn start_on(&mut self, at: usize, due: Instant) {
-        match self.places[at].client.as_mut() {
-            Some(Client::Tcp(session)) => session.start(due, self.now, &self.shared.plan),
-            Some(Client::Udp(flow)) => flow.start(due, self.now),
-            None => return,
-        }
-        self.with_client(at, flush);
+        self.start_at(at, due);
+        self.with_client(at, Client::flush);
         self.list(at);
     }
 
@@ -524,24 +447,17 @@ impl Engine {
     }
 
     fn handle_event(&mut self, at: usize, readable: bool, writable: bool, end: bool) {
-        let Some(place) = self.places.get(at) else { return };
         // An event of a connection that this place has had before finds
         // nothing, or a socket that would block.
-        if place.client.is_none() {
+        if self.places.get(at).is_none_or(|place| place.client.is_none()) {
             return;
         }
         let before = self.tally.requests;
         if writable {
-            self.with_client(at, |client, desk| match client {
-                Client::Tcp(session) => session.handle_writable(desk),
-                Client::Udp(flow) => flow.flush(desk),
-            });
+            self.with_client(at, Client::handle_writable);
         }
         if readable || end {
-            self.with_client(at, |client, desk| match client {
-                Client::Tcp(session) => session.handle_readable(desk, end),
-                Client::Udp(flow) => flow.handle_readable(desk),
-            });
+            self.with_client(at, |client, desk| client.handle_readable(desk, end));
         }
         self.go_on(at);
         if self.tally.requests > before {
@@ -554,12 +470,10 @@ impl Engine {
 
     /// After whatever happened to a connection: its next exchange, or its end.
     fn go_on(&mut self, at: usize) {
-        let over = match &self.places[at].client {
-            Some(Client::Tcp(session)) => session.is_finished() || (!self.has_work() && session.is_idle()),
-            Some(Client::Udp(flow)) => flow.is_finished() || (!self.has_work() && flow.is_idle()),
-            None => return,
+        let Some(client) = &self.places[at].client else {
+            return;
         };
-        if over {
+        if client.is_finished() || (!self.has_work() && client.is_idle()) {
             self.close(at);
         } else if self.arrivals.is_none() {
             self.fill(at);
@@ -580,10 +494,10 @@ impl Engine {
             scratch: &mut self.scratch,
             now: self.now,
         };
-        let was_dialling = is_dialling(client);
+        let was_dialling = client.is_dialling();
         let step = act(client, &mut desk);
         self.now = desk.now;
-        if was_dialling && !is_dialling(client) {
+        if was_dialling && !client.is_dialling() {
             self.dialling -= 1;
         }
         match step {
@@ -604,7 +518,7 @@ impl Engine {
 
     fn drop_client(&mut self, at: usize) {
         if let Some(client) = self.places[at].client.take() {
-            self.dialling -= usize::from(is_dialling(&client));
+            self.dialling -= usize::from(client.is_dialling());
             self.open -= 1;
         }
     }
@@ -621,35 +535,15 @@ impl Engine {
 
     /// Ends what has waited too long.
     fn sweep(&mut self) {
-        let timeout = self.shared.plan.timeout;
         for at in 0..self.places.len() {
-            match &self.places[at].client {
-                None => continue,
-                Some(Client::Tcp(session)) => {
-                    let late = session
-                        .waiting_since()
-                        .is_some_and(|since| self.now.saturating_duration_since(since) >= timeout);
-                    if late {
-                        let mishap = session.timed_out();
-                        self.with_client(at, |_, _| Step::Failed(mishap));
-                    }
-                }
-                Some(Client::Udp(_)) => {
-                    let pattern = self.shared.plan.pattern;
-                    let mut expired = false;
-                    self.with_client(at, |client, desk| {
-                        if let Client::Udp(flow) = client {
-                            expired = flow.expire(timeout, desk) | flow.wake();
-                            if expired && pattern == Pattern::Connect {
-                                return Step::Ended;
-                            }
-                        }
-                        Step::Open
-                    });
-                    if expired {
-                        self.go_on(at);
-                    }
-                }
+            let mut made_room = false;
+            self.with_client(at, |client, desk| {
+                let (step, room) = client.expire(desk);
+                made_room = room;
+                step
+            });
+            if made_room {
+                self.go_on(at);
             }
         }
     }
@@ -695,17 +589,6 @@ impl Engine {
             TimerSetTimeFlags::empty(),
         );
     }
-}
-
-fn flush(client: &mut Client, desk: &mut Desk) -> Step {
-    match client {
-        Client::Tcp(session) => session.flush(desk),
-        Client::Udp(flow) => flow.flush(desk),
-    }
-}
-
-fn is_dialling(client: &Client) -> bool {
-    matches!(client, Client::Tcp(session) if !session.is_connected())
 }
 
 /// CPU time of this thread.

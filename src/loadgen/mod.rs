@@ -7,13 +7,16 @@
 
 mod args;
 mod arrivals;
+mod client;
 mod collector;
 mod daemon;
 mod dialogue;
 mod engine;
 mod flow;
 mod identity;
+mod interrupt;
 mod machine;
+mod message;
 mod outcome;
 mod page;
 mod pattern;
@@ -37,7 +40,8 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 pub use args::Args;
 use daemon::Snapshot;
-use engine::{Engine, Message, Shared};
+use engine::Engine;
+use message::{Message, Shared};
 use outcome::{Looks, Outcome};
 use plan::{Plan, Refusal};
 use progress::Progress;
@@ -70,8 +74,10 @@ fn run_plan(args: &Args) -> Result<bool, Refusal> {
         noise: pattern::Noise::new(plan.seed),
         plan,
         answered: AtomicBool::new(false),
+        interrupted: AtomicBool::new(false),
         began: Instant::now(),
     });
+    interrupt::watch(&shared);
     let collected = make_load(&shared, socket.as_deref())?;
     if let Some(socket) = &socket {
         last_look(socket, &shared.plan, collected.total.connections, &mut looks);

@@ -14,8 +14,8 @@ use crate::spread::{Circumstances, Spread, Verdict};
 use super::args::{Args, Transport};
 use super::collector::{Collected, Piece};
 use super::daemon::Snapshot;
-use super::engine::Ending;
 use super::machine::Machine;
+use super::message::Ending;
 use super::plan::Plan;
 use super::tally::Nanos;
 
@@ -289,6 +289,9 @@ impl Outcome {
                 (plan.timeout + Duration::from_secs(1)).as_secs_f64()
             ));
         }
+        if endings.iter().any(|ending| ending.interrupted) {
+            self.notes.push("interrupted before its time".into());
+        }
         if endings.len() < plan.threads {
             self.notes.push(format!(
                 "{} of {} threads ended early",
@@ -362,14 +365,15 @@ impl Outcome {
 }
 
 /// The measured time, in seconds since the start: to the intended end, or to
-/// the last answer where the amount of work ended the run.
+/// the last answer where the amount of work, or a person, ended the run.
 fn measured(plan: &Plan, endings: &[Ending], began: Instant) -> (f64, f64) {
     let from = plan.warmup.as_secs_f64();
     let last = endings.iter().filter_map(|ending| ending.last_answer).max();
     let last = last
         .map_or(began.elapsed(), |last| last.saturating_duration_since(began))
         .as_secs_f64();
-    let by_work = plan.requests.is_some() || plan.connections.is_some();
+    let early = endings.iter().any(|ending| ending.interrupted);
+    let by_work = plan.requests.is_some() || plan.connections.is_some() || early;
     match plan.duration {
         Some(duration) if by_work => (from, last.clamp(from, from + duration.as_secs_f64())),
         Some(duration) => (from, from + duration.as_secs_f64()),

@@ -377,7 +377,7 @@ mod tests {
         let kept =
             plan("tcp 127.0.0.1:80 --pattern request --connections 100 --requests 1050").expect("fine");
         assert_eq!(
-            (kept.concurrency, kept.per_connection(), kept.duration),
+            (kept.concurrency, kept.per_connection(0), kept.duration),
             (100, Some(11), None)
         );
         assert_eq!(

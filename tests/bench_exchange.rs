@@ -345,6 +345,17 @@ isolated!(
     }
 );
 
+isolated!(new_connections_of_an_open_loop_are_charged_for_a_stall_too, {
+    // Ten connections due within 100 ms, one at once; the first takes 400 ms,
+    // so the last begins 300 ms late.
+    let run = bench(&format!(
+        "tcp {} --concurrency 1 --rate 100 --arrivals fixed --connections 10 --json",
+        tcp(Tcp::Slow(400))
+    ));
+    assert_eq!((run.code, run.number("/requests")), (0, 10.0), "{}", run.stdout);
+    assert!(run.number("/latency_us/min") > 290_000.0, "{}", run.stdout);
+});
+
 isolated!(a_target_too_slow_for_the_rate_is_said_to_be, {
     let run = bench(&format!(
         "tcp {} --concurrency 1 --rate 1000 --duration 1s --timeout 1s --json",

@@ -228,10 +228,6 @@ isolated!(a_control_socket_that_does_not_help_is_one_clear_sentence, {
 isolated!(a_missing_permission_on_the_control_socket_is_exit_77, {
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::process::CommandExt;
-    if !nix::unistd::geteuid().is_root() {
-        println!("SKIPPED: only root can become somebody without the permission");
-        return;
-    }
     let folder = tempfile::tempdir().expect("a folder");
     let group = group(1, &[0]);
     let socket = daemon(folder.path(), &group.address.to_string(), "hash", &group.accepted);
@@ -255,8 +251,14 @@ isolated!(a_missing_permission_on_the_control_socket_is_exit_77, {
         .arg(&socket)
         .uid(65534)
         .gid(65534)
-        .output()
-        .expect("it starts");
+        .output();
+    let output = match output {
+        Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => {
+            println!("SKIPPED: nobody else exists in this user namespace");
+            return;
+        }
+        output => output.expect("it starts"),
+    };
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(77), "{stderr}");
     assert!(

@@ -1,20 +1,16 @@
-//! Brings together what the threads and the sampler tell.
+//! Brings together what the threads tell.
 //!
 //! Owned by the main thread: receives until every thread has ended, keeps the
-//! sum, the course over time, and the most uneven moment of the active
-//! sessions. Bounded by a few small records a second and thread.
+//! sum and the course over time. Bounded by a few small records a second and
+//! thread.
 
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
-use super::daemon::Snapshot;
 use super::message::{Ending, Interval, Message, Phase};
 use super::progress::Progress;
 use super::tally::Tally;
-
-/// Fewer open sessions a slot than this say nothing about evenness.
-const ACTIVE_PER_SLOT: u64 = 5;
 
 /// What one thread did in one interval, for the plots.
 #[derive(Clone, Copy, Debug)]
@@ -33,19 +29,6 @@ pub struct Piece {
     pub p50: u64,
 }
 
-/// The most uneven moment of the sessions that were open.
-#[derive(Clone, Debug)]
-pub struct WorstActive {
-    /// Looks that had enough sessions to judge.
-    pub samples: u64,
-    /// The largest ratio of a slot's open sessions to the mean.
-    pub max_over_mean: f64,
-    /// The open sessions of that moment.
-    pub per_slot: Vec<u64>,
-    /// When.
-    pub at: Instant,
-}
-
 /// All that was told.
 #[derive(Debug, Default)]
 pub struct Collected {
@@ -61,8 +44,6 @@ pub struct Collected {
     pub endings: Vec<Ending>,
     /// The course over time.
     pub course: Vec<Piece>,
-    /// The most uneven moment.
-    pub worst_active: Option<WorstActive>,
 }
 
 /// Receives until all threads have ended. A thread that dies without a word
@@ -81,7 +62,6 @@ pub fn collect(
                 progress.show(&collected.total);
             }
             Ok(Message::Done(ending)) => collected.endings.push(ending),
-            Ok(Message::Sample(at, snapshot)) => collected.take_sample(at, &snapshot),
             Err(RecvTimeoutError::Timeout) => progress.show(&collected.total),
             Err(RecvTimeoutError::Disconnected) => break,
         }
@@ -123,26 +103,5 @@ impl Collected {
             tally.forget_measures();
         }
         self.total.merge(*tally);
-    }
-
-    fn take_sample(&mut self, at: Instant, snapshot: &Snapshot) {
-        let (sum, slot_count) = (snapshot.active.iter().sum::<u64>(), snapshot.active.len() as u64);
-        if slot_count < 2 || sum < ACTIVE_PER_SLOT * slot_count {
-            return;
-        }
-        let most = snapshot.active.iter().copied().max().unwrap_or(0);
-        let max_over_mean = most as f64 * slot_count as f64 / sum as f64;
-        let samples = self.worst_active.as_ref().map_or(0, |worst| worst.samples) + 1;
-        match &mut self.worst_active {
-            Some(worst) if worst.max_over_mean >= max_over_mean => worst.samples = samples,
-            worst => {
-                *worst = Some(WorstActive {
-                    samples,
-                    max_over_mean,
-                    per_slot: snapshot.active.clone(),
-                    at,
-                });
-            }
-        }
     }
 }

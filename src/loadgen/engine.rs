@@ -136,10 +136,20 @@ impl Engine {
         })
     }
 
-    /// Runs to the end. Errors are those of the poll itself.
+    /// Runs to the end, and tells the collector. Errors are those of the poll itself.
     pub fn run(mut self) -> io::Result<()> {
-        let mut events = Events::with_capacity(1024);
         let (cpu_before, began) = (thread_cpu(), Instant::now());
+        let outcome = self.turn(began);
+        self.report();
+        let wall = began.elapsed().as_secs_f64().max(1e-9);
+        self.ending.busy = (thread_cpu() - cpu_before).as_secs_f64() / wall;
+        self.ending.addresses = self.sources.used();
+        let _ = self.sender.send(Message::Done(self.ending));
+        outcome
+    }
+
+    fn turn(&mut self, began: Instant) -> io::Result<()> {
+        let mut events = Events::with_capacity(1024);
         let mut next_report = began + REPORT_EVERY;
         let sweep_every =
             (self.shared.plan.timeout / 8).clamp(Duration::from_millis(2), Duration::from_millis(100));
@@ -176,11 +186,6 @@ impl Engine {
                 }
             }
         }
-        self.report();
-        let wall = began.elapsed().as_secs_f64().max(1e-9);
-        self.ending.busy = (thread_cpu() - cpu_before).as_secs_f64() / wall;
-        self.ending.addresses = self.sources.used();
-        let _ = self.sender.send(Message::Done(self.ending));
         Ok(())
     }
 

@@ -6,7 +6,6 @@
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use super::daemon::Snapshot;
 use super::pattern::Noise;
 use super::plan::Plan;
 use super::tally::Tally;
@@ -46,8 +45,6 @@ pub enum Message {
     Interval(Interval),
     /// It has ended.
     Done(Ending),
-    /// The sampler has looked at the daemon.
-    Sample(Instant, Snapshot),
 }
 
 /// What one thread counted between two moments.

@@ -23,6 +23,7 @@ mod pattern;
 mod plan;
 mod print;
 mod progress;
+mod sampler;
 mod session;
 mod sockets;
 mod tally;
@@ -36,18 +37,15 @@ use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
-
 pub use args::Args;
 use daemon::Snapshot;
 use engine::Engine;
-use message::{Message, Shared};
+use message::Shared;
 use outcome::{Looks, Outcome};
 use plan::{Plan, Refusal};
 use progress::Progress;
-
-/// How often the open sessions of the slots are looked at.
-const SAMPLE_EVERY: Duration = Duration::from_millis(250);
+use sampler::Sampler;
+use tally::Tally;
 
 /// How long the daemon's counters may take to show the last connection.
 const SETTLE: Duration = Duration::from_secs(1);
@@ -78,9 +76,13 @@ fn run_plan(args: &Args) -> Result<bool, Refusal> {
         began: Instant::now(),
     });
     interrupt::watch(&shared);
-    let collected = make_load(&shared, socket.as_deref())?;
+    let sampler = socket
+        .clone()
+        .map(|socket| Sampler::start(socket, Arc::clone(&shared)));
+    let collected = make_load(&shared)?;
+    looks.worst_active = sampler.and_then(Sampler::finish);
     if let Some(socket) = &socket {
-        last_look(socket, &shared.plan, collected.total.connections, &mut looks);
+        last_look(socket, &shared.plan, &collected.total, &mut looks);
     }
     let outcome = Outcome::new(args, &shared.plan, collected, looks, shared.began);
     show(args, &outcome, report)?;
@@ -88,7 +90,7 @@ fn run_plan(args: &Args) -> Result<bool, Refusal> {
 }
 
 /// Starts the threads and collects until all have ended.
-fn make_load(shared: &Arc<Shared>, socket: Option<&Path>) -> Result<collector::Collected, Refusal> {
+fn make_load(shared: &Arc<Shared>) -> Result<collector::Collected, Refusal> {
     let (sender, receiver) = crossbeam_channel::unbounded();
     let failed =
         |error: std::io::Error| Refusal::failed(format!("a thread of the load generator failed: {error}"));
@@ -98,34 +100,16 @@ fn make_load(shared: &Arc<Shared>, socket: Option<&Path>) -> Result<collector::C
         let builder = thread::Builder::new().name(format!("bench-{index}"));
         threads.push(builder.spawn(move || engine.run()).map_err(failed)?);
     }
-    let (stop, stopped) = crossbeam_channel::bounded(0);
-    let sampler = socket.map(|socket| {
-        let (socket, plan, sender) = (socket.to_path_buf(), shared.plan.clone(), sender.clone());
-        thread::spawn(move || sample(&socket, &plan, &sender, &stopped))
-    });
     drop(sender);
     let mut progress = Progress::new(&shared.plan, shared.began);
     let collected = collector::collect(&receiver, shared.plan.threads, shared.began, &mut progress);
-    drop(stop);
     for thread in threads {
         thread
             .join()
             .expect("a thread of the load generator does not panic")
             .map_err(failed)?;
     }
-    if let Some(sampler) = sampler {
-        sampler.join().expect("the sampler does not panic");
-    }
     Ok(collected)
-}
-
-/// Looks at the open sessions now and then, until told to stop.
-fn sample(socket: &Path, plan: &Plan, sender: &Sender<Message>, stopped: &Receiver<()>) {
-    while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(SAMPLE_EVERY) {
-        if let Ok(snapshot) = daemon::look(socket, plan.transport.name(), plan.target) {
-            let _ = sender.send(Message::Sample(Instant::now(), snapshot));
-        }
-    }
 }
 
 /// Looks at the daemon before the run. A socket that was typed must work; the
@@ -157,7 +141,7 @@ fn first_look(args: &Args, plan: &Plan, looks: &mut Looks) -> Result<Option<Path
 }
 
 /// Looks again, until all connections of the run are counted.
-fn last_look(socket: &Path, plan: &Plan, connections: u64, looks: &mut Looks) {
+fn last_look(socket: &Path, plan: &Plan, total: &Tally, looks: &mut Looks) {
     let Some(before) = looks.before.clone() else {
         return;
     };
@@ -169,8 +153,8 @@ fn last_look(socket: &Path, plan: &Plan, connections: u64, looks: &mut Looks) {
     };
     loop {
         match daemon::look(socket, plan.transport.name(), plan.target) {
-            Ok(after) if counted(&after) >= connections || Instant::now() >= deadline => {
-                note_others(counted(&after), connections, looks);
+            Ok(after) if counted(&after) >= total.connections || Instant::now() >= deadline => {
+                note_others(counted(&after), plan, total, looks);
                 looks.after = Some(after);
                 return;
             }
@@ -186,15 +170,18 @@ fn last_look(socket: &Path, plan: &Plan, connections: u64, looks: &mut Looks) {
 }
 
 /// The daemon should have counted what we made, no more and no less.
-fn note_others(counted: u64, connections: u64, looks: &mut Looks) {
-    if counted < connections {
+fn note_others(counted: u64, plan: &Plan, total: &Tally, looks: &mut Looks) {
+    let made = total.connections;
+    // A flow whose datagrams were all lost never came to be at the daemon.
+    let may_be_lost = plan.transport == args::Transport::Udp && total.error_count() > 0;
+    if counted < made && !may_be_lost {
         looks.notes.push(format!(
-            "the daemon counted {counted} of {connections} connections: does another program share the port? \
+            "the daemon counted {counted} of {made} connections: does another program share the port? \
              See `evenkeel doctor`"
         ));
-    } else if counted > connections + connections / 100 {
+    } else if counted > made + made / 100 {
         looks.notes.push(format!(
-            "the daemon counted {counted} connections, {connections} of them from here"
+            "the daemon counted {counted} connections, {made} of them from here"
         ));
     }
 }

@@ -17,6 +17,7 @@ use super::daemon::Snapshot;
 use super::machine::Machine;
 use super::message::Ending;
 use super::plan::Plan;
+use super::sampler::WorstActive;
 use super::tally::Nanos;
 
 /// From this part of a CPU on, a thread was the bottleneck.
@@ -164,6 +165,8 @@ pub struct Looks {
     pub before: Option<Snapshot>,
     /// After.
     pub after: Option<Snapshot>,
+    /// The most uneven moment in between.
+    pub worst_active: Option<WorstActive>,
     /// What a person should know about the looking.
     pub notes: Vec<String>,
 }
@@ -190,7 +193,6 @@ impl Outcome {
             total,
             endings,
             course,
-            worst_active,
             ..
         } = &collected;
         let measured = measured(plan, endings, began);
@@ -198,7 +200,7 @@ impl Outcome {
         let spread = find_spread(args, plan, &collected, &looks);
         let bytes = total.bytes_sent + total.bytes_received;
         let per_second = |count: u64, after: u64| (count.saturating_sub(after)) as f64 / seconds;
-        let active = worst_active.as_ref().map(|worst| Active {
+        let active = looks.worst_active.as_ref().map(|worst| Active {
             samples: worst.samples,
             worst_max_over_mean: worst.max_over_mean,
             worst_per_slot: worst.per_slot.clone(),
@@ -365,14 +367,14 @@ impl Outcome {
 }
 
 /// The measured time, in seconds since the start: to the intended end, or to
-/// the last answer where the amount of work, or a person, ended the run.
+/// the last answer where the run ended before.
 fn measured(plan: &Plan, endings: &[Ending], began: Instant) -> (f64, f64) {
     let from = plan.warmup.as_secs_f64();
     let last = endings.iter().filter_map(|ending| ending.last_answer).max();
     let last = last
         .map_or(began.elapsed(), |last| last.saturating_duration_since(began))
         .as_secs_f64();
-    let early = endings.iter().any(|ending| ending.interrupted);
+    let early = endings.iter().any(|ending| ending.interrupted || ending.gave_up);
     let by_work = plan.requests.is_some() || plan.connections.is_some() || early;
     match plan.duration {
         Some(duration) if by_work => (from, last.clamp(from, from + duration.as_secs_f64())),

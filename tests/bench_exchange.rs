@@ -152,6 +152,23 @@ isolated!(an_answer_that_ends_early_is_a_short_reply, {
     );
 });
 
+isolated!(
+    a_kept_connection_that_is_closed_between_answers_is_closed_not_short,
+    {
+        let run = bench(&format!(
+            "tcp {} --pattern request --connections 4 --requests 400 --json",
+            tcp(Tcp::CloseAfter(640))
+        ));
+        assert_eq!(
+            (run.code, run.errors("closed"), run.error_count()),
+            (0, 4, 4),
+            "{}",
+            run.stdout
+        );
+        assert_eq!(run.number("/requests"), 40.0);
+    }
+);
+
 isolated!(a_reset_and_a_refusal_are_told_apart, {
     let run = bench(&format!("tcp {} --connections 20 --json", tcp(Tcp::Reset)));
     assert_eq!(

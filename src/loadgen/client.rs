@@ -93,8 +93,8 @@ impl Client {
         match self {
             Client::Tcp(session) => {
                 let late = |since: Instant| now.saturating_duration_since(since) >= timeout;
-                match session.waiting_since().filter(|since| late(*since)) {
-                    Some(_) => (Step::Failed(session.timed_out()), false),
+                match session.waiting_since(desk.plan).filter(|since| late(*since)) {
+                    Some(_) => (Step::Failed(session.timed_out(desk.plan)), false),
                     None => (Step::Open, false),
                 }
             }

@@ -134,6 +134,11 @@ impl Plan {
             expect,
         )
         .map_err(Refusal::usage)?;
+        if args.mode == Transport::Udp && script.message().len() > LARGEST_DATAGRAM {
+            return Err(Refusal::usage(format!(
+                "--send: a datagram takes at most {LARGEST_DATAGRAM} bytes"
+            )));
+        }
         let endless = args.requests.is_none() && (args.connections.is_none() || pattern != Pattern::Connect);
         let duration = args.duration.or(endless.then_some(Duration::from_secs(10)));
         raise_descriptor_limit(concurrency)?;

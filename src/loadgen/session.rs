@@ -63,6 +63,8 @@ pub struct Session {
     pub stream: TcpStream,
     dialled: Instant,
     connected: bool,
+    /// When bytes last moved.
+    moved: Instant,
     /// Position of the first byte in the noise.
     start_at: u64,
     queued: u64,
@@ -81,6 +83,7 @@ impl Session {
             stream,
             dialled,
             connected: false,
+            moved: dialled,
             start_at: pattern::start_of(number ^ plan.seed << 40),
             queued: 0,
             sent: 0,
@@ -112,13 +115,18 @@ impl Session {
         self.left == Some(0) && self.under_way.is_empty()
     }
 
-    /// Since when the oldest exchange (or the connect) is waited for.
-    pub fn waiting_since(&self) -> Option<Instant> {
-        if self.connected {
-            self.under_way.front().map(|exchange| exchange.begun)
-        } else {
-            Some(self.dialled)
+    /// Since when the connect, or the oldest exchange, is waited for. A stream
+    /// has many under way, and may be slow as long as it moves.
+    pub fn waiting_since(&self, plan: &Plan) -> Option<Instant> {
+        if !self.connected {
+            return Some(self.dialled);
         }
+        let begun = self.under_way.front()?.begun;
+        Some(if plan.pattern == Pattern::Stream {
+            begun.max(self.moved)
+        } else {
+            begun
+        })
     }
 
     /// Queues one exchange, meant to start at `start`; `flush` sends it.
@@ -157,6 +165,7 @@ impl Session {
                 Ok(count) => {
                     self.note_connected(desk);
                     self.sent += count as u64;
+                    self.moved = desk.now;
                     desk.tally.bytes_sent += count as u64;
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
@@ -191,6 +200,7 @@ impl Session {
             let step = match outcome {
                 Ok(0) => Some(self.handle_end(desk)),
                 Ok(count) => {
+                    self.moved = desk.now;
                     desk.tally.bytes_received += count as u64;
                     let step = self.handle_bytes(&scratch[..count], desk);
                     // A short read has emptied the queue; the next bytes are a new edge.
@@ -212,21 +222,27 @@ impl Session {
     }
 
     /// The oldest exchange has waited too long.
-    pub fn timed_out(&self) -> Mishap {
+    pub fn timed_out(&self, plan: &Plan) -> Mishap {
         if !self.connected {
             return Mishap::new(Trouble::ConnectTimedOut, "no answer to the connect");
         }
-        Mishap::new(
-            Trouble::TimedOut,
-            format!("{} of the answer's bytes came", self.received_of_answer()),
-        )
+        let text = match plan.script {
+            Script::Echo => format!(
+                "{} of {} bytes came back",
+                self.received_of_answer(plan),
+                plan.size
+            ),
+            _ => "no complete answer".to_string(),
+        };
+        Mishap::new(Trouble::TimedOut, text)
     }
 
-    fn received_of_answer(&self) -> u64 {
-        let oldest = self.under_way.front().map_or(0, |exchange| exchange.end);
-        let size = self.under_way.get(1).map_or(oldest, |next| next.end - oldest);
-        self.received
-            .saturating_sub(oldest.saturating_sub(size.min(oldest)))
+    /// Bytes of the oldest answer that an echo has sent back so far.
+    fn received_of_answer(&self, plan: &Plan) -> u64 {
+        let begin = |exchange: &Exchange| exchange.end - plan.size as u64;
+        self.under_way
+            .front()
+            .map_or(0, |oldest| self.received.saturating_sub(begin(oldest)))
     }
 
     fn note_connected(&mut self, desk: &mut Desk) {
@@ -350,7 +366,8 @@ impl Session {
         if desk.plan.direction == Direction::Down {
             return Step::Ended;
         }
-        let begun = self.listening.has_begun() || self.received_of_answer() > 0;
+        let echoed = desk.plan.script == Script::Echo && self.received_of_answer(desk.plan) > 0;
+        let begun = self.listening.has_begun() || echoed;
         match self.under_way.front() {
             // Servers that are not echoes may close a kept connection.
             None if desk.plan.script != Script::Echo || desk.plan.pattern == Pattern::Connect => Step::Ended,

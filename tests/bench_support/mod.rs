@@ -138,6 +138,8 @@ pub enum Tcp {
     Reset,
     /// Reads once, then closes.
     Close,
+    /// Echoes so many bytes, then closes at the next.
+    CloseAfter(usize),
     /// Never answers.
     Silent,
     /// Reads and drops.
@@ -200,6 +202,7 @@ fn converse(mut stream: TcpStream, kind: Tcp, slot: u64, number: u64) -> std::io
             }
             Tcp::Reset => return socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO)),
             Tcp::Close => return Ok(()),
+            Tcp::CloseAfter(most) if offset >= most => return Ok(()),
             Tcp::Slow(millis) if number.is_multiple_of(10) && offset == 0 => {
                 thread::sleep(std::time::Duration::from_millis(millis));
             }

@@ -164,8 +164,12 @@ fn slots(out: &mut String, outcome: &Outcome) {
     line(
         out,
         &format!(
-            "  max/mean {:.3}  cv {:.3}  jain {:.4}  chi-square {:.2}  p {:.3}",
-            spread.max_over_mean, spread.cv, spread.jain, spread.chi_square, spread.p_value
+            "  max/mean {:.3}  cv {:.3}  jain {:.4}  chi-square {:.2}  p {}",
+            spread.max_over_mean,
+            spread.cv,
+            spread.jain,
+            spread.chi_square,
+            probability(spread.p_value)
         ),
     );
     line(out, &format!("  {}", found.sentence));
@@ -229,6 +233,15 @@ pub fn duration(nanos: u64) -> String {
     };
     let digits = if unit == "µs" { 0 } else { digits };
     format!("{value:.digits$} {unit}")
+}
+
+/// A p-value, as small as it means anything.
+pub fn probability(p_value: f64) -> String {
+    if p_value < 0.001 {
+        "< 0.001".into()
+    } else {
+        format!("{p_value:.3}")
+    }
 }
 
 /// Bytes with a binary unit.

@@ -4,7 +4,7 @@
 //! Pure. Each is left out where its data is missing. Bounded by `BINS`.
 
 use super::super::outcome::{Active, Latency, Outcome, SpreadFound};
-use super::super::print::{duration, number};
+use super::super::print::{duration, number, probability};
 use super::plot::{Plot, Scale, escape};
 use super::put;
 
@@ -357,7 +357,7 @@ fn spread_table(outcome: &Outcome, found: &SpreadFound) -> String {
         ("cv", format!("{:.4}", spread.cv)),
         ("jain", format!("{:.4}", spread.jain)),
         ("chi-square", format!("{:.2}", spread.chi_square)),
-        ("p-value", format!("{:.4}", spread.p_value)),
+        ("p-value", probability(spread.p_value)),
         ("steering", found.steering.clone().unwrap_or("not told".into())),
         ("counted by", found.source.to_string()),
     ];

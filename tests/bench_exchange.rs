@@ -416,6 +416,7 @@ isolated!(
             "{}",
             run.stdout
         );
+        assert!(run.stdout.contains("3 addresses were used"), "{}", run.stdout);
         let run = bench(&format!("tcp {other} --source 127.0.0.1 {words}"));
         assert!(run.errors("no_port") >= 50, "{}", run.stdout);
         assert!(

@@ -311,6 +311,12 @@ impl Outcome {
                  rate, or --concurrency too low. The latencies leave these out"
             ));
         }
+        let addresses = endings.iter().map(|ending| ending.addresses).max().unwrap_or(1);
+        if plan.sources.is_empty() && addresses > 1 {
+            self.notes.push(format!(
+                "the ports of one client address ran out: {addresses} addresses were used"
+            ));
+        }
         if self.errors.contains_key("no_port") {
             self.notes
                 .push("local ports ran out: add client addresses with --source".into());

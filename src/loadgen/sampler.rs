@@ -87,3 +87,30 @@ fn take(worst: &mut Option<WorstActive>, at: Instant, snapshot: &Snapshot) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_most_uneven_moment_is_kept_and_few_sessions_are_no_moment() {
+        let (mut worst, start) = (None, Instant::now());
+        let looks: [&[u64]; 5] = [&[10, 10], &[3, 1], &[30, 10], &[10, 11], &[9]];
+        for (second, active) in looks.into_iter().enumerate() {
+            let snapshot = Snapshot {
+                listener: String::new(),
+                steering: None,
+                per_slot: Vec::new(),
+                shares: None,
+                active: active.to_vec(),
+            };
+            take(&mut worst, start + Duration::from_secs(second as u64), &snapshot);
+        }
+        let worst = worst.expect("three looks had enough sessions");
+        assert_eq!((worst.samples, worst.per_slot), (3, vec![30, 10]));
+        assert_eq!(
+            (worst.max_over_mean, worst.at),
+            (1.5, start + Duration::from_secs(2))
+        );
+    }
+}

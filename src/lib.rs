@@ -8,16 +8,30 @@
 //! 4  cli
 //! 3  supervisor  worker  steward  loadgen  doctor    never import each other
 //! 2  control
-//! 1  config  balance  relay  supervision  counters  spread  deadline  slab    pure
+//! 1  config  balance  relay  supervision  counters  spread  deadline  slab  explain    pure
 //! 0  sys  units  logging
 //! ```
 
 #![deny(unsafe_code)]
 
+pub mod balance;
 pub mod cli;
 pub mod config;
+pub mod control;
+pub mod counters;
+pub mod deadline;
+pub mod doctor;
+pub mod explain;
+pub mod handover;
 pub mod loadgen;
+pub mod logging;
+pub mod relay;
+pub mod slab;
 pub mod spread;
+pub mod steward;
+pub mod supervision;
+pub mod supervisor;
 #[allow(unsafe_code)]
 pub mod sys;
 pub mod units;
+pub mod worker;

@@ -61,9 +61,7 @@ fn eventually(what: &str, condition: impl Fn() -> bool) {
 }
 
 fn accepts(address: &str) {
-    eventually(&format!("{address} accepts"), || {
-        TcpStream::connect(address).is_ok()
-    });
+    eventually(&format!("{address} accepts"), || TcpStream::connect(address).is_ok());
 }
 
 isolated!(nginx_is_asked_by_http, {
@@ -81,11 +79,7 @@ isolated!(nginx_is_asked_by_http, {
         ),
     )
     .expect("our folder");
-    let _server = start(
-        Command::new(program)
-            .arg("-c")
-            .arg(folder.path().join("nginx.conf")),
-    );
+    let _server = start(Command::new(program).arg("-c").arg(folder.path().join("nginx.conf")));
     accepts("127.0.0.1:80");
     let run = bench("tcp 127.0.0.1:80 --payload http --connections 300 --json");
     assert_eq!(
@@ -107,21 +101,11 @@ isolated!(nginx_is_asked_by_http, {
     );
     assert!(run.number("/connections") >= 50.0, "{}", run.stdout);
     let run = bench("tcp 127.0.0.1:80 --payload http --path /no --connections 10 --json");
-    assert_eq!(
-        (run.code, run.errors("error_reply"), run.error_count()),
-        (1, 10, 10),
-        "{}",
-        run.stdout
-    );
+    assert_eq!((run.code, run.errors("error_reply"), run.error_count()), (1, 10, 10), "{}", run.stdout);
     let run = bench(
         "tcp 127.0.0.1:80 --connections 10 --expect hello --send GET\\x20/\\x20HTTP/1.0\\r\\n\\r\\n --json",
     );
-    assert_eq!(
-        (run.code, run.number("/requests"), run.error_count()),
-        (0, 10.0, 0),
-        "{}",
-        run.stdout
-    );
+    assert_eq!((run.code, run.number("/requests"), run.error_count()), (0, 10.0, 0), "{}", run.stdout);
 });
 
 isolated!(haproxy_passes_every_byte_on, {
@@ -150,19 +134,9 @@ isolated!(haproxy_passes_every_byte_on, {
         run.stderr
     );
     let run = bench("tcp 127.0.0.1:8080 --pattern request --connections 20 --requests 2000 --json");
-    assert_eq!(
-        (run.code, run.number("/requests"), run.error_count()),
-        (0, 2000.0, 0),
-        "{}",
-        run.stdout
-    );
+    assert_eq!((run.code, run.number("/requests"), run.error_count()), (0, 2000.0, 0), "{}", run.stdout);
     let run = bench("tcp 127.0.0.1:8080 --pattern stream --connections 2 --requests 500 --json");
-    assert_eq!(
-        (run.code, run.number("/requests"), run.error_count()),
-        (0, 500.0, 0),
-        "{}",
-        run.stdout
-    );
+    assert_eq!((run.code, run.number("/requests"), run.error_count()), (0, 500.0, 0), "{}", run.stdout);
 });
 
 isolated!(a_name_server_is_asked_by_dns, {
@@ -185,9 +159,7 @@ isolated!(a_name_server_is_asked_by_dns, {
     let address: SocketAddr = "127.0.0.1:53".parse().expect("an address");
     eventually("the name server answers", || {
         let socket = UdpSocket::bind("127.0.0.1:0").expect("a port");
-        socket
-            .set_read_timeout(Some(Duration::from_millis(200)))
-            .expect("a timeout");
+        socket.set_read_timeout(Some(Duration::from_millis(200))).expect("a timeout");
         let query = b"\0\x01\x01\0\0\x01\0\0\0\0\0\0\x05bench\x04test\0\0\x01\0\x01";
         socket.send_to(query, address).is_ok() && socket.recv(&mut [0; 512]).is_ok()
     });
@@ -202,12 +174,7 @@ isolated!(a_name_server_is_asked_by_dns, {
     );
     // It knows nobody to ask for other names: REFUSED, which is an error reply.
     let run = bench("udp 127.0.0.1:53 --payload dns --query other.test --requests 20 --json");
-    assert_eq!(
-        (run.code, run.errors("error_reply"), run.error_count()),
-        (1, 20, 20),
-        "{}",
-        run.stdout
-    );
+    assert_eq!((run.code, run.errors("error_reply"), run.error_count()), (1, 20, 20), "{}", run.stdout);
     let run = bench("udp 127.0.0.1:53 --payload dns --query bench.test --rate 1000 --duration 300ms --json");
     assert_eq!((run.code, run.error_count()), (0, 0), "{}", run.stdout);
 });

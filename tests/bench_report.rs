@@ -65,9 +65,7 @@ fn check(root: &Value, schema: &Value, value: &Value, at: &str, wrong: &mut Vec<
         }
     }
     if let Some(reference) = schema.get("$ref").and_then(Value::as_str) {
-        let target = root
-            .pointer(reference.trim_start_matches('#'))
-            .expect("a reference within the schema");
+        let target = root.pointer(reference.trim_start_matches('#')).expect("a reference within the schema");
         check(root, target, value, at, wrong);
     }
     if let (Some(items), Some(list)) = (schema.get("items"), value.as_array()) {
@@ -81,10 +79,8 @@ fn check(root: &Value, schema: &Value, value: &Value, at: &str, wrong: &mut Vec<
         if let Some(names) = schema.get("propertyNames") {
             check(root, names, &Value::from(name.as_str()), &inner, wrong);
         }
-        match (
-            schema.get("properties").and_then(|known| known.get(name)),
-            schema.get("additionalProperties"),
-        ) {
+        match (schema.get("properties").and_then(|known| known.get(name)), schema.get("additionalProperties"))
+        {
             (Some(known), _) => check(root, known, member, &inner, wrong),
             (None, Some(Value::Bool(false))) => wrong.push(format!("{inner} is not in the schema")),
             (None, Some(other)) => check(root, other, member, &inner, wrong),
@@ -104,11 +100,7 @@ isolated!(the_json_of_every_kind_of_run_fits_its_schema, {
     let group = group(4, &[0, 1, 2, 3]);
     let socket = daemon(folder.path(), &group.address.to_string(), "hash", &group.accepted);
     let runs = [
-        format!(
-            "tcp {} --connections 200 --socket {} --json",
-            group.address,
-            socket.display()
-        ),
+        format!("tcp {} --connections 200 --socket {} --json", group.address, socket.display()),
         format!(
             "tcp {} --pattern request --duration 700ms --socket {} --json",
             group.address,
@@ -118,10 +110,7 @@ isolated!(the_json_of_every_kind_of_run_fits_its_schema, {
         format!("tcp {} --connections 20 --json", tcp(Tcp::Reset)),
         format!("tcp {} --rate 300 --duration 300ms --json", tcp(Tcp::Echo)),
         format!("tcp {} --pattern stream --duration 200ms --json", tcp(Tcp::Echo)),
-        format!(
-            "tcp {} --pattern stream --direction up --duration 200ms --json",
-            tcp(Tcp::Discard)
-        ),
+        format!("tcp {} --pattern stream --direction up --duration 200ms --json", tcp(Tcp::Discard)),
         format!("udp {} --requests 100 --json", udp(Udp::Identify(2))),
         format!("udp {} --requests 20 --timeout 100ms --json", udp(Udp::Drop(10))),
     ];
@@ -151,18 +140,12 @@ fn the_schema_checker_sees_what_is_wrong() {
 /// here, the page does not use.
 fn check_tags(page: &str) {
     let mut open: Vec<&str> = Vec::new();
-    let mut rest = page
-        .strip_prefix("<!DOCTYPE html>")
-        .expect("the page says what it is");
+    let mut rest = page.strip_prefix("<!DOCTYPE html>").expect("the page says what it is");
     while let Some(start) = rest.find('<') {
         let end = start + rest[start..].find('>').expect("a tag ends");
         let tag = &rest[start + 1..end];
         assert_eq!(tag.matches('"').count() % 2, 0, "quotes in <{tag}>");
-        let name = tag
-            .trim_start_matches('/')
-            .split([' ', '/'])
-            .next()
-            .expect("a name");
+        let name = tag.trim_start_matches('/').split([' ', '/']).next().expect("a name");
         if tag.starts_with('/') {
             assert_eq!(open.pop(), Some(name), "</{name}>");
         } else if !tag.ends_with('/') {
@@ -186,27 +169,15 @@ isolated!(the_page_is_well_formed_and_fetches_nothing, {
     let folder = tempfile::tempdir().expect("a folder");
     let pages = [
         page_of(
-            &format!(
-                "tcp {} --rate 500 --duration 800ms --max-spread 1.01",
-                tcp(Tcp::Identify(3))
-            ),
+            &format!("tcp {} --rate 500 --duration 800ms --max-spread 1.01", tcp(Tcp::Identify(3))),
             folder.path(),
         ),
+        page_of(&format!("tcp {} --connections 10", tcp(Tcp::Reset)), folder.path()),
         page_of(
-            &format!("tcp {} --connections 10", tcp(Tcp::Reset)),
+            &format!("tcp {} --pattern stream --direction up --duration 600ms", tcp(Tcp::Discard)),
             folder.path(),
         ),
-        page_of(
-            &format!(
-                "tcp {} --pattern stream --direction up --duration 600ms",
-                tcp(Tcp::Discard)
-            ),
-            folder.path(),
-        ),
-        page_of(
-            &format!("udp {} --requests 50 --timeout 100ms", udp(Udp::Drop(10))),
-            folder.path(),
-        ),
+        page_of(&format!("udp {} --requests 50 --timeout 100ms", udp(Udp::Drop(10))), folder.path()),
         page_of(
             "tcp 127.0.0.1:9 --connections 1 --payload http --path /<script>alert(1)</script>&\"",
             folder.path(),
@@ -214,16 +185,13 @@ isolated!(the_page_is_well_formed_and_fetches_nothing, {
     ];
     for page in &pages {
         check_tags(page);
-        for fetch in [
-            "http:", "https:", "//", "url(", "@import", "<script", "<link", "<img", "<iframe", "src=",
-        ] {
+        for fetch in
+            ["http:", "https:", "//", "url(", "@import", "<script", "<link", "<img", "<iframe", "src="]
+        {
             let plain = page.replace("--report", "");
             assert!(!plain.contains(fetch), "{fetch} in {plain}");
         }
-        assert!(
-            !page.contains("NaN") && !page.contains("inf ") && !page.contains("\"inf\""),
-            "{page}"
-        );
+        assert!(!page.contains("NaN") && !page.contains("inf ") && !page.contains("\"inf\""), "{page}");
     }
     assert!(pages[0].contains("Latency by percentile") && pages[0].contains("Rate over time"));
     assert!(pages[0].contains("Connections of each slot") && pages[0].contains("prefers-color-scheme: dark"));
@@ -232,44 +200,21 @@ isolated!(the_page_is_well_formed_and_fetches_nothing, {
 });
 
 isolated!(a_browser_shows_the_page, {
-    let chromium = ["chromium", "chromium-browser", "google-chrome"]
-        .into_iter()
-        .find(|name| {
-            Command::new(name)
-                .arg("--version")
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .status()
-                .is_ok()
-        });
+    let chromium = ["chromium", "chromium-browser", "google-chrome"].into_iter().find(|name| {
+        Command::new(name).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok()
+    });
     let Some(chromium) = chromium else {
         println!("SKIPPED: no Chromium");
         return;
     };
     let folder = tempfile::tempdir().expect("a folder");
-    page_of(
-        &format!("tcp {} --rate 500 --duration 1s", tcp(Tcp::Identify(3))),
-        folder.path(),
-    );
+    page_of(&format!("tcp {} --rate 500 --duration 1s", tcp(Tcp::Identify(3))), folder.path());
     let picture = folder.path().join("page.png");
     let out = std::fs::File::create(folder.path().join("dom.html")).expect("a file");
     let mut child = Command::new(chromium)
-        .args([
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--no-first-run",
-            "--disable-sync",
-        ])
-        .args([
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--dump-dom",
-        ])
-        .arg(format!(
-            "--user-data-dir={}",
-            folder.path().join("profile").display()
-        ))
+        .args(["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"])
+        .args(["--disable-background-networking", "--disable-component-update", "--dump-dom"])
+        .arg(format!("--user-data-dir={}", folder.path().join("profile").display()))
         .arg(format!("--screenshot={}", picture.display()))
         .arg(format!("file://{}", folder.path().join("report.html").display()))
         .stdout(out)
@@ -288,33 +233,16 @@ isolated!(a_browser_shows_the_page, {
     // What the browser understood: all three plots, with their shapes inside.
     let dom = std::fs::read_to_string(folder.path().join("dom.html")).expect("the browser wrote");
     assert_eq!(dom.matches("<svg ").count(), 4, "{dom}");
-    assert!(
-        dom.contains("<path class=\"line a\"") && dom.contains("class=\"slot\""),
-        "{dom}"
-    );
+    assert!(dom.contains("<path class=\"line a\"") && dom.contains("class=\"slot\""), "{dom}");
     if let Ok(png) = std::fs::read(&picture) {
-        assert!(
-            png.len() > 20_000,
-            "a picture with something on it: {} bytes",
-            png.len()
-        );
+        assert!(png.len() > 20_000, "a picture with something on it: {} bytes", png.len());
     }
 });
 
 isolated!(usage_errors_are_exit_2_and_a_bad_report_path_costs_no_run, {
-    for words in [
-        "tcp",
-        "tcp nowhere",
-        "tcp 127.0.0.1:80 --rate -1",
-        "tcp 127.0.0.1:80 --pattern nothing",
-    ] {
+    for words in ["tcp", "tcp nowhere", "tcp 127.0.0.1:80 --rate -1", "tcp 127.0.0.1:80 --pattern nothing"] {
         let run = bench(words);
-        assert_eq!(
-            (run.code, run.stdout.as_str()),
-            (2, ""),
-            "{words}: {}",
-            run.stderr
-        );
+        assert_eq!((run.code, run.stdout.as_str()), (2, ""), "{words}: {}", run.stderr);
         assert!(!run.stderr.is_empty());
     }
     let run = bench(&format!("tcp {} --report /nonexistent/x.html", tcp(Tcp::Echo)));
@@ -328,16 +256,6 @@ isolated!(usage_errors_are_exit_2_and_a_bad_report_path_costs_no_run, {
 isolated!(the_table_has_a_bar_for_each_slot, {
     let run = bench(&format!("tcp {} --connections 400", tcp(Tcp::Identify(4))));
     assert_eq!((run.code, run.stderr.as_str()), (0, ""), "{}", run.stdout);
-    assert_eq!(
-        run.stdout.matches("100   25.0 %  ████████").count(),
-        4,
-        "{}",
-        run.stdout
-    );
-    assert!(
-        run.stdout
-            .contains("within chance for 400 connections over 4 slots"),
-        "{}",
-        run.stdout
-    );
+    assert_eq!(run.stdout.matches("100   25.0 %  ████████").count(), 4, "{}", run.stdout);
+    assert!(run.stdout.contains("within chance for 400 connections over 4 slots"), "{}", run.stdout);
 });

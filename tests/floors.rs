@@ -25,6 +25,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("deadline", 1),
     ("slab", 1),
     ("explain", 1),
+    ("handover", 1),
     ("sys", 0),
     ("units", 0),
     ("logging", 0),
@@ -55,10 +56,7 @@ fn modules_import_downwards_only() {
                 continue;
             };
             if below > floor || (below == floor && floor == 3) {
-                wrong.push(format!(
-                    "{}: floor {floor} imports {target} of floor {below}",
-                    path.display()
-                ));
+                wrong.push(format!("{}: floor {floor} imports {target} of floor {below}", path.display()));
             }
         }
     }
@@ -85,12 +83,7 @@ fn unsafe_stands_only_in_sys() {
 
 fn module_of(path: &Path) -> String {
     let inner = path.strip_prefix("src").expect("below src");
-    let first = inner
-        .components()
-        .next()
-        .expect("a file has a name")
-        .as_os_str()
-        .to_string_lossy();
+    let first = inner.components().next().expect("a file has a name").as_os_str().to_string_lossy();
     first.trim_end_matches(".rs").to_string()
 }
 
@@ -107,10 +100,8 @@ fn crate_paths(text: &str) -> Vec<String> {
                     None => vec![rest],
                 };
                 for name in names {
-                    let word: String = name
-                        .chars()
-                        .take_while(|c| c.is_ascii_alphanumeric() || *c == '_')
-                        .collect();
+                    let word: String =
+                        name.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect();
                     if !word.is_empty() {
                         found.push(word);
                     }

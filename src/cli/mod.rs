@@ -1,19 +1,138 @@
 //! The command line: what was typed, and which process it starts.
+//!
+//! One definition yields parsing, help, completions and the man page. Exit
+//! codes: 0 done, 1 failed at run time, 2 usage, 69 an address could not be
+//! bound, 77 a permission is missing, 78 the configuration is wrong.
 
+mod arguments;
+mod ask;
+mod files;
+mod status;
+
+use std::io;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
-#[derive(Parser)]
-#[command(name = "evenkeel")]
-enum Command {
-    /// Make load and check it
-    Bench(Box<crate::loadgen::Args>),
-}
+use crate::supervisor::{self, Refusal, Start};
+use crate::{config, loadgen, steward, worker};
+use arguments::{Cli, Command, ConfigCommand};
+use files::Source;
+
+/// Exit code: the configuration is wrong.
+const EXIT_CONFIG: u8 = 78;
 
 /// Runs the command that was typed and returns its exit code.
 pub fn main() -> ExitCode {
-    match Command::parse() {
-        Command::Bench(args) => crate::loadgen::run(&args),
+    match Cli::parse().command {
+        Command::Run { config } => run(&Source::of_run(config)),
+        Command::Check { config, json } => check(&Source::of_check(config), json),
+        Command::Config { command: ConfigCommand::Show { config } } => show(&Source::of_check(config)),
+        Command::Status { socket, json } => status::run(&files::socket(socket.as_deref()), json),
+        Command::Drain { socket } => ask::simple(&files::socket(socket.as_deref()), "drain"),
+        Command::Stop { socket } => ask::simple(&files::socket(socket.as_deref()), "stop"),
+        Command::Bench(args) => loadgen::run(&args),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "evenkeel", &mut io::stdout());
+            ExitCode::SUCCESS
+        }
+        Command::Man => match clap_mangen::Man::new(Cli::command()).render(&mut io::stdout()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        },
+        Command::Worker { .. } => worker::main(),
+        Command::Steward => steward::main(),
+    }
+}
+
+fn run(source: &Source) -> ExitCode {
+    let loaded = match source.load() {
+        Ok(loaded) => loaded,
+        Err(code) => return code,
+    };
+    let shown = source.shown();
+    eprintln!("evenkeel: configuration: {shown}");
+    warn_of(&loaded.warnings);
+    let control_socket = files::configured_socket(&loaded.config);
+    let greeting = source.is_demo().then(|| greeting(&loaded.config, &control_socket));
+    let start = Start { config: loaded.config, config_path: shown, control_socket, greeting };
+    match supervisor::run(start) {
+        Ok(code) => code,
+        Err(Refusal { text, advice, exit_code }) => {
+            eprintln!("evenkeel: {text}");
+            for line in advice.lines() {
+                eprintln!("  {line}");
+            }
+            ExitCode::from(exit_code)
+        }
+    }
+}
+
+/// What a newcomer tries next.
+fn greeting(config: &config::Config, socket: &std::path::Path) -> String {
+    let mut text = String::from("evenkeel: serving the embedded demo\n");
+    for listener in &config.listeners {
+        let addresses: Vec<String> = listener.bind.iter().map(ToString::to_string).collect();
+        text += &format!(
+            "  {:<10} {} on {}\n",
+            listener.name,
+            config::Word::word(listener.mode),
+            addresses.join(", ")
+        );
+    }
+    let first = config.listeners[0].bind[0];
+    let option = if std::env::var_os("EVENKEEL_SOCKET").is_some() || *socket == files::default_socket() {
+        String::new()
+    } else {
+        format!(" --socket {}", socket.display())
+    };
+    text += &format!(
+        "try next, in another terminal:\n  curl -s --max-time 1 telnet://{first} </dev/null    # who answered?\n  evenkeel status{option}\n\
+         then write your own: evenkeel config show > my.toml, and evenkeel run -c my.toml\n"
+    );
+    text
+}
+
+fn check(source: &Source, json: bool) -> ExitCode {
+    let (text, name) = match source.read() {
+        Ok(read) => read,
+        Err(code) => return code,
+    };
+    match config::load(&name, &text) {
+        Ok(loaded) if json => {
+            let summary = config::summary(&loaded.config);
+            let all = serde_json::json!({"ok": true, "errors": [], "warnings": loaded.warnings, "summary": summary});
+            println!("{all:#}");
+            ExitCode::SUCCESS
+        }
+        Ok(loaded) => {
+            warn_of(&loaded.warnings);
+            println!("{}", config::summary(&loaded.config));
+            ExitCode::SUCCESS
+        }
+        Err(problems) if json => {
+            println!("{:#}", serde_json::json!({"ok": false, "errors": problems, "warnings": []}));
+            ExitCode::from(EXIT_CONFIG)
+        }
+        Err(problems) => {
+            eprintln!("{problems}");
+            ExitCode::from(EXIT_CONFIG)
+        }
+    }
+}
+
+fn show(source: &Source) -> ExitCode {
+    match source.load() {
+        Ok(loaded) => {
+            print!("{}", config::show(&loaded, &source.shown()));
+            ExitCode::SUCCESS
+        }
+        Err(code) => code,
+    }
+}
+
+fn warn_of(warnings: &config::Problems) {
+    for warning in &warnings.0 {
+        eprintln!("warning: {warning}");
     }
 }

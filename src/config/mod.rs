@@ -1,13 +1,35 @@
 //! The configuration as it is meant: defaults filled in, names joined.
 //!
 //! `Config` is plain data, made by `load` from a file's text, written to JSON
-//! for the workers, and never changed while a generation lives.
+//! for the workers, and never changed while a generation lives. The way from
+//! text to `Config`: `reader` walks the tables, `file` names every key,
+//! `kinds` knows what values look like, `checks` what does not go together.
 
+mod checks;
+mod file;
+mod kinds;
+mod load;
+mod problem;
+mod reader;
+mod show;
+mod suggest;
+mod summary;
+mod value;
+mod words;
+
+use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+pub use load::{Loaded, load};
+pub use problem::{Problem, Problems};
+pub use reader::{Block, Entry};
+pub use show::show;
+pub use summary::{ListenerSummary, ServerSummary, Summary, UpstreamSummary, summary};
+pub use words::Word;
 
 /// One generation's configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -198,4 +220,14 @@ pub enum ServerAddress {
     Ip(SocketAddr),
     /// `unix:/path`
     Unix(PathBuf),
+}
+
+/// As the file writes it.
+impl fmt::Display for ServerAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ip(address) => write!(f, "{address}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
 }

@@ -52,12 +52,7 @@ impl Arrivals {
             Spacing::Fixed => index as f64 / rate,
             Spacing::Poisson => -random.unit().ln() * mean_gap,
         };
-        Arrivals {
-            spacing,
-            mean_gap,
-            next,
-            random,
-        }
+        Arrivals { spacing, mean_gap, next, random }
     }
 
     /// When the next start is due.
@@ -114,10 +109,7 @@ mod tests {
         }
         let mean = gaps.iter().sum::<f64>() / gaps.len() as f64;
         let variance = gaps.iter().map(|gap| (gap - mean).powi(2)).sum::<f64>() / gaps.len() as f64;
-        assert!(
-            (mean - 1.0).abs() < 0.03 && (variance - 1.0).abs() < 0.08,
-            "{mean} {variance}"
-        );
+        assert!((mean - 1.0).abs() < 0.03 && (variance - 1.0).abs() < 0.08, "{mean} {variance}");
     }
 
     #[test]

@@ -72,12 +72,7 @@ pub fn collect(
 
 impl Collected {
     fn take_interval(&mut self, interval: Interval, began: Instant) {
-        let Interval {
-            phase,
-            from,
-            to,
-            mut tally,
-        } = interval;
+        let Interval { phase, from, to, mut tally } = interval;
         if phase == Phase::After {
             self.requests_after += tally.requests;
             self.connections_after += tally.connections_measured;
@@ -85,11 +80,7 @@ impl Collected {
         }
         let seconds = |at: Instant| at.saturating_duration_since(began).as_secs_f64();
         let quantile = |q: f64| {
-            if tally.latency.is_empty() {
-                0
-            } else {
-                tally.latency.value_at_quantile(q)
-            }
+            if tally.latency.is_empty() { 0 } else { tally.latency.value_at_quantile(q) }
         };
         self.course.push(Piece {
             from: seconds(from),

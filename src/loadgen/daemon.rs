@@ -86,9 +86,7 @@ fn status(socket: &Path) -> Result<Value, DaemonError> {
     stream.set_write_timeout(Some(TIMEOUT)).map_err(fail)?;
     stream.write_all(b"{\"command\":\"status\"}\n").map_err(fail)?;
     let mut line = Vec::new();
-    BufReader::new(stream.take(LONGEST))
-        .read_until(b'\n', &mut line)
-        .map_err(fail)?;
+    BufReader::new(stream.take(LONGEST)).read_until(b'\n', &mut line).map_err(fail)?;
     let wrong = |text: &str| DaemonError::Answer(format!("{}: {text}", socket.display()));
     let mut answer: Value = serde_json::from_slice(&line).map_err(|_| wrong("the answer is not JSON"))?;
     if let Some(error) = answer.get("error").filter(|error| !error.is_null()) {
@@ -104,18 +102,10 @@ fn status(socket: &Path) -> Result<Value, DaemonError> {
 fn snapshot(status: &Value, mode: &str, target: SocketAddr) -> Result<Snapshot, DaemonError> {
     let listeners = status["listeners"].as_array().map_or(&[][..], Vec::as_slice);
     let listener = find_listener(listeners, mode, target).ok_or_else(|| {
-        let known: Vec<String> = listeners
-            .iter()
-            .flat_map(binds)
-            .map(|bind| bind.to_string())
-            .collect();
+        let known: Vec<String> = listeners.iter().flat_map(binds).map(|bind| bind.to_string()).collect();
         DaemonError::Answer(format!(
             "the daemon has no {mode} listener on {target}; it listens on {}",
-            if known.is_empty() {
-                "nothing".to_string()
-            } else {
-                known.join(", ")
-            }
+            if known.is_empty() { "nothing".to_string() } else { known.join(", ") }
         ))
     })?;
     let spread = &listener["spread"];
@@ -152,10 +142,7 @@ fn same_place(a: SocketAddr, b: SocketAddr) -> bool {
 
 fn binds(listener: &Value) -> Vec<SocketAddr> {
     let texts = listener["bind"].as_array().map_or(&[][..], Vec::as_slice);
-    texts
-        .iter()
-        .filter_map(|text| text.as_str()?.parse().ok())
-        .collect()
+    texts.iter().filter_map(|text| text.as_str()?.parse().ok()).collect()
 }
 
 fn numbers(value: &Value) -> Option<Vec<u64>> {
@@ -205,9 +192,7 @@ mod tests {
         assert_eq!(name("tcp", "127.0.0.2:80").expect("wildcard"), "all");
         assert_eq!(name("tcp", "[::1]:80").expect("wildcard of IPv6"), "six");
         assert_eq!(name("udp", "127.0.0.1:80").expect("of the mode"), "dns");
-        let error = name("udp", "127.0.0.1:81")
-            .expect_err("nobody is there")
-            .to_string();
+        let error = name("udp", "127.0.0.1:81").expect_err("nobody is there").to_string();
         assert!(
             error.contains("no udp listener on 127.0.0.1:81; it listens on 0.0.0.0:80, 10.0.0.1:81"),
             "{error}"
@@ -224,11 +209,9 @@ mod tests {
     #[test]
     fn a_document_without_the_promised_fields_is_an_error_not_a_panic() {
         let target = "127.0.0.1:80".parse().expect("an address");
-        for document in [
-            json!(null),
-            json!({}),
-            json!({ "listeners": [{ "mode": "tcp", "bind": ["0.0.0.0:80"] }] }),
-        ] {
+        for document in
+            [json!(null), json!({}), json!({ "listeners": [{ "mode": "tcp", "bind": ["0.0.0.0:80"] }] })]
+        {
             assert!(snapshot(&document, "tcp", target).is_err(), "{document}");
         }
     }

@@ -47,9 +47,7 @@ pub fn dns_query(name: &str) -> Result<Vec<u8>, String> {
     let mut out = vec![0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
     for label in name.trim_end_matches('.').split('.') {
         if label.is_empty() || label.len() > 63 {
-            return Err(format!(
-                "{name:?} is not a domain name: labels have 1 to 63 bytes"
-            ));
+            return Err(format!("{name:?} is not a domain name: labels have 1 to 63 bytes"));
         }
         out.push(label.len() as u8);
         out.extend_from_slice(label.as_bytes());
@@ -83,10 +81,9 @@ pub fn script(
         (Payload::Pattern, _, Some(expect)) if expect.is_empty() => {
             Err("--expect needs at least one byte to look for".into())
         }
-        (Payload::Pattern, send, Some(expect)) => Ok(Script::Containing(
-            send.unwrap_or_else(|| b"\r\n".to_vec()),
-            expect,
-        )),
+        (Payload::Pattern, send, Some(expect)) => {
+            Ok(Script::Containing(send.unwrap_or_else(|| b"\r\n".to_vec()), expect))
+        }
         (Payload::Http | Payload::Dns, _, _) => {
             Err("--send and --expect are instead of --payload, not with it".into())
         }
@@ -169,11 +166,7 @@ impl Listening {
     /// The server closed: does that complete the answer?
     pub fn handle_end(&mut self) -> Heard {
         match self.body {
-            Some(Body {
-                length: Length::UntilEnd,
-                status,
-                ..
-            }) => finished(status, false),
+            Some(Body { length: Length::UntilEnd, status, .. }) => finished(status, false),
             _ => Heard::More,
         }
     }
@@ -205,20 +198,9 @@ impl Listening {
                 }
                 let wrong = !b"HTTP/1."[..self.head.len().min(7)].eq(&self.head[..self.head.len().min(7)]);
                 let too_long = self.head.len() > LONGEST_HEAD;
-                return (
-                    bytes.len(),
-                    if wrong || too_long {
-                        Heard::Wrong
-                    } else {
-                        Heard::More
-                    },
-                );
+                return (bytes.len(), if wrong || too_long { Heard::Wrong } else { Heard::More });
             };
-            let head = if before == 0 {
-                &bytes[..end]
-            } else {
-                &self.head[..end]
-            };
+            let head = if before == 0 { &bytes[..end] } else { &self.head[..end] };
             let Some(body) = parse_head(head) else {
                 return (bytes.len(), Heard::Wrong);
             };
@@ -232,23 +214,12 @@ impl Listening {
         }
         let body = self.body.as_mut().expect("the head was read above");
         let (more, complete) = body.length.feed(&bytes[used..]);
-        (
-            used + more,
-            if complete {
-                finished(body.status, body.keep)
-            } else {
-                Heard::More
-            },
-        )
+        (used + more, if complete { finished(body.status, body.keep) } else { Heard::More })
     }
 }
 
 fn finished(status: u16, keep: bool) -> Heard {
-    if status < 400 {
-        Heard::Done { keep }
-    } else {
-        Heard::Error(status)
-    }
+    if status < 400 { Heard::Done { keep } } else { Heard::Error(status) }
 }
 
 impl Length {
@@ -296,11 +267,7 @@ impl Chunk {
             }
             Chunk::Data(left) => {
                 let used = (bytes.len() as u64).min(left);
-                *self = if used == left {
-                    Chunk::Size(0)
-                } else {
-                    Chunk::Data(left - used)
-                };
+                *self = if used == left { Chunk::Size(0) } else { Chunk::Data(left - used) };
                 (used as usize, false)
             }
             Chunk::Trailer(length) => match first {
@@ -337,11 +304,7 @@ fn parse_head(head: &[u8]) -> Option<Body> {
     let first = lines.next()?;
     let minor = first.strip_prefix(b"HTTP/1.")?.first()?;
     let status: u16 = std::str::from_utf8(first.get(9..12)?).ok()?.parse().ok()?;
-    let mut body = Body {
-        status,
-        keep: *minor != b'0',
-        length: Length::UntilEnd,
-    };
+    let mut body = Body { status, keep: *minor != b'0', length: Length::UntilEnd };
     if status == 204 || status == 304 {
         body.length = Length::Left(0);
     }
@@ -416,14 +379,8 @@ mod tests {
     #[test]
     fn http_answers_are_complete_where_their_length_says() {
         let keep = Heard::Done { keep: true };
-        assert_eq!(
-            heard_in_pieces(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"),
-            keep
-        );
-        assert_eq!(
-            heard_in_pieces(b"HTTP/1.1 204 No Content\r\nServer: x\r\n\r\n"),
-            keep
-        );
+        assert_eq!(heard_in_pieces(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"), keep);
+        assert_eq!(heard_in_pieces(b"HTTP/1.1 204 No Content\r\nServer: x\r\n\r\n"), keep);
         assert_eq!(
             heard_in_pieces(
                 b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5;x=1\r\nhello\r\nA\r\n0123456789\r\n0\r\nT: 1\r\n\r\n"
@@ -434,10 +391,7 @@ mod tests {
             heard_in_pieces(b"HTTP/1.1 302 Found\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"),
             Heard::Done { keep: false }
         );
-        assert_eq!(
-            heard_in_pieces(b"HTTP/1.1 503 No\r\nContent-Length: 2\r\n\r\nno"),
-            Heard::Error(503)
-        );
+        assert_eq!(heard_in_pieces(b"HTTP/1.1 503 No\r\nContent-Length: 2\r\n\r\nno"), Heard::Error(503));
         assert_eq!(
             heard_in_pieces(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx"),
             keep
@@ -447,23 +401,14 @@ mod tests {
     #[test]
     fn an_answer_without_a_length_ends_with_the_connection() {
         let mut listening = Listening::default();
-        assert_eq!(
-            listening.feed(&http(), b"HTTP/1.0 200 OK\r\n\r\nabc").1,
-            Heard::More
-        );
+        assert_eq!(listening.feed(&http(), b"HTTP/1.0 200 OK\r\n\r\nabc").1, Heard::More);
         assert_eq!(listening.handle_end(), Heard::Done { keep: false });
     }
 
     #[test]
     fn what_is_not_http_is_wrong() {
-        assert_eq!(
-            Listening::default().feed(&http(), b"SSH-2.0-x\r\n").1,
-            Heard::Wrong
-        );
-        assert_eq!(
-            Listening::default().feed(&http(), b"HTTP/1.1 abc\r\n\r\n").1,
-            Heard::Wrong
-        );
+        assert_eq!(Listening::default().feed(&http(), b"SSH-2.0-x\r\n").1, Heard::Wrong);
+        assert_eq!(Listening::default().feed(&http(), b"HTTP/1.1 abc\r\n\r\n").1, Heard::Wrong);
     }
 
     #[test]

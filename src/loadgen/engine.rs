@@ -81,17 +81,13 @@ impl Engine {
         let plan = &shared.plan;
         let poll = Poll::new()?;
         let mut timer = None;
-        let arrivals = plan
-            .rate
-            .map(|rate| Arrivals::new(plan.arrivals, rate, index, plan.threads, plan.seed));
+        let arrivals =
+            plan.rate.map(|rate| Arrivals::new(plan.arrivals, rate, index, plan.threads, plan.seed));
         if arrivals.is_some() {
             // epoll counts in milliseconds; an open loop wants to be finer.
-            let fd = TimerFd::new(
-                ClockId::CLOCK_MONOTONIC,
-                TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC,
-            )?;
-            poll.registry()
-                .register(&mut SourceFd(&fd.as_fd().as_raw_fd()), TIMER, Interest::READABLE)?;
+            let fd =
+                TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)?;
+            poll.registry().register(&mut SourceFd(&fd.as_fd().as_raw_fd()), TIMER, Interest::READABLE)?;
             timer = Some(fd);
         }
         let place_count = plan.part(plan.concurrency, index) as usize;
@@ -100,12 +96,7 @@ impl Engine {
             sender,
             poll,
             timer,
-            places: (0..place_count)
-                .map(|_| Place {
-                    client: None,
-                    listed: false,
-                })
-                .collect(),
+            places: (0..place_count).map(|_| Place { client: None, listed: false }).collect(),
             free: (0..place_count).rev().collect(),
             ready: VecDeque::new(),
             resting: VecDeque::new(),
@@ -171,10 +162,7 @@ impl Engine {
             }
             self.arm_timer();
             let wake = self.wake_at(next_report.min(next_sweep));
-            match self
-                .poll
-                .poll(&mut events, Some(wake.saturating_duration_since(Instant::now())))
-            {
+            match self.poll.poll(&mut events, Some(wake.saturating_duration_since(Instant::now()))) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 outcome => outcome?,
             }
@@ -209,11 +197,9 @@ impl Engine {
             self.ending.gave_up = hopeless;
             self.ending.interrupted = interrupted;
             self.phase = Phase::After;
-            if let (Some(arrivals), Some(stop), None) = (
-                &self.arrivals,
-                stop_at.filter(|_| !interrupted),
-                self.requests_left,
-            ) {
+            if let (Some(arrivals), Some(stop), None) =
+                (&self.arrivals, stop_at.filter(|_| !interrupted), self.requests_left)
+            {
                 self.ending.not_started = arrivals.clone().count_before(stop - self.shared.began);
             }
         }
@@ -235,11 +221,7 @@ impl Engine {
     fn close_idle(&mut self) {
         let down = self.shared.plan.direction == Direction::Down;
         for at in 0..self.places.len() {
-            if self.places[at]
-                .client
-                .as_ref()
-                .is_some_and(|client| down || client.is_idle())
-            {
+            if self.places[at].client.as_ref().is_some_and(|client| down || client.is_idle()) {
                 self.close(at);
             }
         }
@@ -252,11 +234,7 @@ impl Engine {
         }
         let dials_are_starts = self.shared.plan.pattern == Pattern::Connect;
         if !(dials_are_starts && self.arrivals.is_some()) {
-            let most = if dials_are_starts {
-                usize::MAX
-            } else {
-                DIALS_UNDER_WAY
-            };
+            let most = if dials_are_starts { usize::MAX } else { DIALS_UNDER_WAY };
             while self.may_dial() && self.dialling < most {
                 let at = self.free.pop().expect("may_dial saw a free place");
                 self.dial(at, None);
@@ -296,9 +274,7 @@ impl Engine {
                 self.ending.waited += 1;
             } else {
                 self.now = Instant::now();
-                self.tally
-                    .late
-                    .saturating_record(nanos(self.now.saturating_duration_since(due)));
+                self.tally.late.saturating_record(nanos(self.now.saturating_duration_since(due)));
             }
             self.arrivals.as_mut().expect("seen above").advance();
             if dials_are_starts {
@@ -322,10 +298,7 @@ impl Engine {
     }
 
     fn has_room(&self, at: usize) -> bool {
-        self.places[at]
-            .client
-            .as_ref()
-            .is_some_and(|client| client.has_room(&self.shared.plan))
+        self.places[at].client.as_ref().is_some_and(|client| client.has_room(&self.shared.plan))
     }
 
     fn take_request(&mut self) -> bool {
@@ -394,12 +367,7 @@ impl Engine {
                     self.poll.registry().register(&mut socket, Token(at), both)?;
                     self.tally.connections += 1;
                     self.tally.connections_measured += 1;
-                    Ok(Client::Udp(Flow::new(
-                        socket,
-                        self.number,
-                        self.per_connection,
-                        plan,
-                    )))
+                    Ok(Client::Udp(Flow::new(socket, self.number, self.per_connection, plan)))
                 }),
             };
             match opened {
@@ -425,10 +393,7 @@ impl Engine {
     }
 
     fn may_start(&self, at: usize) -> bool {
-        self.places[at]
-            .client
-            .as_ref()
-            .is_some_and(|client| client.may_start(&self.shared.plan))
+        self.places[at].client.as_ref().is_some_and(|client| client.may_start(&self.shared.plan))
     }
 
     fn start_at(&mut self, at: usize, due: Instant) {
@@ -558,19 +523,12 @@ impl Engine {
         self.reported = to;
         let tally = std::mem::take(&mut self.tally);
         // A collector that is gone has nobody to tell; the run then ends by itself.
-        let _ = self.sender.send(Message::Interval(Interval {
-            phase: self.phase,
-            from,
-            to,
-            tally,
-        }));
+        let _ = self.sender.send(Message::Interval(Interval { phase: self.phase, from, to, tally }));
     }
 
     fn wake_at(&self, latest: Instant) -> Instant {
         let plan = &self.shared.plan;
-        let stop = plan
-            .duration
-            .map(|duration| self.shared.began + plan.warmup + duration);
+        let stop = plan.duration.map(|duration| self.shared.began + plan.warmup + duration);
         let stop = stop.filter(|_| self.phase != Phase::After);
         let rest = self.resting.front().map(|(until, _)| *until);
         [stop, rest].into_iter().flatten().fold(latest, Instant::min)
@@ -585,14 +543,9 @@ impl Engine {
             return;
         }
         let due = self.shared.began + arrivals.due();
-        let gap = due
-            .saturating_duration_since(Instant::now())
-            .max(Duration::from_nanos(1));
+        let gap = due.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
         // Failing to set it costs only accuracy: the poll has its own timeout.
-        let _ = timer.set(
-            Expiration::OneShot(TimeSpec::from_duration(gap)),
-            TimerSetTimeFlags::empty(),
-        );
+        let _ = timer.set(Expiration::OneShot(TimeSpec::from_duration(gap)), TimerSetTimeFlags::empty());
     }
 }
 

@@ -89,13 +89,7 @@ impl Flow {
     pub fn start(&mut self, start: Instant, begun: Instant) {
         let number = self.next_number;
         self.next_number = number.wrapping_add(1);
-        self.under_way.push_back(Datagram {
-            number,
-            start,
-            begun,
-            sent: false,
-            answered: false,
-        });
+        self.under_way.push_back(Datagram { number, start, begun, sent: false, answered: false });
         self.unsent += 1;
         self.left = self.left.map(|left| left - 1);
     }
@@ -177,8 +171,7 @@ impl Flow {
                 self.unsent -= 1;
             }
             let text = format!("datagram {} of flow {} was not answered", oldest.number, self.tag);
-            desk.tally
-                .count_mishap(desk.now, Mishap::new(Trouble::LostDatagram, text));
+            desk.tally.count_mishap(desk.now, Mishap::new(Trouble::LostDatagram, text));
             if self.lost.len() == LOST_REMEMBERED {
                 self.lost.pop_front();
             }
@@ -228,11 +221,7 @@ impl Flow {
             Script::Dns(_) => self.handle_numbered(payload, desk),
             _ => match self.under_way.front() {
                 Some(oldest) => self.conclude(oldest.number, payload, desk),
-                None => self.complain(
-                    Trouble::WrongReply,
-                    "a datagram came that nothing asked for",
-                    desk,
-                ),
+                None => self.complain(Trouble::WrongReply, "a datagram came that nothing asked for", desk),
             },
         }
     }
@@ -279,11 +268,7 @@ impl Flow {
         } else if self.next_number.wrapping_sub(number).wrapping_sub(1) < REMEMBERED {
             self.complain(Trouble::DuplicateDatagram, "a datagram was answered twice", desk);
         } else {
-            self.complain(
-                Trouble::WrongReply,
-                "an answer carries a number that was never sent",
-                desk,
-            );
+            self.complain(Trouble::WrongReply, "an answer carries a number that was never sent", desk);
         }
     }
 
@@ -292,11 +277,9 @@ impl Flow {
         let same = |datagram: &Datagram| Some(datagram.number as u16) == id && !datagram.answered;
         match self.under_way.iter().find(|datagram| same(datagram)) {
             Some(datagram) => self.conclude(datagram.number, payload, desk),
-            None => self.complain(
-                Trouble::WrongReply,
-                "an answer carries a number that is not waited for",
-                desk,
-            ),
+            None => {
+                self.complain(Trouble::WrongReply, "an answer carries a number that is not waited for", desk)
+            }
         }
     }
 
@@ -305,20 +288,10 @@ impl Flow {
         match dialogue::judge_datagram(&desk.plan.script, number, payload) {
             Heard::Done { .. } => self.complete_at(at, desk),
             Heard::Error(code) => {
-                self.fail_at(
-                    at,
-                    Trouble::ErrorReply,
-                    &format!("the answer has code {code}"),
-                    desk,
-                );
+                self.fail_at(at, Trouble::ErrorReply, &format!("the answer has code {code}"), desk);
             }
             Heard::More | Heard::Wrong => {
-                self.fail_at(
-                    at,
-                    Trouble::WrongReply,
-                    "the answer is not of the expected kind",
-                    desk,
-                );
+                self.fail_at(at, Trouble::WrongReply, "the answer is not of the expected kind", desk);
             }
         }
     }
@@ -326,15 +299,11 @@ impl Flow {
     fn place_of(&self, number: u32) -> Option<usize> {
         let oldest = self.under_way.front()?.number;
         let at = number.wrapping_sub(oldest) as usize;
-        self.under_way
-            .get(at)
-            .filter(|datagram| datagram.sent && !datagram.answered)
-            .map(|_| at)
+        self.under_way.get(at).filter(|datagram| datagram.sent && !datagram.answered).map(|_| at)
     }
 
     fn complete_at(&mut self, at: usize, desk: &mut Desk) {
-        desk.tally
-            .count_answer(desk.now.saturating_duration_since(self.under_way[at].start));
+        desk.tally.count_answer(desk.now.saturating_duration_since(self.under_way[at].start));
         self.settle(at);
     }
 

@@ -96,8 +96,7 @@ fn may_be_line(bytes: &[u8]) -> bool {
 fn parse(line: &[u8]) -> Option<Identity> {
     let text = std::str::from_utf8(line).ok()?;
     let field = |name: &str| {
-        text.split(' ')
-            .find_map(|word| word.strip_prefix(name).and_then(|rest| rest.strip_prefix('=')))
+        text.split(' ').find_map(|word| word.strip_prefix(name).and_then(|rest| rest.strip_prefix('=')))
     };
     Some(Identity {
         listener: field("listener")?.to_string(),
@@ -114,12 +113,7 @@ mod tests {
     const LINE: &[u8] = b"evenkeel listener=web slot=3 pid=4242 generation=7\n";
 
     fn identity() -> Identity {
-        Identity {
-            listener: "web".into(),
-            slot: 3,
-            pid: 4242,
-            generation: 7,
-        }
+        Identity { listener: "web".into(), slot: 3, pid: 4242, generation: 7 }
     }
 
     #[test]
@@ -130,10 +124,7 @@ mod tests {
             match finder.feed(&whole[..cut]) {
                 Found::Line(found, used) => assert_eq!((found, used), (identity(), LINE.len())),
                 Found::More => {
-                    assert_eq!(
-                        finder.feed(&whole[cut..]),
-                        Found::Line(identity(), LINE.len() - cut)
-                    );
+                    assert_eq!(finder.feed(&whole[cut..]), Found::Line(identity(), LINE.len() - cut));
                 }
                 Found::None(_) => panic!("cut at {cut}"),
             }
@@ -148,10 +139,7 @@ mod tests {
         assert_eq!(finder.feed(b"even"), Found::More);
         assert_eq!(finder.feed(b"tually"), Found::None(b"even".to_vec()));
         let mut finder = Finder::default();
-        assert_eq!(
-            finder.feed(b"evenkeel listener=web slot=x\n"),
-            Found::None(Vec::new())
-        );
+        assert_eq!(finder.feed(b"evenkeel listener=web slot=x\n"), Found::None(Vec::new()));
     }
 
     #[test]

@@ -30,11 +30,7 @@ pub fn watch(shared: &Arc<Shared>) {
             thread::park();
         }
     };
-    if thread::Builder::new()
-        .name("bench-interrupt".into())
-        .spawn(watcher)
-        .is_err()
-    {
+    if thread::Builder::new().name("bench-interrupt".into()).spawn(watcher).is_err() {
         let _ = set.thread_unblock();
     }
 }

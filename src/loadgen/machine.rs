@@ -26,22 +26,12 @@ impl Machine {
     pub fn read() -> Machine {
         let text = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let info = text("/proc/cpuinfo");
-        let cpu = field(&info, "model name")
-            .or_else(|| field(&info, "Model"))
-            .unwrap_or_default();
+        let cpu = field(&info, "model name").or_else(|| field(&info, "Model")).unwrap_or_default();
         let info_of_memory = text("/proc/meminfo");
         let memory = field(&info_of_memory, "MemTotal").unwrap_or_default();
-        let kilobytes: u64 = memory
-            .split(' ')
-            .next()
-            .and_then(|number| number.parse().ok())
-            .unwrap_or(0);
+        let kilobytes: u64 = memory.split(' ').next().and_then(|number| number.parse().ok()).unwrap_or(0);
         Machine {
-            kernel: format!(
-                "Linux {} {}",
-                text("/proc/sys/kernel/osrelease").trim(),
-                std::env::consts::ARCH
-            ),
+            kernel: format!("Linux {} {}", text("/proc/sys/kernel/osrelease").trim(), std::env::consts::ARCH),
             cpu: cpu.to_string(),
             cpus: std::thread::available_parallelism().map_or(1, usize::from),
             memory_bytes: kilobytes * 1024,
@@ -51,10 +41,5 @@ impl Machine {
 }
 
 fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
-    text.lines().find_map(|line| {
-        line.strip_prefix(name)?
-            .trim_start()
-            .strip_prefix(':')
-            .map(str::trim)
-    })
+    text.lines().find_map(|line| line.strip_prefix(name)?.trim_start().strip_prefix(':').map(str::trim))
 }

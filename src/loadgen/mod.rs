@@ -76,9 +76,7 @@ fn run_plan(args: &Args) -> Result<bool, Refusal> {
         began: Instant::now(),
     });
     interrupt::watch(&shared);
-    let sampler = socket
-        .clone()
-        .map(|socket| Sampler::start(socket, Arc::clone(&shared)));
+    let sampler = socket.clone().map(|socket| Sampler::start(socket, Arc::clone(&shared)));
     let collected = make_load(&shared)?;
     looks.worst_active = sampler.and_then(Sampler::finish);
     if let Some(socket) = &socket {
@@ -104,10 +102,7 @@ fn make_load(shared: &Arc<Shared>) -> Result<collector::Collected, Refusal> {
     let mut progress = Progress::new(&shared.plan, shared.began);
     let collected = collector::collect(&receiver, shared.plan.threads, shared.began, &mut progress);
     for thread in threads {
-        thread
-            .join()
-            .expect("a thread of the load generator does not panic")
-            .map_err(failed)?;
+        thread.join().expect("a thread of the load generator does not panic").map_err(failed)?;
     }
     Ok(collected)
 }
@@ -126,15 +121,10 @@ fn first_look(args: &Args, plan: &Plan, looks: &mut Looks) -> Result<Option<Path
         }
         Err(error) if args.socket.is_some() => {
             let code = if error.is_permission() { 77 } else { 1 };
-            Err(Refusal {
-                code,
-                text: format!("the control socket does not help: {error}"),
-            })
+            Err(Refusal { code, text: format!("the control socket does not help: {error}") })
         }
         Err(error) => {
-            looks
-                .notes
-                .push(format!("no spread from the control socket: {error}"));
+            looks.notes.push(format!("no spread from the control socket: {error}"));
             Ok(None)
         }
     }
@@ -146,11 +136,8 @@ fn last_look(socket: &Path, plan: &Plan, total: &Tally, looks: &mut Looks) {
         return;
     };
     let deadline = Instant::now() + SETTLE;
-    let counted = |after: &Snapshot| {
-        outcome::difference(&before.per_slot, &after.per_slot)
-            .iter()
-            .sum::<u64>()
-    };
+    let counted =
+        |after: &Snapshot| outcome::difference(&before.per_slot, &after.per_slot).iter().sum::<u64>();
     loop {
         match daemon::look(socket, plan.transport.name(), plan.target) {
             Ok(after) if counted(&after) >= total.connections || Instant::now() >= deadline => {
@@ -159,9 +146,7 @@ fn last_look(socket: &Path, plan: &Plan, total: &Tally, looks: &mut Looks) {
                 return;
             }
             Err(error) if Instant::now() >= deadline => {
-                looks.notes.push(format!(
-                    "no spread from the control socket after the run: {error}"
-                ));
+                looks.notes.push(format!("no spread from the control socket after the run: {error}"));
                 return;
             }
             Ok(_) | Err(_) => thread::sleep(Duration::from_millis(20)),
@@ -180,9 +165,7 @@ fn note_others(counted: u64, plan: &Plan, total: &Tally, looks: &mut Looks) {
              See `evenkeel doctor`"
         ));
     } else if counted > made + made / 100 {
-        looks.notes.push(format!(
-            "the daemon counted {counted} connections, {made} of them from here"
-        ));
+        looks.notes.push(format!("the daemon counted {counted} connections, {made} of them from here"));
     }
 }
 
@@ -205,10 +188,7 @@ fn show(args: &Args, outcome: &Outcome, report: Option<std::fs::File>) -> Result
     if args.json {
         text.push('\n');
         // The reason for exit code 1 belongs where a person looks.
-        outcome
-            .failures
-            .iter()
-            .for_each(|failure| eprintln!("evenkeel bench: {failure}"));
+        outcome.failures.iter().for_each(|failure| eprintln!("evenkeel bench: {failure}"));
     }
     match std::io::stdout().lock().write_all(text.as_bytes()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {

@@ -189,12 +189,7 @@ impl Latency {
 impl Outcome {
     /// Sums up a run.
     pub fn new(args: &Args, plan: &Plan, collected: Collected, looks: Looks, began: Instant) -> Outcome {
-        let Collected {
-            total,
-            endings,
-            course,
-            ..
-        } = &collected;
+        let Collected { total, endings, course, .. } = &collected;
         let measured = measured(plan, endings, began);
         let seconds = (measured.1 - measured.0).max(1e-6);
         let spread = find_spread(args, plan, &collected, &looks);
@@ -218,11 +213,7 @@ impl Outcome {
             bytes,
             bytes_sent: total.bytes_sent,
             bytes_received: total.bytes_received,
-            errors: total
-                .errors
-                .iter()
-                .map(|(trouble, count)| (trouble.name(), *count))
-                .collect(),
+            errors: total.errors.iter().map(|(trouble, count)| (trouble.name(), *count)).collect(),
             first_error: total.first_error.as_ref().map(|(at, mishap)| FirstError {
                 kind: mishap.trouble.name(),
                 at_s: at.saturating_duration_since(began).as_secs_f64(),
@@ -266,10 +257,7 @@ impl Outcome {
     }
 
     fn find_bottleneck(&self) -> Option<String> {
-        let late = self
-            .open_loop
-            .as_ref()
-            .and_then(|open_loop| open_loop.late_us.as_ref());
+        let late = self.open_loop.as_ref().and_then(|open_loop| open_loop.late_us.as_ref());
         if self.busiest_thread >= BUSY {
             return Some(format!(
                 "a thread of the load generator used {:.0} % of a CPU: the target may be faster; add --threads, or CPUs",
@@ -301,10 +289,7 @@ impl Outcome {
                 plan.threads
             ));
         }
-        let unmade = self
-            .open_loop
-            .as_ref()
-            .map_or(0, |open_loop| open_loop.not_started);
+        let unmade = self.open_loop.as_ref().map_or(0, |open_loop| open_loop.not_started);
         if unmade > 0 {
             self.notes.push(format!(
                 "{unmade} starts were due and never made: no connection was free; the target is too slow for this \
@@ -313,13 +298,11 @@ impl Outcome {
         }
         let addresses = endings.iter().map(|ending| ending.addresses).max().unwrap_or(1);
         if plan.sources.is_empty() && addresses > 1 {
-            self.notes.push(format!(
-                "the ports of one client address ran out: {addresses} addresses were used"
-            ));
+            self.notes
+                .push(format!("the ports of one client address ran out: {addresses} addresses were used"));
         }
         if self.errors.contains_key("no_port") {
-            self.notes
-                .push("local ports ran out: add client addresses with --source".into());
+            self.notes.push("local ports ran out: add client addresses with --source".into());
         }
         if let Some(found) = self.spread.as_ref().filter(|found| found.slot_changes > 0) {
             self.notes.push(format!(
@@ -331,23 +314,17 @@ impl Outcome {
 
     fn judge(&mut self, args: &Args) {
         if self.requests == 0 {
-            let first = self
-                .first_error
-                .as_ref()
-                .map_or(String::new(), |first| format!(": {}", first.text));
+            let first = self.first_error.as_ref().map_or(String::new(), |first| format!(": {}", first.text));
             self.failures.push(format!("nothing was answered{first}"));
         }
         let errors = self.error_count();
         if let Some(most) = args.max_errors.filter(|most| errors > *most) {
-            self.failures
-                .push(format!("{errors} errors, --max-errors {most}"));
+            self.failures.push(format!("{errors} errors, --max-errors {most}"));
         }
         match (args.max_spread, &self.spread) {
             (Some(most), Some(found)) if found.spread.max_over_mean > most => {
-                self.failures.push(format!(
-                    "max/mean {:.3}, --max-spread {most}",
-                    found.spread.max_over_mean
-                ));
+                self.failures
+                    .push(format!("max/mean {:.3}, --max-spread {most}", found.spread.max_over_mean));
             }
             (Some(_), None) => {
                 self.failures.push("--max-spread: the spread is not known, neither from a control socket nor from identify lines".into());
@@ -356,15 +333,10 @@ impl Outcome {
         }
         match (args.max_p99, &self.latency_us) {
             (Some(most), Some(latency)) if u128::from(latency.p99) > most.as_micros() => {
-                self.failures.push(format!(
-                    "p99 {} us, --max-p99 {} us",
-                    latency.p99,
-                    most.as_micros()
-                ));
+                self.failures.push(format!("p99 {} us, --max-p99 {} us", latency.p99, most.as_micros()));
             }
             (Some(_), None) if self.requests > 0 => {
-                self.failures
-                    .push("--max-p99: this pattern measures no latency".into());
+                self.failures.push("--max-p99: this pattern measures no latency".into());
             }
             _ => {}
         }
@@ -377,9 +349,7 @@ impl Outcome {
 fn measured(plan: &Plan, endings: &[Ending], began: Instant) -> (f64, f64) {
     let from = plan.warmup.as_secs_f64();
     let last = endings.iter().filter_map(|ending| ending.last_answer).max();
-    let last = last
-        .map_or(began.elapsed(), |last| last.saturating_duration_since(began))
-        .as_secs_f64();
+    let last = last.map_or(began.elapsed(), |last| last.saturating_duration_since(began)).as_secs_f64();
     let early = endings.iter().any(|ending| ending.interrupted || ending.gave_up);
     let by_work = plan.requests.is_some() || plan.connections.is_some() || early;
     match plan.duration {
@@ -401,10 +371,7 @@ fn find_spread(args: &Args, plan: &Plan, collected: &Collected, looks: &Looks) -
             source: "control",
             listener: after.listener.clone(),
             steering: after.steering.clone(),
-            spread: spread_of(
-                &difference(&before.per_slot, &after.per_slot),
-                after.shares.as_deref(),
-            ),
+            spread: spread_of(&difference(&before.per_slot, &after.per_slot), after.shares.as_deref()),
             verdict: "",
             sentence: String::new(),
             slot_changes: total.slot_changes,
@@ -430,16 +397,8 @@ fn find_spread(args: &Args, plan: &Plan, collected: &Collected, looks: &Looks) -
         Some(shares) => Verdict::weighted(&found.spread, shares),
         None => Verdict::of(&found.spread),
     };
-    let noun = if plan.transport == Transport::Tcp {
-        "connections"
-    } else {
-        "flows"
-    };
-    let about = Circumstances {
-        noun,
-        steering: found.steering.as_deref(),
-        client_addresses: addresses,
-    };
+    let noun = if plan.transport == Transport::Tcp { "connections" } else { "flows" };
+    let about = Circumstances { noun, steering: found.steering.as_deref(), client_addresses: addresses };
     found.sentence = verdict.sentence(&found.spread, &about);
     found.verdict = match verdict {
         Verdict::Nothing => "nothing",
@@ -460,9 +419,7 @@ fn spread_of(per_slot: &[u64], shares: Option<&[f64]>) -> Spread {
 /// Slots that came or went during the run count as zero where they are missing.
 pub fn difference(before: &[u64], after: &[u64]) -> Vec<u64> {
     let at = |counts: &[u64], slot: usize| counts.get(slot).copied().unwrap_or(0);
-    (0..before.len().max(after.len()))
-        .map(|slot| at(after, slot).saturating_sub(at(before, slot)))
-        .collect()
+    (0..before.len().max(after.len())).map(|slot| at(after, slot).saturating_sub(at(before, slot))).collect()
 }
 
 /// Latency over the part of the exchanges that took longer, from all to the

@@ -26,10 +26,7 @@ impl Noise {
         let mut random = Random::new(seed);
         // No byte is an `e`, with which an identify line begins.
         let mut block: Vec<u8> = (0..PERIOD).map(|_| random.next() as u8).collect();
-        block
-            .iter_mut()
-            .filter(|byte| **byte == b'e')
-            .for_each(|byte| *byte = b'E');
+        block.iter_mut().filter(|byte| **byte == b'e').for_each(|byte| *byte = b'E');
         let turn = block.clone();
         while block.len() < PERIOD + LONGEST {
             let missing = (PERIOD + LONGEST - block.len()).min(PERIOD);
@@ -99,10 +96,7 @@ mod tests {
     fn displaced_bytes_are_not_taken_for_the_right_ones() {
         let noise = Noise::new(3);
         for shift in [1, 2, 64, 4096, 65_536, 1 << 20] {
-            assert!(
-                noise.first_difference(0, noise.piece(shift, 64)).is_some(),
-                "{shift}"
-            );
+            assert!(noise.first_difference(0, noise.piece(shift, 64)).is_some(), "{shift}");
         }
     }
 

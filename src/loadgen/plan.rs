@@ -40,18 +40,12 @@ pub struct Refusal {
 impl Refusal {
     /// The options make no sense.
     pub fn usage(text: impl Into<String>) -> Refusal {
-        Refusal {
-            code: 2,
-            text: text.into(),
-        }
+        Refusal { code: 2, text: text.into() }
     }
 
     /// The host cannot do it.
     pub fn failed(text: impl Into<String>) -> Refusal {
-        Refusal {
-            code: 1,
-            text: text.into(),
-        }
+        Refusal { code: 1, text: text.into() }
     }
 }
 
@@ -103,11 +97,7 @@ impl Plan {
     pub fn prepare(args: &Args) -> Result<Plan, Refusal> {
         check_combinations(args)?;
         let target = resolve(&args.address)?;
-        if let Some(source) = args
-            .source
-            .iter()
-            .find(|source| source.is_ipv4() != target.is_ipv4())
-        {
+        if let Some(source) = args.source.iter().find(|source| source.is_ipv4() != target.is_ipv4()) {
             return Err(Refusal::usage(format!(
                 "--source {source} is of another address family than {target}"
             )));
@@ -124,20 +114,11 @@ impl Plan {
         let send = args.send.as_deref().map(values::bytes).transpose();
         let send = send.map_err(|e| Refusal::usage(format!("--send: {e}")))?;
         let last = pattern == Pattern::Connect;
-        let script = dialogue::script(
-            args.payload,
-            &args.address,
-            &args.path,
-            &args.query,
-            last,
-            send,
-            expect,
-        )
-        .map_err(Refusal::usage)?;
+        let script =
+            dialogue::script(args.payload, &args.address, &args.path, &args.query, last, send, expect)
+                .map_err(Refusal::usage)?;
         if args.mode == Transport::Udp && script.message().len() > LARGEST_DATAGRAM {
-            return Err(Refusal::usage(format!(
-                "--send: a datagram takes at most {LARGEST_DATAGRAM} bytes"
-            )));
+            return Err(Refusal::usage(format!("--send: a datagram takes at most {LARGEST_DATAGRAM} bytes")));
         }
         let endless = args.requests.is_none() && (args.connections.is_none() || pattern != Pattern::Connect);
         let duration = args.duration.or(endless.then_some(Duration::from_secs(10)));
@@ -226,10 +207,7 @@ fn concurrency(args: &Args, pattern: Pattern) -> u64 {
 
 fn threads(args: &Args, concurrency: u64) -> usize {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from) as u64;
-    args.threads
-        .unwrap_or((cpus / 2).clamp(1, 16))
-        .min(concurrency)
-        .min(1024) as usize
+    args.threads.unwrap_or((cpus / 2).clamp(1, 16)).min(concurrency).min(1024) as usize
 }
 
 fn window(args: &Args, pattern: Pattern, size: usize) -> usize {
@@ -299,32 +277,25 @@ fn check_size(args: &Args, size: usize) -> Result<(), Refusal> {
         )));
     }
     if size > 1 << 30 {
-        return Err(Refusal::usage(format!(
-            "--size {size}: one exchange takes at most 1 GiB"
-        )));
+        return Err(Refusal::usage(format!("--size {size}: one exchange takes at most 1 GiB")));
     }
     Ok(())
 }
 
 /// The first address of the target; the wildcard means this host.
 fn resolve(text: &str) -> Result<SocketAddr, Refusal> {
-    let port_is_number = text
-        .rsplit_once(':')
-        .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
+    let port_is_number =
+        text.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
     if !port_is_number {
-        return Err(Refusal::usage(format!(
-            "{text:?} is not ADDRESS:PORT, [IPV6]:PORT or NAME:PORT"
-        )));
+        return Err(Refusal::usage(format!("{text:?} is not ADDRESS:PORT, [IPV6]:PORT or NAME:PORT")));
     }
     let found = text.to_socket_addrs().map_err(|error| {
         Refusal::failed(format!(
             "{text:?} does not resolve ({error}): is the name right, and reachable a name server?"
         ))
     })?;
-    let mut target = found
-        .into_iter()
-        .next()
-        .ok_or_else(|| Refusal::failed(format!("{text:?} has no address")))?;
+    let mut target =
+        found.into_iter().next().ok_or_else(|| Refusal::failed(format!("{text:?} has no address")))?;
     if target.port() == 0 {
         return Err(Refusal::usage(format!("{text:?}: nobody can listen on port 0")));
     }
@@ -365,34 +336,20 @@ mod tests {
     fn plan(line: &str) -> Result<Plan, Refusal> {
         let command = Args::augment_args(clap::Command::new("bench"));
         let words = std::iter::once("bench").chain(line.split_whitespace());
-        let matches = command
-            .try_get_matches_from(words)
-            .map_err(|e| Refusal::usage(e.to_string()))?;
+        let matches = command.try_get_matches_from(words).map_err(|e| Refusal::usage(e.to_string()))?;
         Plan::prepare(&Args::from_arg_matches(&matches).expect("the matches are of these options"))
     }
 
     #[test]
     fn defaults_are_filled_in_by_pattern() {
         let connect = plan("tcp 127.0.0.1:80").expect("fine");
-        assert_eq!(
-            (connect.pattern, connect.concurrency, connect.size),
-            (Pattern::Connect, 64, 64)
-        );
+        assert_eq!((connect.pattern, connect.concurrency, connect.size), (Pattern::Connect, 64, 64));
         assert_eq!(connect.duration, Some(Duration::from_secs(10)));
         let kept =
             plan("tcp 127.0.0.1:80 --pattern request --connections 100 --requests 1050").expect("fine");
-        assert_eq!(
-            (kept.concurrency, kept.per_connection(0), kept.duration),
-            (100, Some(11), None)
-        );
-        assert_eq!(
-            plan("tcp 127.0.0.1:80 --connections 5").expect("fine").duration,
-            None
-        );
-        assert_eq!(
-            plan("udp [::]:53").expect("fine").target,
-            "[::1]:53".parse().expect("an address")
-        );
+        assert_eq!((kept.concurrency, kept.per_connection(0), kept.duration), (100, Some(11), None));
+        assert_eq!(plan("tcp 127.0.0.1:80 --connections 5").expect("fine").duration, None);
+        assert_eq!(plan("udp [::]:53").expect("fine").target, "[::1]:53".parse().expect("an address"));
     }
 
     #[test]
@@ -407,14 +364,8 @@ mod tests {
         let plan = plan("tcp 127.0.0.1:80 --pattern request --threads 2 --connections 7 --requests 1001")
             .expect("fine");
         assert_eq!((plan.part(7, 0), plan.part(7, 1)), (4, 3));
-        assert_eq!(
-            (plan.part_of_requests(0), plan.part_of_requests(1)),
-            (Some(572), Some(429))
-        );
-        assert_eq!(
-            (plan.per_connection(0), plan.per_connection(1)),
-            (Some(143), Some(143))
-        );
+        assert_eq!((plan.part_of_requests(0), plan.part_of_requests(1)), (Some(572), Some(429)));
+        assert_eq!((plan.per_connection(0), plan.per_connection(1)), (Some(143), Some(143)));
     }
 
     #[test]
@@ -447,10 +398,6 @@ mod tests {
     fn too_many_connections_name_the_number_that_would_do() {
         let refusal = plan("tcp 127.0.0.1:80 --concurrency 99000000000").expect_err("no host has so many");
         assert_eq!(refusal.code, 1);
-        assert!(
-            refusal.text.contains("99000000064 descriptors"),
-            "{}",
-            refusal.text
-        );
+        assert!(refusal.text.contains("99000000064 descriptors"), "{}", refusal.text);
     }
 }

@@ -43,27 +43,13 @@ fn head(out: &mut String, outcome: &Outcome) {
 fn counts(out: &mut String, outcome: &Outcome) {
     let rate = &outcome.rate;
     line(out, "");
+    line(out, &row("connections", outcome.connections as f64, rate.connections_per_s));
+    line(out, &row("exchanges", outcome.requests as f64, rate.requests_per_s));
     line(
         out,
-        &row("connections", outcome.connections as f64, rate.connections_per_s),
+        &format!("  {:<12} {:>12}   {:>12}/s", "bytes", bytes(outcome.bytes as f64), bytes(rate.bytes_per_s)),
     );
-    line(
-        out,
-        &row("exchanges", outcome.requests as f64, rate.requests_per_s),
-    );
-    line(
-        out,
-        &format!(
-            "  {:<12} {:>12}   {:>12}/s",
-            "bytes",
-            bytes(outcome.bytes as f64),
-            bytes(rate.bytes_per_s)
-        ),
-    );
-    line(
-        out,
-        &format!("  {:<12} {:>12}", "errors", number(outcome.error_count() as f64)),
-    );
+    line(out, &format!("  {:<12} {:>12}", "errors", number(outcome.error_count() as f64)));
 }
 
 fn row(name: &str, count: f64, rate: f64) -> String {
@@ -71,10 +57,7 @@ fn row(name: &str, count: f64, rate: f64) -> String {
 }
 
 fn latencies(out: &mut String, outcome: &Outcome) {
-    let late = outcome
-        .open_loop
-        .as_ref()
-        .and_then(|open_loop| open_loop.late_us.as_ref());
+    let late = outcome.open_loop.as_ref().and_then(|open_loop| open_loop.late_us.as_ref());
     let rows = [("latency", &outcome.latency_us), ("connect", &outcome.connect_us)];
     if outcome.latency_us.is_none() && outcome.connect_us.is_none() {
         return;
@@ -98,15 +81,7 @@ fn latencies(out: &mut String, outcome: &Outcome) {
 }
 
 fn latency_row(name: &str, latency: &Latency) -> String {
-    let Latency {
-        min,
-        p50,
-        p90,
-        p99,
-        p999,
-        max,
-        ..
-    } = latency;
+    let Latency { min, p50, p90, p99, p999, max, .. } = latency;
     let cells: Vec<String> = [min, p50, p90, p99, p999, max]
         .iter()
         .map(|micros| format!("{:>9}", duration(**micros * 1000)))
@@ -123,13 +98,7 @@ fn errors(out: &mut String, outcome: &Outcome) {
         line(out, &format!("  {kind:<18} {:>10}", number(*count as f64)));
     }
     if let Some(first) = &outcome.first_error {
-        line(
-            out,
-            &format!(
-                "  the first, after {:.3} s: {}: {}",
-                first.at_s, first.kind, first.text
-            ),
-        );
+        line(out, &format!("  the first, after {:.3} s: {}: {}", first.at_s, first.kind, first.text));
     }
 }
 
@@ -137,17 +106,8 @@ fn slots(out: &mut String, outcome: &Outcome) {
     let Some(found) = &outcome.spread else { return };
     let spread = &found.spread;
     line(out, "");
-    let steering = found
-        .steering
-        .as_ref()
-        .map_or(String::new(), |steering| format!(", steering {steering}"));
-    line(
-        out,
-        &format!(
-            "  spread of listener {} (from {}{steering})",
-            found.listener, found.source
-        ),
-    );
+    let steering = found.steering.as_ref().map_or(String::new(), |steering| format!(", steering {steering}"));
+    line(out, &format!("  spread of listener {} (from {}{steering})", found.listener, found.source));
     let most = spread.per_slot.iter().copied().max().unwrap_or(0).max(1);
     for (slot, count) in spread.per_slot.iter().enumerate() {
         let filled = (*count as f64 / most as f64 * BAR as f64).round() as usize;
@@ -226,22 +186,14 @@ pub fn duration(nanos: u64) -> String {
         1_000_000..1_000_000_000 => (nanos as f64 / 1e6, "ms"),
         _ => (nanos as f64 / 1e9, "s"),
     };
-    let digits = if value < 10.0 {
-        2
-    } else {
-        usize::from(value < 100.0)
-    };
+    let digits = if value < 10.0 { 2 } else { usize::from(value < 100.0) };
     let digits = if unit == "µs" { 0 } else { digits };
     format!("{value:.digits$} {unit}")
 }
 
 /// A p-value, as small as it means anything.
 pub fn probability(p_value: f64) -> String {
-    if p_value < 0.001 {
-        "< 0.001".into()
-    } else {
-        format!("{p_value:.3}")
-    }
+    if p_value < 0.001 { "< 0.001".into() } else { format!("{p_value:.3}") }
 }
 
 /// Bytes with a binary unit.

@@ -42,13 +42,7 @@ impl Progress {
             bar.set_style(style.expect("a constant template").progress_chars("━╸─"));
             bar
         });
-        Progress {
-            bar,
-            began,
-            whole,
-            last: (began, 0),
-            rate: 0.0,
-        }
+        Progress { bar, began, whole, last: (began, 0), rate: 0.0 }
     }
 
     /// Shows where the run is.
@@ -60,11 +54,7 @@ impl Progress {
             self.rate = total.requests.saturating_sub(self.last.1) as f64 / since;
             self.last = (now, total.requests);
         }
-        let p99 = if total.latency.is_empty() {
-            0
-        } else {
-            total.latency.value_at_quantile(0.99)
-        };
+        let p99 = if total.latency.is_empty() { 0 } else { total.latency.value_at_quantile(0.99) };
         bar.set_position((self.done(total) * 1000.0) as u64);
         bar.set_message(format!(
             "{:.0} s  {}/s  p99 {}  errors {}",

@@ -43,10 +43,7 @@ impl Sampler {
     /// Starts looking at the daemon behind this socket.
     pub fn start(socket: PathBuf, shared: Arc<Shared>) -> Sampler {
         let (stop, stopped) = crossbeam_channel::bounded(0);
-        Sampler {
-            stop,
-            thread: thread::spawn(move || watch(&socket, &shared, &stopped)),
-        }
+        Sampler { stop, thread: thread::spawn(move || watch(&socket, &shared, &stopped)) }
     }
 
     /// Ends it; what it saw.
@@ -77,14 +74,7 @@ fn take(worst: &mut Option<WorstActive>, at: Instant, snapshot: &Snapshot) {
     let samples = worst.as_ref().map_or(0, |worst| worst.samples) + 1;
     match worst {
         Some(worst) if worst.max_over_mean >= max_over_mean => worst.samples = samples,
-        _ => {
-            *worst = Some(WorstActive {
-                samples,
-                max_over_mean,
-                per_slot: snapshot.active.clone(),
-                at,
-            })
-        }
+        _ => *worst = Some(WorstActive { samples, max_over_mean, per_slot: snapshot.active.clone(), at }),
     }
 }
 
@@ -108,9 +98,6 @@ mod tests {
         }
         let worst = worst.expect("three looks had enough sessions");
         assert_eq!((worst.samples, worst.per_slot), (3, vec![30, 10]));
-        assert_eq!(
-            (worst.max_over_mean, worst.at),
-            (1.5, start + Duration::from_secs(2))
-        );
+        assert_eq!((worst.max_over_mean, worst.at), (1.5, start + Duration::from_secs(2)));
     }
 }

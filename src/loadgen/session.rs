@@ -122,11 +122,7 @@ impl Session {
             return Some(self.dialled);
         }
         let begun = self.under_way.front()?.begun;
-        Some(if plan.pattern == Pattern::Stream {
-            begun.max(self.moved)
-        } else {
-            begun
-        })
+        Some(if plan.pattern == Pattern::Stream { begun.max(self.moved) } else { begun })
     }
 
     /// Queues one exchange, meant to start at `start`; `flush` sends it.
@@ -136,11 +132,7 @@ impl Session {
             other => other.message().len(),
         };
         self.queued += length as u64;
-        self.under_way.push_back(Exchange {
-            end: self.queued,
-            start,
-            begun,
-        });
+        self.under_way.push_back(Exchange { end: self.queued, start, begun });
         self.left = self.left.map(|left| left - 1);
     }
 
@@ -227,11 +219,7 @@ impl Session {
             return Mishap::new(Trouble::ConnectTimedOut, "no answer to the connect");
         }
         let text = match plan.script {
-            Script::Echo => format!(
-                "{} of {} bytes came back",
-                self.received_of_answer(plan),
-                plan.size
-            ),
+            Script::Echo => format!("{} of {} bytes came back", self.received_of_answer(plan), plan.size),
             _ => "no complete answer".to_string(),
         };
         Mishap::new(Trouble::TimedOut, text)
@@ -240,9 +228,7 @@ impl Session {
     /// Bytes of the oldest answer that an echo has sent back so far.
     fn received_of_answer(&self, plan: &Plan) -> u64 {
         let begin = |exchange: &Exchange| exchange.end - plan.size as u64;
-        self.under_way
-            .front()
-            .map_or(0, |oldest| self.received.saturating_sub(begin(oldest)))
+        self.under_way.front().map_or(0, |oldest| self.received.saturating_sub(begin(oldest)))
     }
 
     fn note_connected(&mut self, desk: &mut Desk) {
@@ -252,9 +238,7 @@ impl Session {
             desk.tally.count_connection(desk.now - self.dialled);
             if desk.plan.pattern != Pattern::Connect {
                 // On a connection that is kept, the connect is no part of the first exchange.
-                self.under_way
-                    .iter_mut()
-                    .for_each(|exchange| exchange.start = desk.now);
+                self.under_way.iter_mut().for_each(|exchange| exchange.start = desk.now);
             }
         }
     }
@@ -299,10 +283,7 @@ impl Session {
 
     fn handle_echo(&mut self, bytes: &[u8], desk: &mut Desk) -> Step {
         if let Some(at) = desk.noise.first_difference(self.start_at + self.received, bytes) {
-            let text = format!(
-                "byte {} of the answers is not what was sent",
-                self.received + at as u64
-            );
+            let text = format!("byte {} of the answers is not what was sent", self.received + at as u64);
             return Step::Failed(Mishap::new(Trouble::WrongReply, text));
         }
         self.received += bytes.len() as u64;
@@ -310,11 +291,7 @@ impl Session {
             let text = format!("{} bytes came back of {} sent", self.received, self.sent);
             return Step::Failed(Mishap::new(Trouble::WrongReply, text));
         }
-        while self
-            .under_way
-            .front()
-            .is_some_and(|exchange| exchange.end <= self.received)
-        {
+        while self.under_way.front().is_some_and(|exchange| exchange.end <= self.received) {
             self.complete(desk);
         }
         self.after_answer(desk)
@@ -347,14 +324,12 @@ impl Session {
                 self.complete(desk);
                 if keep { Step::Open } else { Step::Ended }
             }
-            Heard::Error(code) => Step::Failed(Mishap::new(
-                Trouble::ErrorReply,
-                format!("the answer has status {code}"),
-            )),
-            Heard::Wrong => Step::Failed(Mishap::new(
-                Trouble::WrongReply,
-                "the answer is not of the expected kind",
-            )),
+            Heard::Error(code) => {
+                Step::Failed(Mishap::new(Trouble::ErrorReply, format!("the answer has status {code}")))
+            }
+            Heard::Wrong => {
+                Step::Failed(Mishap::new(Trouble::WrongReply, "the answer is not of the expected kind"))
+            }
         }
     }
 
@@ -371,37 +346,23 @@ impl Session {
         match self.under_way.front() {
             // Servers that are not echoes may close a kept connection.
             None if desk.plan.script != Script::Echo || desk.plan.pattern == Pattern::Connect => Step::Ended,
-            None => Step::Failed(Mishap::new(
-                Trouble::Closed,
-                "the server closed an open connection",
-            )),
+            None => Step::Failed(Mishap::new(Trouble::Closed, "the server closed an open connection")),
             Some(_) if begun => {
                 let text = format!("the server closed after {} bytes", self.received);
                 Step::Failed(Mishap::new(Trouble::ShortReply, text))
             }
-            Some(_) => Step::Failed(Mishap::new(
-                Trouble::Closed,
-                "the server closed before its answer",
-            )),
+            Some(_) => Step::Failed(Mishap::new(Trouble::Closed, "the server closed before its answer")),
         }
     }
 
     fn complete(&mut self, desk: &mut Desk) {
-        let exchange = self
-            .under_way
-            .pop_front()
-            .expect("the caller saw an exchange under way");
-        desk.tally
-            .count_answer(desk.now.saturating_duration_since(exchange.start));
+        let exchange = self.under_way.pop_front().expect("the caller saw an exchange under way");
+        desk.tally.count_answer(desk.now.saturating_duration_since(exchange.start));
     }
 
     /// A stream that only flows up: what the kernel took is done.
     fn complete_sent(&mut self, desk: &mut Desk) {
-        while self
-            .under_way
-            .front()
-            .is_some_and(|exchange| exchange.end <= self.sent)
-        {
+        while self.under_way.front().is_some_and(|exchange| exchange.end <= self.sent) {
             self.under_way.pop_front();
             desk.tally.requests += 1;
         }

@@ -28,11 +28,7 @@ impl Sources {
     pub fn new(given: &[IpAddr], target: IpAddr, offset: usize) -> Sources {
         if !given.is_empty() {
             let list: Vec<_> = given.iter().copied().map(Some).collect();
-            return Sources {
-                given: true,
-                at: offset % list.len(),
-                list,
-            };
+            return Sources { given: true, at: offset % list.len(), list };
         }
         let mut list = vec![None];
         if let IpAddr::V4(address) = target
@@ -40,11 +36,7 @@ impl Sources {
         {
             list.extend((2..LOOPBACK_SOURCES).map(|last| Some(IpAddr::V4(Ipv4Addr::new(127, 0, 0, last)))));
         }
-        Sources {
-            given: false,
-            list,
-            at: 0,
-        }
+        Sources { given: false, list, at: 0 }
     }
 
     /// The address for the next connection. Given addresses take turns; others

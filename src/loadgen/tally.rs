@@ -95,10 +95,7 @@ pub struct Mishap {
 impl Mishap {
     /// A trouble with a text.
     pub fn new(trouble: Trouble, text: impl Into<String>) -> Mishap {
-        Mishap {
-            trouble,
-            text: text.into(),
-        }
+        Mishap { trouble, text: text.into() }
     }
 }
 
@@ -232,10 +229,7 @@ impl Tally {
         if self.slots.len() < other.slots.len() {
             self.slots.resize(other.slots.len(), 0);
         }
-        self.slots
-            .iter_mut()
-            .zip(&other.slots)
-            .for_each(|(mine, theirs)| *mine += theirs);
+        self.slots.iter_mut().zip(&other.slots).for_each(|(mine, theirs)| *mine += theirs);
         self.slot_changes += other.slot_changes;
         self.listener = self.listener.take().or(other.listener);
     }
@@ -258,12 +252,7 @@ mod tests {
         b.count_mishap(now, Mishap::new(Trouble::Refused, "sooner"));
         a.count_answer(Duration::from_millis(1));
         b.count_answer(Duration::from_millis(3));
-        let of_slot = |slot| Identity {
-            listener: "web".into(),
-            slot,
-            pid: 1,
-            generation: 1,
-        };
+        let of_slot = |slot| Identity { listener: "web".into(), slot, pid: 1, generation: 1 };
         a.count_identity(&of_slot(0));
         b.count_identity(&of_slot(2));
         a.merge(b);
@@ -279,13 +268,7 @@ mod tests {
         tally.count_answer(Duration::from_millis(1));
         tally.count_mishap(Instant::now(), Mishap::new(Trouble::Reset, ""));
         tally.forget_measures();
-        assert_eq!(
-            (tally.connections, tally.connections_measured, tally.error_count()),
-            (1, 0, 1)
-        );
-        assert_eq!(
-            (tally.requests, tally.latency.len(), tally.connect.len()),
-            (0, 0, 0)
-        );
+        assert_eq!((tally.connections, tally.connections_measured, tally.error_count()), (1, 0, 1));
+        assert_eq!((tally.requests, tally.latency.len(), tally.connect.len()), (0, 0, 0));
     }
 }

@@ -7,20 +7,10 @@ use std::time::Duration;
 
 /// Reads `500us`, `2.5ms`, `10s`, `1m`, `1h`.
 pub fn duration(text: &str) -> Result<Duration, String> {
-    const UNITS: &[(&str, f64)] = &[
-        ("ns", 1e-9),
-        ("us", 1e-6),
-        ("µs", 1e-6),
-        ("ms", 1e-3),
-        ("s", 1.0),
-        ("m", 60.0),
-        ("h", 3600.0),
-    ];
+    const UNITS: &[(&str, f64)] =
+        &[("ns", 1e-9), ("us", 1e-6), ("µs", 1e-6), ("ms", 1e-3), ("s", 1.0), ("m", 60.0), ("h", 3600.0)];
     let (number, unit) = split(text);
-    let scale = UNITS
-        .iter()
-        .find(|(name, _)| *name == unit)
-        .map(|(_, scale)| *scale);
+    let scale = UNITS.iter().find(|(name, _)| *name == unit).map(|(_, scale)| *scale);
     match (number.parse::<f64>(), scale) {
         (Ok(number), Some(scale)) if number.is_finite() && number * scale < 1e9 => {
             Ok(Duration::from_secs_f64(number * scale))
@@ -31,31 +21,19 @@ pub fn duration(text: &str) -> Result<Duration, String> {
 
 /// Like `duration`; a bare number means seconds, as with other load generators.
 pub fn duration_or_seconds(text: &str) -> Result<Duration, String> {
-    if text.parse::<u32>().is_ok() {
-        duration(&format!("{text}s"))
-    } else {
-        duration(text)
-    }
+    if text.parse::<u32>().is_ok() { duration(&format!("{text}s")) } else { duration(text) }
 }
 
 /// Reads `512`, `512B`, `64KiB`, `1MiB`.
 pub fn size(text: &str) -> Result<usize, String> {
-    const UNITS: &[(&str, usize)] = &[
-        ("", 1),
-        ("B", 1),
-        ("KiB", 1 << 10),
-        ("MiB", 1 << 20),
-        ("GiB", 1 << 30),
-    ];
+    const UNITS: &[(&str, usize)] =
+        &[("", 1), ("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30)];
     let (number, unit) = split(text);
-    let scale = UNITS
-        .iter()
-        .find(|(name, _)| *name == unit)
-        .map(|(_, scale)| *scale);
+    let scale = UNITS.iter().find(|(name, _)| *name == unit).map(|(_, scale)| *scale);
     match (number.parse::<usize>(), scale) {
-        (Ok(number), Some(scale)) if number > 0 => number
-            .checked_mul(scale)
-            .ok_or_else(|| "that is too large".into()),
+        (Ok(number), Some(scale)) if number > 0 => {
+            number.checked_mul(scale).ok_or_else(|| "that is too large".into())
+        }
         _ => Err("a size is a whole number of bytes, above zero, or with a unit: 512, 64KiB, 1MiB".into()),
     }
 }
@@ -71,9 +49,9 @@ pub fn count(text: &str) -> Result<u64, String> {
         _ => None,
     };
     match (number.parse::<u64>(), scale) {
-        (Ok(number), Some(scale)) if number > 0 => number
-            .checked_mul(scale)
-            .ok_or_else(|| "that is too large".into()),
+        (Ok(number), Some(scale)) if number > 0 => {
+            number.checked_mul(scale).ok_or_else(|| "that is too large".into())
+        }
         _ => Err("a whole number of at least 1 is wanted".into()),
     }
 }
@@ -106,9 +84,7 @@ pub fn bytes(text: &str) -> Result<Vec<u8>, String> {
 
 /// The number in front, what follows it behind.
 fn split(text: &str) -> (&str, &str) {
-    let end = text
-        .find(|c: char| !c.is_ascii_digit() && c != '.')
-        .unwrap_or(text.len());
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     text.split_at(end)
 }
 

@@ -17,11 +17,7 @@ pub fn upper_tail(chi_square: f64, degrees: u32) -> f64 {
     let (a, x) = (f64::from(degrees) / 2.0, chi_square / 2.0);
     // x^a e^-x / Gamma(a), the factor before both expansions.
     let front = (a * x.ln() - x - ln_gamma_of_half(degrees)).exp();
-    let tail = if x < a + 1.0 {
-        1.0 - front * series(a, x)
-    } else {
-        front * fraction(a, x)
-    };
+    let tail = if x < a + 1.0 { 1.0 - front * series(a, x) } else { front * fraction(a, x) };
     tail.clamp(0.0, 1.0)
 }
 
@@ -29,11 +25,7 @@ pub fn upper_tail(chi_square: f64, degrees: u32) -> f64 {
 /// Gamma(1) = 1 or Gamma(1/2) = sqrt(pi).
 fn ln_gamma_of_half(degrees: u32) -> f64 {
     let odd = degrees % 2 == 1;
-    let mut sum = if odd {
-        std::f64::consts::PI.sqrt().ln()
-    } else {
-        0.0
-    };
+    let mut sum = if odd { std::f64::consts::PI.sqrt().ln() } else { 0.0 };
     let mut z = if odd { 0.5 } else { 1.0 };
     while z < f64::from(degrees) / 2.0 {
         sum += f64::ln(z);
@@ -122,10 +114,7 @@ mod tests {
                     sum += term;
                 }
                 let (want, got) = (f64::exp(-h) * sum, upper_tail(2.0 * h, degrees));
-                assert!(
-                    (got - want).abs() <= 1e-12 + 1e-9 * want,
-                    "df {degrees} h {h}: {got}, {want}"
-                );
+                assert!((got - want).abs() <= 1e-12 + 1e-9 * want, "df {degrees} h {h}: {got}, {want}");
             }
         }
     }

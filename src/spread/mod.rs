@@ -48,18 +48,11 @@ impl Spread {
     pub fn weighted(per_slot: &[u64], shares: &[f64]) -> Spread {
         let shares = usable_shares(per_slot.len(), shares);
         let shares_sum: f64 = shares.iter().sum();
-        let due: Vec<(u64, f64)> = per_slot
-            .iter()
-            .copied()
-            .zip(shares)
-            .filter(|(_, share)| *share > 0.0)
-            .collect();
+        let due: Vec<(u64, f64)> =
+            per_slot.iter().copied().zip(shares).filter(|(_, share)| *share > 0.0).collect();
         let total: u64 = due.iter().map(|(count, _)| count).sum();
         let astray = per_slot.iter().sum::<u64>() - total;
-        let mut spread = Spread {
-            per_slot: per_slot.to_vec(),
-            ..Spread::even()
-        };
+        let mut spread = Spread { per_slot: per_slot.to_vec(), ..Spread::even() };
         if total > 0 {
             let ratios = due.iter().map(|(count, share)| {
                 let expected = total as f64 * share / shares_sum;
@@ -97,23 +90,13 @@ impl Spread {
         self.max_over_mean = ratios.iter().copied().fold(0.0, f64::max);
         self.cv = variance.sqrt() / mean;
         self.jain = sum * sum / (slot_count * squares);
-        self.chi_square = pairs
-            .iter()
-            .map(|(count, expected)| (count - expected).powi(2) / expected)
-            .sum();
+        self.chi_square = pairs.iter().map(|(count, expected)| (count - expected).powi(2) / expected).sum();
         self.p_value = upper_tail(self.chi_square, pairs.len() as u32 - 1);
     }
 
     /// What is said of nothing: even, and certain to be so by chance.
     fn even() -> Spread {
-        Spread {
-            per_slot: Vec::new(),
-            max_over_mean: 1.0,
-            cv: 0.0,
-            jain: 1.0,
-            chi_square: 0.0,
-            p_value: 1.0,
-        }
+        Spread { per_slot: Vec::new(), max_over_mean: 1.0, cv: 0.0, jain: 1.0, chi_square: 0.0, p_value: 1.0 }
     }
 }
 
@@ -174,10 +157,7 @@ mod tests {
     fn nothing_and_one_slot_and_no_slot_are_called_even() {
         for counts in [&[][..], &[0], &[7], &[0, 0, 0]] {
             let spread = Spread::equal(counts);
-            assert!(
-                close(spread.max_over_mean, 1.0) && close(spread.p_value, 1.0),
-                "{spread:?}"
-            );
+            assert!(close(spread.max_over_mean, 1.0) && close(spread.p_value, 1.0), "{spread:?}");
             assert!(close(spread.jain, 1.0) && close(spread.cv, 0.0), "{spread:?}");
         }
     }
@@ -194,16 +174,8 @@ mod tests {
         let spread = Spread::equal(&[1, u64::from(u32::MAX), 0]);
         let text = serde_json::to_string(&spread).expect("numbers are finite");
         let keys = ["per_slot", "max_over_mean", "cv", "jain", "chi_square", "p_value"];
-        assert!(
-            keys.iter().all(|key| text.contains(&format!("\"{key}\":"))),
-            "{text}"
-        );
+        assert!(keys.iter().all(|key| text.contains(&format!("\"{key}\":"))), "{text}");
         assert!(!text.contains("null"), "{text}");
-        assert_eq!(
-            serde_json::from_str::<Spread>(&text)
-                .expect("reads back")
-                .per_slot,
-            spread.per_slot
-        );
+        assert_eq!(serde_json::from_str::<Spread>(&text).expect("reads back").per_slot, spread.per_slot);
     }
 }

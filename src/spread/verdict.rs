@@ -63,15 +63,9 @@ impl Verdict {
             return Verdict::Nothing;
         }
         let due = shares.iter().filter(|share| **share > 0.0);
-        let least = due.fold(f64::INFINITY, |least, share| {
-            least.min(share / sum * total as f64)
-        });
+        let least = due.fold(f64::INFINITY, |least, share| least.min(share / sum * total as f64));
         let few = least < FEW_PER_SLOT;
-        let p_value = if few {
-            few_odds(spread, &shares)
-        } else {
-            spread.p_value
-        };
+        let p_value = if few { few_odds(spread, &shares) } else { spread.p_value };
         if p_value >= P_CHANCE {
             return if few { Verdict::TooFew } else { Verdict::Chance };
         }
@@ -83,11 +77,7 @@ impl Verdict {
         };
         let worst = (0..shares.len()).max_by(|a, b| off(*a).total_cmp(&off(*b)));
         let slot = worst.expect("there are at least two slots");
-        Verdict::NotChance {
-            slot,
-            share: spread.share(slot),
-            expected: shares[slot] / sum,
-        }
+        Verdict::NotChance { slot, share: spread.share(slot), expected: shares[slot] / sum }
     }
 
     /// Whether fair steering is ruled out.
@@ -110,16 +100,9 @@ impl Verdict {
             Verdict::Chance => {
                 format!("within chance for {total} {noun} over {slot_count} slots ({odds})")
             }
-            Verdict::NotChance {
-                slot,
-                share,
-                expected,
-            } => {
+            Verdict::NotChance { slot, share, expected } => {
                 let lead = lead(spread, slot, share, expected, noun);
-                format!(
-                    "{lead}: not chance ({odds}); {}",
-                    cause(spread, slot, share, expected, about)
-                )
+                format!("{lead}: not chance ({odds}); {}", cause(spread, slot, share, expected, about))
             }
         }
     }
@@ -134,11 +117,7 @@ fn few_odds(spread: &Spread, shares: &[f64]) -> f64 {
         if part <= due {
             return 1.0;
         }
-        let rest = if part < 1.0 {
-            (1.0 - part) * ((1.0 - part) / (1.0 - due)).ln()
-        } else {
-            0.0
-        };
+        let rest = if part < 1.0 { (1.0 - part) * ((1.0 - part) / (1.0 - due)).ln() } else { 0.0 };
         (-total * (part * (part / due).ln() + rest)).exp()
     };
     let least = spread.per_slot.iter().zip(shares).map(bound).fold(1.0, f64::min);
@@ -151,11 +130,7 @@ fn lead(spread: &Spread, slot: usize, share: f64, expected: f64, noun: &str) -> 
         return format!("slot {slot} got none of {} {noun}", grouped(spread.total()));
     }
     let digits = if (share - expected).abs() < 0.005 { 2 } else { 1 };
-    format!(
-        "slot {slot} gets {:.digits$} % instead of {:.digits$} %",
-        share * 100.0,
-        expected * 100.0
-    )
+    format!("slot {slot} gets {:.digits$} % instead of {:.digits$} %", share * 100.0, expected * 100.0)
 }
 
 /// The likeliest reason, as advice.
@@ -224,11 +199,8 @@ fn grouped(number: u64) -> String {
 mod tests {
     use super::*;
 
-    const PLAIN: Circumstances = Circumstances {
-        noun: "connections",
-        steering: Some("hash"),
-        client_addresses: Some(1),
-    };
+    const PLAIN: Circumstances =
+        Circumstances { noun: "connections", steering: Some("hash"), client_addresses: Some(1) };
 
     /// splitmix64: seeded, so that a trial that passes once passes always.
     struct Seeded(u64);
@@ -263,27 +235,18 @@ mod tests {
     fn called_unfair(seed: u64, trials: u32, draws: u32, real: &[f64]) -> u32 {
         let mut random = Seeded(seed);
         let unfair = |counts: Vec<u64>| Verdict::of(&Spread::equal(&counts)).is_unfair();
-        (0..trials)
-            .map(|_| u32::from(unfair(random.draw(draws, real))))
-            .sum()
+        (0..trials).map(|_| u32::from(unfair(random.draw(draws, real)))).sum()
     }
 
     #[test]
     fn a_fair_spread_is_called_unfair_less_than_once_in_a_hundred() {
         // At p = 0.001 two of 2,000 are due; 20 would be the promised one in a hundred.
-        for (seed, slot_count, draws) in [
-            (1, 2, 200),
-            (2, 4, 400),
-            (3, 4, 10_000),
-            (4, 8, 1000),
-            (5, 64, 3200),
-        ] {
+        for (seed, slot_count, draws) in
+            [(1, 2, 200), (2, 4, 400), (3, 4, 10_000), (4, 8, 1000), (5, 64, 3200)]
+        {
             let trials = if draws > 5000 { 300 } else { 2000 };
             let unfair = called_unfair(seed, trials, draws, &vec![1.0; slot_count]);
-            assert!(
-                unfair * 100 <= trials,
-                "{unfair} of {trials}, {slot_count} slots, {draws} draws"
-            );
+            assert!(unfair * 100 <= trials, "{unfair} of {trials}, {slot_count} slots, {draws} draws");
         }
     }
 
@@ -292,10 +255,7 @@ mod tests {
         // The bound promises at most 0.1 %; 0.2 % of 20,000 is the slack given.
         for (seed, slot_count, draws) in [(6, 64, 3), (7, 64, 10), (8, 64, 100), (9, 8, 12), (10, 4, 10)] {
             let unfair = called_unfair(seed, 20_000, draws, &vec![1.0; slot_count]);
-            assert!(
-                unfair <= 40,
-                "{unfair} of 20000, {slot_count} slots, {draws} draws"
-            );
+            assert!(unfair <= 40, "{unfair} of 20000, {slot_count} slots, {draws} draws");
         }
     }
 
@@ -309,10 +269,7 @@ mod tests {
     fn a_dead_slot_and_a_doubled_slot_are_always_seen() {
         assert_eq!(called_unfair(11, 500, 100, &[1.0, 1.0, 1.0, 0.0]), 500);
         assert_eq!(called_unfair(12, 500, 2000, &[2.0, 1.0, 1.0, 1.0]), 500);
-        assert_eq!(
-            called_unfair(13, 200, 6400, &[&[3.0][..], &[1.0; 63][..]].concat()),
-            200
-        );
+        assert_eq!(called_unfair(13, 200, 6400, &[&[3.0][..], &[1.0; 63][..]].concat()), 200);
     }
 
     #[test]
@@ -330,20 +287,14 @@ mod tests {
     fn an_even_spread_says_within_chance() {
         let spread = Spread::equal(&[2512, 2488, 2503, 2497]);
         let text = Verdict::of(&spread).sentence(&spread, &PLAIN);
-        assert_eq!(
-            text,
-            "within chance for 10,000 connections over 4 slots (p = 0.989)"
-        );
+        assert_eq!(text, "within chance for 10,000 connections over 4 slots (p = 0.989)");
     }
 
     #[test]
     fn an_uneven_spread_names_the_slot_and_its_share() {
         let spread = Spread::equal(&[2300, 2300, 3100, 2300]);
         let text = Verdict::of(&spread).sentence(&spread, &PLAIN);
-        assert!(
-            text.starts_with("slot 2 gets 31.0 % instead of 25.0 %: not chance (p < 1e-12); "),
-            "{text}"
-        );
+        assert!(text.starts_with("slot 2 gets 31.0 % instead of 25.0 %: not chance (p < 1e-12); "), "{text}");
     }
 
     #[test]
@@ -352,18 +303,9 @@ mod tests {
             let spread = Spread::equal(counts);
             Verdict::of(&spread).sentence(&spread, about)
         };
-        let source = Circumstances {
-            steering: Some("source"),
-            ..PLAIN
-        };
-        let cpu = Circumstances {
-            steering: Some("cpu"),
-            ..PLAIN
-        };
-        let aware = Circumstances {
-            steering: Some("load-aware"),
-            ..PLAIN
-        };
+        let source = Circumstances { steering: Some("source"), ..PLAIN };
+        let cpu = Circumstances { steering: Some("cpu"), ..PLAIN };
+        let aware = Circumstances { steering: Some("load-aware"), ..PLAIN };
         let skewed = [900, 50, 25, 25];
         assert!(say(&skewed, &source).contains("1 client address cannot fill 4 slots"));
         assert!(say(&skewed, &cpu).contains("cpu steering follows the CPU"));
@@ -382,10 +324,7 @@ mod tests {
         let shares = [1.0, 1.0, 0.0];
         let spread = Spread::weighted(&[500, 500, 30], &shares);
         let verdict = Verdict::weighted(&spread, &shares);
-        assert!(
-            matches!(verdict, Verdict::NotChance { slot: 2, .. }),
-            "{verdict:?}"
-        );
+        assert!(matches!(verdict, Verdict::NotChance { slot: 2, .. }), "{verdict:?}");
         assert!(verdict.sentence(&spread, &PLAIN).contains("should get nothing"));
     }
 }

@@ -79,9 +79,7 @@ impl Run {
 
     pub fn number(&self, pointer: &str) -> f64 {
         let json = self.json();
-        json.pointer(pointer)
-            .and_then(Value::as_f64)
-            .unwrap_or_else(|| panic!("{pointer} in {json:#}"))
+        json.pointer(pointer).and_then(Value::as_f64).unwrap_or_else(|| panic!("{pointer} in {json:#}"))
     }
 
     /// Errors of a kind; 0 where it is not listed.
@@ -91,12 +89,7 @@ impl Run {
 
     pub fn error_count(&self) -> u64 {
         let json = self.json();
-        json["errors"]
-            .as_object()
-            .expect("an object")
-            .values()
-            .filter_map(Value::as_u64)
-            .sum()
+        json["errors"].as_object().expect("an object").values().filter_map(Value::as_u64).sum()
     }
 }
 
@@ -106,11 +99,7 @@ pub fn bench(words: &str) -> Run {
 }
 
 pub fn bench_words(words: &[&str]) -> Run {
-    let Output {
-        status,
-        stdout,
-        stderr,
-    } = Command::new(env!("CARGO_BIN_EXE_evenkeel"))
+    let Output { status, stdout, stderr } = Command::new(env!("CARGO_BIN_EXE_evenkeel"))
         .arg("bench")
         .args(words)
         .env_remove("EVENKEEL_SOCKET")
@@ -154,9 +143,7 @@ pub enum Tcp {
 pub fn tcp(kind: Tcp) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
     // The standard library asks for 128; more clients than that come at once.
-    socket2::SockRef::from(&listener)
-        .listen(4096)
-        .expect("a longer queue");
+    socket2::SockRef::from(&listener).listen(4096).expect("a longer queue");
     let address = listener.local_addr().expect("it is bound");
     thread::spawn(move || serve(&listener, kind, None));
     address
@@ -305,13 +292,9 @@ pub fn daemon(folder: &Path, bind: &str, steering: &str, accepted: &Arc<Vec<Atom
     let (bind, steering) = (bind.to_string(), steering.to_string());
     let accepted = Arc::clone(accepted);
     answer_with(folder, move || {
-        let counts: Vec<u64> = accepted
-            .iter()
-            .map(|count| count.load(Ordering::SeqCst))
-            .collect();
-        let workers: Vec<Value> = (0..counts.len())
-            .map(|slot| json!({ "slot": slot, "active": 10 * (slot + 1) }))
-            .collect();
+        let counts: Vec<u64> = accepted.iter().map(|count| count.load(Ordering::SeqCst)).collect();
+        let workers: Vec<Value> =
+            (0..counts.len()).map(|slot| json!({ "slot": slot, "active": 10 * (slot + 1) })).collect();
         json!({ "status": {
             "workers": workers,
             "listeners": [

@@ -28,18 +28,10 @@ fn percentiles(out: &mut String, outcome: &Outcome) {
         return;
     };
     let place = |above: f64| -above.log10();
-    let x_top = outcome
-        .curve
-        .iter()
-        .map(|(above, _)| place(*above))
-        .fold(1.0, f64::max);
+    let x_top = outcome.curve.iter().map(|(above, _)| place(*above)).fold(1.0, f64::max);
     let least = outcome.curve.first().map_or(1, |(_, nanos)| *nanos) as f64;
     let most = outcome.curve.last().map_or(1, |(_, nanos)| *nanos) as f64;
-    let y = if most / least > 12.0 {
-        Scale::log(least, most)
-    } else {
-        Scale::linear(most)
-    };
+    let y = if most / least > 12.0 { Scale::log(least, most) } else { Scale::linear(most) };
     let mut plot = Plot::new("Latency by percentile", x_top, y);
     plot.grid(mark_of);
     let marks = [
@@ -58,11 +50,8 @@ fn percentiles(out: &mut String, outcome: &Outcome) {
         .filter(|(at, _)| *at <= x_top)
         .collect();
     plot.x_marks(&marks);
-    let points: Vec<(f64, f64)> = outcome
-        .curve
-        .iter()
-        .map(|(above, nanos)| (place(*above), *nanos as f64))
-        .collect();
+    let points: Vec<(f64, f64)> =
+        outcome.curve.iter().map(|(above, nanos)| (place(*above), *nanos as f64)).collect();
     plot.line("a", &points, true);
     for (above, micros, name) in [
         (0.5, latency.p50, "p50"),
@@ -82,23 +71,13 @@ fn percentiles(out: &mut String, outcome: &Outcome) {
     } else {
         "From the first byte sent to the last byte of the answer. A closed loop: a stalled target is also asked less."
     };
-    figure(
-        out,
-        "Latency by percentile",
-        how,
-        plot,
-        "",
-        &latency_table(outcome),
-    );
+    figure(out, "Latency by percentile", how, plot, "", &latency_table(outcome));
 }
 
 fn latency_table(outcome: &Outcome) -> String {
     let mut table = String::new();
     let out = &mut table;
-    let late = outcome
-        .open_loop
-        .as_ref()
-        .and_then(|open_loop| open_loop.late_us.as_ref());
+    let late = outcome.open_loop.as_ref().and_then(|open_loop| open_loop.late_us.as_ref());
     out.push_str("<div class=\"scroll\"><table>\n<tr><th></th><th>min</th><th>p50</th><th>p90</th><th>p99</th><th>p99.9</th><th>max</th><th>mean</th></tr>\n");
     let rows = [
         ("latency", outcome.latency_us.as_ref()),
@@ -106,24 +85,12 @@ fn latency_table(outcome: &Outcome) -> String {
         ("own delay", late),
     ];
     for (name, latency) in rows {
-        if let Some(Latency {
-            min,
-            p50,
-            p90,
-            p99,
-            p999,
-            max,
-            mean,
-        }) = latency
-        {
+        if let Some(Latency { min, p50, p90, p99, p999, max, mean }) = latency {
             put(out, format_args!("<tr><th>{name}</th>"));
             for micros in [min, p50, p90, p99, p999, max] {
                 put(out, format_args!("<td>{}</td>", duration(micros * 1000)));
             }
-            put(
-                out,
-                format_args!("<td>{}</td></tr>\n", duration((mean * 1000.0) as u64)),
-            );
+            put(out, format_args!("<td>{}</td></tr>\n", duration((mean * 1000.0) as u64)));
         }
     }
     out.push_str("</table></div>\n");
@@ -189,25 +156,16 @@ fn course(out: &mut String, outcome: &Outcome) {
     let end = width * bins.len() as f64;
     let middle = |index: usize| (index as f64 + 0.5) * width;
     let wanted = outcome.open_loop.as_ref().map(|open_loop| open_loop.wanted_per_s);
-    let most = bins
-        .iter()
-        .map(|bin| (bin.requests + bin.errors) / width)
-        .fold(wanted.unwrap_or(0.0), f64::max);
+    let most =
+        bins.iter().map(|bin| (bin.requests + bin.errors) / width).fold(wanted.unwrap_or(0.0), f64::max);
     let mut plot = Plot::new("Rate over time", end, Scale::linear(most));
     plot.grid(number);
     plot.x_marks(&seconds_marks(end));
-    let rates: Vec<(f64, f64)> = bins
-        .iter()
-        .enumerate()
-        .map(|(index, bin)| (middle(index), bin.requests / width))
-        .collect();
+    let rates: Vec<(f64, f64)> =
+        bins.iter().enumerate().map(|(index, bin)| (middle(index), bin.requests / width)).collect();
     plot.line("a", &rates, true);
     for (index, bin) in bins.iter().enumerate().filter(|(_, bin)| bin.errors > 0.0) {
-        let title = format!(
-            "{} errors after {:.1} s",
-            number(bin.errors.ceil()),
-            middle(index)
-        );
+        let title = format!("{} errors after {:.1} s", number(bin.errors.ceil()), middle(index));
         plot.bar(
             "error",
             (bin.errors / width).max(most * 0.02),
@@ -234,24 +192,15 @@ fn course(out: &mut String, outcome: &Outcome) {
 fn latency_over_time(out: &mut String, outcome: &Outcome, bins: &[Bin], width: f64) {
     let series = |pick: fn(&Bin) -> u64| -> Vec<(f64, f64)> {
         let points = bins.iter().enumerate().filter(|(_, bin)| pick(bin) > 0);
-        points
-            .map(|(index, bin)| ((index as f64 + 0.5) * width, pick(bin) as f64))
-            .collect()
+        points.map(|(index, bin)| ((index as f64 + 0.5) * width, pick(bin) as f64)).collect()
     };
     let (p50, p99) = (series(|bin| bin.p50), series(|bin| bin.p99));
     let values = || p50.iter().chain(&p99).map(|(_, nanos)| *nanos);
     if p50.len() < 2 {
         return;
     }
-    let (least, most) = (
-        values().fold(f64::INFINITY, f64::min),
-        values().fold(0.0, f64::max),
-    );
-    let y = if most / least > 12.0 {
-        Scale::log(least, most)
-    } else {
-        Scale::linear(most)
-    };
+    let (least, most) = (values().fold(f64::INFINITY, f64::min), values().fold(0.0, f64::max));
+    let y = if most / least > 12.0 { Scale::log(least, most) } else { Scale::linear(most) };
     let end = width * bins.len() as f64;
     let mut plot = Plot::new("Latency over time", end, y);
     plot.grid(mark_of);
@@ -266,10 +215,7 @@ fn latency_over_time(out: &mut String, outcome: &Outcome, bins: &[Bin], width: f
 fn seconds_marks(end: f64) -> Vec<(f64, String)> {
     let rough = end / 7.0;
     let power = 10f64.powf(rough.log10().floor());
-    let step = [1.0, 2.0, 5.0, 10.0]
-        .into_iter()
-        .map(|factor| factor * power)
-        .find(|step| *step >= rough);
+    let step = [1.0, 2.0, 5.0, 10.0].into_iter().map(|factor| factor * power).find(|step| *step >= rough);
     let step = step.unwrap_or(rough);
     let digits = usize::from(step < 1.0);
     (0..=(end / step) as u32)
@@ -294,14 +240,8 @@ fn slots(out: &mut String, outcome: &Outcome, found: &SpreadFound) {
     // Three standard deviations of a fair slot's count.
     let slack = |slot: usize| 3.0 * (due(slot) * (1.0 - found.due(slot))).max(0.0).sqrt();
     let most = spread.per_slot.iter().copied().max().unwrap_or(0) as f64;
-    let highest = (0..slot_count)
-        .map(|slot| due(slot) + slack(slot))
-        .fold(most, f64::max);
-    let mut plot = Plot::new(
-        "Connections of each slot",
-        slot_count as f64,
-        Scale::linear(highest),
-    );
+    let highest = (0..slot_count).map(|slot| due(slot) + slack(slot)).fold(most, f64::max);
+    let mut plot = Plot::new("Connections of each slot", slot_count as f64, Scale::linear(highest));
     plot.grid(number);
     plot.x_marks(&slot_marks(found));
     for (slot, count) in spread.per_slot.iter().enumerate() {
@@ -309,32 +249,17 @@ fn slots(out: &mut String, outcome: &Outcome, found: &SpreadFound) {
         let (low, high) = ((due(slot) - slack(slot)).max(0.0), due(slot) + slack(slot));
         let unfair = found.verdict == "not chance" && !(low..=high).contains(&count);
         let class = if unfair { "slot bad" } else { "slot" };
-        let title = format!(
-            "slot {slot}: {} ({:.2} %)",
-            number(count),
-            spread.share(slot) * 100.0
-        );
+        let title = format!("slot {slot}: {} ({:.2} %)", number(count), spread.share(slot) * 100.0);
         plot.band("band", low, high, at + 0.04, at + 0.96);
         plot.bar(class, count, at + 0.18, at + 0.82, &title);
         plot.level("due", due(slot), at + 0.04, at + 0.96);
     }
-    let noun = if outcome.mode == "udp" {
-        "Flows"
-    } else {
-        "Connections"
-    };
+    let noun = if outcome.mode == "udp" { "Flows" } else { "Connections" };
     let legend = legend_item("a", &noun.to_lowercase())
         + &legend_item("d", "fair share")
         + &legend_item("n", "within chance (three standard deviations)");
     let title = format!("{noun} of each slot");
-    figure(
-        out,
-        &title,
-        &found.sentence,
-        plot,
-        &legend,
-        &spread_table(outcome, found),
-    );
+    figure(out, &title, &found.sentence, plot, &legend, &spread_table(outcome, found));
 }
 
 /// Every slot's name and share where there is room for it, else some numbers.
@@ -344,10 +269,7 @@ fn slot_marks(found: &SpreadFound) -> Vec<(f64, String)> {
         0..=6 => format!("slot {slot}: {:.1} %", found.spread.share(slot) * 100.0),
         _ => slot.to_string(),
     };
-    (0..slot_count)
-        .step_by(slot_count.div_ceil(22))
-        .map(|slot| (slot as f64 + 0.5, text(slot)))
-        .collect()
+    (0..slot_count).step_by(slot_count.div_ceil(22)).map(|slot| (slot as f64 + 0.5, text(slot))).collect()
 }
 
 fn spread_table(outcome: &Outcome, found: &SpreadFound) -> String {
@@ -362,21 +284,11 @@ fn spread_table(outcome: &Outcome, found: &SpreadFound) -> String {
         ("counted by", found.source.to_string()),
     ];
     out.push_str("<div class=\"scroll\"><table>\n<tr>");
-    cells
-        .iter()
-        .for_each(|(name, _)| put(&mut out, format_args!("<th>{name}</th>")));
+    cells.iter().for_each(|(name, _)| put(&mut out, format_args!("<th>{name}</th>")));
     out.push_str("</tr>\n<tr>");
-    cells
-        .iter()
-        .for_each(|(_, value)| put(&mut out, format_args!("<td>{}</td>", escape(value))));
+    cells.iter().for_each(|(_, value)| put(&mut out, format_args!("<td>{}</td>", escape(value))));
     out.push_str("</tr>\n</table></div>\n");
-    if let Some(Active {
-        samples,
-        worst_max_over_mean,
-        worst_at_s,
-        ..
-    }) = &outcome.active
-    {
+    if let Some(Active { samples, worst_max_over_mean, worst_at_s, .. }) = &outcome.active {
         put(
             &mut out,
             format_args!(
@@ -390,10 +302,7 @@ fn spread_table(outcome: &Outcome, found: &SpreadFound) -> String {
 
 /// A plot with its title, a sentence, a legend, and what stands below it.
 fn figure(out: &mut String, title: &str, text: &str, plot: Plot, legend: &str, below: &str) {
-    put(
-        out,
-        format_args!("<figure class=\"card\">\n<figcaption><h2>{}</h2>", escape(title)),
-    );
+    put(out, format_args!("<figure class=\"card\">\n<figcaption><h2>{}</h2>", escape(title)));
     if !legend.is_empty() {
         put(out, format_args!("<ul class=\"legend\">{legend}</ul>"));
     }

@@ -18,10 +18,7 @@ const STYLE: &str = include_str!("style.css");
 /// The whole page.
 pub fn page(outcome: &Outcome) -> String {
     let mut out = String::new();
-    let title = escape(&format!(
-        "{} {} {}",
-        outcome.mode, outcome.pattern, outcome.target
-    ));
+    let title = escape(&format!("{} {} {}", outcome.mode, outcome.pattern, outcome.target));
     out.push_str("<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\"/>\n");
     out.push_str("<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"/>\n");
     out.push_str("<meta name=\"color-scheme\" content=\"light dark\"/>\n");
@@ -46,16 +43,9 @@ fn put(out: &mut String, text: std::fmt::Arguments) {
 }
 
 fn header(out: &mut String, outcome: &Outcome, title: &str) {
-    let (class, word) = if outcome.passed {
-        ("good", "passed")
-    } else {
-        ("bad", "failed")
-    };
+    let (class, word) = if outcome.passed { ("good", "passed") } else { ("bad", "failed") };
     let loop_kind = match &outcome.open_loop {
-        Some(open_loop) => format!(
-            "open loop, {} starts a second wanted",
-            number(open_loop.wanted_per_s)
-        ),
+        Some(open_loop) => format!("open loop, {} starts a second wanted", number(open_loop.wanted_per_s)),
         None => "closed loop".into(),
     };
     put(
@@ -64,11 +54,7 @@ fn header(out: &mut String, outcome: &Outcome, title: &str) {
             "<header>\n<p class=\"brand\">evenkeel bench</p>\n<h1>{title} <span class=\"badge {class}\">{word}</span></h1>\n<p class=\"lead\">{:.1} s, {} at once, {}, {loop_kind}</p>\n</header>\n",
             outcome.seconds,
             number(outcome.concurrency as f64),
-            if outcome.threads == 1 {
-                "1 thread".into()
-            } else {
-                format!("{} threads", outcome.threads)
-            },
+            if outcome.threads == 1 { "1 thread".into() } else { format!("{} threads", outcome.threads) },
         ),
     );
 }
@@ -91,21 +77,9 @@ fn tiles(out: &mut String, outcome: &Outcome) {
             "median",
             &format!("p90 {}", duration(latency.p90 * 1000)),
         );
-        tile(
-            out,
-            "",
-            &duration(latency.p99 * 1000),
-            "p99",
-            &format!("max {}", duration(latency.max * 1000)),
-        );
+        tile(out, "", &duration(latency.p99 * 1000), "p99", &format!("max {}", duration(latency.max * 1000)));
     } else {
-        tile(
-            out,
-            "",
-            &format!("{}/s", bytes(rate.bytes_per_s)),
-            "bytes",
-            &bytes(outcome.bytes as f64),
-        );
+        tile(out, "", &format!("{}/s", bytes(rate.bytes_per_s)), "bytes", &bytes(outcome.bytes as f64));
     }
     if let Some(found) = &outcome.spread {
         let class = if found.verdict == "not chance" { "bad" } else { "" };
@@ -128,13 +102,7 @@ fn tiles(out: &mut String, outcome: &Outcome) {
     let error_count = outcome.error_count();
     let class = if error_count == 0 { "good" } else { "bad" };
     let of_all = error_count as f64 / (error_count + outcome.requests).max(1) as f64 * 100.0;
-    tile(
-        out,
-        class,
-        &number(error_count as f64),
-        "errors",
-        &format!("{of_all:.3} %"),
-    );
+    tile(out, class, &number(error_count as f64), "errors", &format!("{of_all:.3} %"));
     out.push_str("</section>\n");
 }
 
@@ -157,10 +125,7 @@ fn remarks(out: &mut String, outcome: &Outcome) {
     ];
     for (class, texts) in lines {
         for text in texts {
-            put(
-                out,
-                format_args!("<p class=\"remark {class}\">{}</p>\n", escape(text)),
-            );
+            put(out, format_args!("<p class=\"remark {class}\">{}</p>\n", escape(text)));
         }
     }
 }
@@ -169,10 +134,7 @@ fn errors(out: &mut String, outcome: &Outcome) {
     let Some(first) = &outcome.first_error else { return };
     out.push_str("<section class=\"card\">\n<h2>Errors</h2>\n<table>\n");
     for (kind, count) in &outcome.errors {
-        put(
-            out,
-            format_args!("<tr><th>{kind}</th><td>{}</td></tr>\n", number(*count as f64)),
-        );
+        put(out, format_args!("<tr><th>{kind}</th><td>{}</td></tr>\n", number(*count as f64)));
     }
     put(
         out,
@@ -187,12 +149,7 @@ fn errors(out: &mut String, outcome: &Outcome) {
 
 fn facts(out: &mut String, outcome: &Outcome) {
     let machine = &outcome.machine;
-    let command = outcome
-        .command
-        .iter()
-        .map(|word| quote(word))
-        .collect::<Vec<_>>()
-        .join(" ");
+    let command = outcome.command.iter().map(|word| quote(word)).collect::<Vec<_>>().join(" ");
     put(
         out,
         format_args!(

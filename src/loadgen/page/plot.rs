@@ -56,11 +56,7 @@ impl Scale {
             }
             Scale::Log(bottom, top) => {
                 let marks = log_marks(bottom, top);
-                let tens: Vec<f64> = marks
-                    .iter()
-                    .copied()
-                    .filter(|mark| is_power_of_ten(*mark))
-                    .collect();
+                let tens: Vec<f64> = marks.iter().copied().filter(|mark| is_power_of_ten(*mark)).collect();
                 if tens.len() >= 3 { tens } else { marks }
             }
         }
@@ -70,9 +66,7 @@ impl Scale {
 /// 1, 2 or 5 times a power of ten, at least `rough`.
 fn round_step(rough: f64) -> f64 {
     let power = 10f64.powf(rough.log10().floor());
-    let factor = [1.0, 2.0, 5.0, 10.0]
-        .into_iter()
-        .find(|factor| factor * power >= rough * 0.999_999);
+    let factor = [1.0, 2.0, 5.0, 10.0].into_iter().find(|factor| factor * power >= rough * 0.999_999);
     factor.unwrap_or(10.0) * power
 }
 
@@ -106,12 +100,7 @@ impl Plot {
     /// An empty one; `label` is read aloud where the plot cannot be seen.
     /// Positions along x go from 0 to `x_top`.
     pub fn new(label: &str, x_top: f64, y: Scale) -> Plot {
-        Plot {
-            body: String::new(),
-            label: label.to_string(),
-            x_top: x_top.max(1e-9),
-            y,
-        }
+        Plot { body: String::new(), label: label.to_string(), x_top: x_top.max(1e-9), y }
     }
 
     fn x(&self, value: f64) -> f64 {
@@ -214,11 +203,7 @@ impl Plot {
     pub fn point(&mut self, class: &str, x: f64, y: f64, word: &str, title: &str) {
         let (px, py) = (self.x(x), self.y(y));
         // A curve that rises leaves room above its left side.
-        let (anchor, dx, dy) = if px > LEFT + 80.0 {
-            ("end", -7.0, -7.0)
-        } else {
-            ("start", -2.0, -14.0)
-        };
+        let (anchor, dx, dy) = if px > LEFT + 80.0 { ("end", -7.0, -7.0) } else { ("start", -2.0, -14.0) };
         self.draw(format_args!(
             r#"<circle class="{class}" cx="{px:.1}" cy="{py:.1}" r="4"><title>{}</title></circle><text class="word" x="{:.1}" y="{:.1}" text-anchor="{anchor}">{}</text>"#,
             escape(title),
@@ -267,9 +252,7 @@ mod tests {
     #[test]
     fn linear_scales_end_at_round_numbers() {
         for (most, top) in [(97.0, 100.0), (1.0, 1.0), (123_456.0, 150_000.0), (0.3, 0.3)] {
-            let Scale::Linear(found) = Scale::linear(most) else {
-                panic!("linear")
-            };
+            let Scale::Linear(found) = Scale::linear(most) else { panic!("linear") };
             assert!((found - top).abs() < top * 1e-9, "{most}: {found}");
         }
         assert_eq!(Scale::Linear(100.0).marks(), [0.0, 50.0, 100.0]);
@@ -279,20 +262,14 @@ mod tests {
     fn logarithmic_scales_hold_their_values() {
         for (least, most) in [(31.0, 40_000.0), (5.0, 5.0), (1.0, 9.0), (999.0, 1001.0)] {
             let scale = Scale::log(least, most);
-            assert!(
-                scale.part(least) >= -1e-9 && scale.part(most) <= 1.0 + 1e-9,
-                "{least} {most} {scale:?}"
-            );
+            assert!(scale.part(least) >= -1e-9 && scale.part(most) <= 1.0 + 1e-9, "{least} {most} {scale:?}");
             assert!(scale.marks().len() >= 2, "{scale:?}");
         }
     }
 
     #[test]
     fn text_cannot_break_out_of_the_page() {
-        assert_eq!(
-            escape(r#"<a href="x">&'"#),
-            "&lt;a href=&quot;x&quot;&gt;&amp;&#39;"
-        );
+        assert_eq!(escape(r#"<a href="x">&'"#), "&lt;a href=&quot;x&quot;&gt;&amp;&#39;");
         assert_eq!(escape("a\x1b[31mb"), "a\u{fffd}[31mb");
     }
 }

@@ -1,0 +1,94 @@
+//! Which configuration and which control socket a command means.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use super::EXIT_CONFIG;
+use crate::config::{self, Config, Loaded};
+use crate::control::client;
+use crate::sys::accounts;
+
+/// The configuration of `evenkeel run` without a file.
+const DEMO: &str = include_str!("../../config/demo.toml");
+const DEMO_NAME: &str = "config/demo.toml";
+const SYSTEM_FILE: &str = "/etc/evenkeel/evenkeel.toml";
+
+/// Where a configuration comes from.
+#[derive(Debug)]
+pub enum Source {
+    /// A file.
+    File(PathBuf),
+    /// The demo in the program.
+    Demo,
+}
+
+impl Source {
+    /// What `run` runs: the file that is named, in the environment, of the
+    /// system, or the demo.
+    pub fn of_run(named: Option<PathBuf>) -> Source {
+        let from_environment = || std::env::var_os("EVENKEEL_CONFIG").map(PathBuf::from);
+        let from_system = || Some(PathBuf::from(SYSTEM_FILE)).filter(|path| path.exists());
+        named.or_else(from_environment).or_else(from_system).map_or(Source::Demo, Source::File)
+    }
+
+    /// What `check` and `config show` look at: what `run` would run.
+    pub fn of_check(named: Option<PathBuf>) -> Source {
+        Source::of_run(named)
+    }
+
+    /// Whether it is the embedded demo.
+    pub fn is_demo(&self) -> bool {
+        matches!(self, Source::Demo)
+    }
+
+    /// How it is called towards the operator.
+    pub fn shown(&self) -> String {
+        match self {
+            Source::File(path) => path.display().to_string(),
+            Source::Demo => format!("embedded demo ({DEMO_NAME})"),
+        }
+    }
+
+    /// Its text and the name for messages; a file that cannot be read is said.
+    pub fn read(&self) -> Result<(String, String), ExitCode> {
+        let path = match self {
+            Source::Demo => return Ok((DEMO.to_string(), DEMO_NAME.to_string())),
+            Source::File(path) => path,
+        };
+        match fs::read_to_string(path) {
+            Ok(text) => Ok((text, path.display().to_string())),
+            Err(error) => {
+                eprintln!("evenkeel: {}: {error}", path.display());
+                let missing_right = error.kind() == std::io::ErrorKind::PermissionDenied;
+                Err(ExitCode::from(if missing_right { 77 } else { EXIT_CONFIG }))
+            }
+        }
+    }
+
+    /// The configuration; what is wrong with it is said.
+    pub fn load(&self) -> Result<Loaded, ExitCode> {
+        let (text, name) = self.read()?;
+        config::load(&name, &text).map_err(|problems| {
+            eprintln!("{problems}");
+            ExitCode::from(EXIT_CONFIG)
+        })
+    }
+}
+
+/// The control socket of a daemon with this configuration.
+pub fn configured_socket(config: &Config) -> PathBuf {
+    config.daemon.control_socket.clone().unwrap_or_else(|| socket(None))
+}
+
+/// The control socket that a command reaches: what is named, what
+/// `$EVENKEEL_SOCKET` says, or this user's default.
+pub fn socket(named: Option<&Path>) -> PathBuf {
+    let from_environment = || std::env::var_os("EVENKEEL_SOCKET").map(PathBuf::from);
+    named.map(Path::to_path_buf).or_else(from_environment).unwrap_or_else(default_socket)
+}
+
+/// This user's default.
+pub fn default_socket() -> PathBuf {
+    client::default_socket(accounts::current_uid(), std::env::var("XDG_RUNTIME_DIR").ok().as_deref())
+}

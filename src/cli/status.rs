@@ -1,0 +1,122 @@
+//! `evenkeel status`: what runs, for people and for programs.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::path::Path;
+use std::process::ExitCode;
+
+use super::ask;
+use crate::control::status::{Listener, Status, Upstream, Worker};
+use crate::spread::{Circumstances, Verdict};
+
+/// Prints what the daemon says.
+pub fn run(socket: &Path, json: bool) -> ExitCode {
+    let answer = match ask::ask(socket, "status") {
+        Ok(mut answer) => answer["status"].take(),
+        Err(code) => return code,
+    };
+    let text = if json {
+        format!("{answer:#}\n")
+    } else {
+        match serde_json::from_value::<Status>(answer) {
+            Ok(status) => table(&status),
+            Err(error) => {
+                eprintln!("evenkeel: the daemon's answer is of another version: {error}");
+                return ExitCode::from(1);
+            }
+        }
+    };
+    // A closed pipe (`| head`) is no failure.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    ExitCode::SUCCESS
+}
+
+fn table(status: &Status) -> String {
+    let mut out = String::new();
+    let Status { version, pid, generation, config_path, .. } = status;
+    let _ = writeln!(out, "evenkeel {version}  pid {pid}  generation {generation}  {config_path}\n");
+    workers(&mut out, &status.workers);
+    for listener in &status.listeners {
+        describe_listener(&mut out, listener);
+    }
+    for upstream in &status.upstreams {
+        describe_upstream(&mut out, upstream);
+    }
+    out
+}
+
+fn workers(out: &mut String, workers: &[Worker]) {
+    let _ = writeln!(
+        out,
+        "{:<5} {:>8} {:<9} {:>8} {:>10} {:>8} {:>9} {:>7}",
+        "SLOT", "PID", "STATE", "RESTARTS", "ACCEPTED", "ACTIVE", "LAG", "PAUSES"
+    );
+    for worker in workers {
+        let lag = format!("{:.1} ms", worker.loop_lag_us as f64 / 1000.0);
+        let _ = writeln!(
+            out,
+            "{:<5} {:>8} {:<9} {:>8} {:>10} {:>8} {:>9} {:>7}{}",
+            worker.slot,
+            worker.pid,
+            worker.state,
+            worker.restarts,
+            worker.accepted,
+            worker.active,
+            lag,
+            worker.accept_pauses,
+            worker.helped_by.map_or(String::new(), |slot| format!("  slot {slot} accepts for it")),
+        );
+    }
+}
+
+fn describe_listener(out: &mut String, listener: &Listener) {
+    let Listener { name, mode, connections, active, bytes_in, bytes_out, spread, .. } = listener;
+    let _ = writeln!(out, "\nlistener {name}  {mode} {}", listener.bind.join(" "));
+    let _ =
+        writeln!(out, "  connections {connections}  active {active}  bytes in {bytes_in}  out {bytes_out}");
+    if !listener.ended.is_empty() {
+        let ended: Vec<String> =
+            listener.ended.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
+        let _ = writeln!(out, "  ended: {}", ended.join("  "));
+    }
+    for (slot, count) in spread.per_slot.iter().enumerate() {
+        let share = spread.share(slot);
+        let bar = "#".repeat((share * 40.0).round() as usize);
+        let _ = writeln!(out, "  slot {slot:<3} {count:>10} {:>5.1} %  {bar}", share * 100.0);
+    }
+    if *connections > 0 {
+        let _ = writeln!(
+            out,
+            "  spread: max/mean {:.3}  cv {:.3}  jain {:.4}  chi-square {:.2}  p {:.3}",
+            spread.max_over_mean, spread.cv, spread.jain, spread.chi_square, spread.p_value
+        );
+        let about = Circumstances {
+            noun: "connections",
+            steering: Some(&listener.steering_active),
+            client_addresses: None,
+        };
+        let _ = writeln!(out, "  {}", Verdict::of(spread).sentence(spread, &about));
+    }
+}
+
+fn describe_upstream(out: &mut String, upstream: &Upstream) {
+    let _ = writeln!(out, "\nupstream {}  {}", upstream.name, upstream.balance);
+    let _ = writeln!(
+        out,
+        "  {:<28} {:<8} {:>6} {:>8} {:>11} {:>8}",
+        "SERVER", "STATE", "WEIGHT", "ACTIVE", "CONNECTIONS", "FAILURES"
+    );
+    for server in &upstream.servers {
+        let _ = writeln!(
+            out,
+            "  {:<28} {:<8} {:>6} {:>8} {:>11} {:>8}{}",
+            server.address,
+            server.state,
+            server.weight,
+            server.active,
+            server.connections,
+            server.failures,
+            if server.backup { "  backup" } else { "" },
+        );
+    }
+}

@@ -1,0 +1,173 @@
+//! Every key of the file, one line each: its name, its default, its kind.
+//!
+//! To add a key, give the type in `config` a field, read it here, and name it
+//! in `config/reference.toml`; a test holds the two together. An enum's words
+//! are in `words`, what a value looks like is in `kinds`, and what concerns
+//! several values at once is in `checks`.
+
+use std::time::Duration;
+
+use super::kinds::*;
+use super::problem::called;
+use super::reader::Table;
+use super::suggest::did_you_mean;
+use super::value::{At, Value, Wrong};
+use super::{Daemon, Listener, Log, Server, ServerAddress, Service, Target, Tcp, Upstream};
+
+/// No timeout is longer; a deadline then fits every clock and timer.
+const LONGEST: Duration = Duration::from_secs(365 * 86_400);
+/// TCP_KEEPIDLE takes at most 32767 seconds (tcp(7), MAX_TCP_KEEPIDLE).
+const LONGEST_KEEPALIVE: Duration = Duration::from_secs(32_767);
+/// TCP_USER_TIMEOUT is an int of milliseconds.
+const LONGEST_USER_TIMEOUT: Duration = Duration::from_millis(i32::MAX as u64);
+/// Below 4 KiB a socket hardly works; the kernel doubles the number, so that
+/// 512 MiB is the largest round one that its int takes.
+const BUFFER_BYTES: std::ops::RangeInclusive<u64> = 4096..=512 << 20;
+const MILLISECOND: Duration = Duration::from_millis(1);
+
+/// The file as it was read, with the places that `checks` speaks of.
+pub(super) struct File {
+    pub(super) daemon: Daemon,
+    pub(super) log: Log,
+    pub(super) listeners: Vec<ReadListener>,
+    pub(super) upstreams: Vec<ReadUpstream>,
+}
+
+/// A listener, where its name stands, and where each address stands.
+pub(super) struct ReadListener {
+    pub(super) listener: Listener,
+    pub(super) at: usize,
+    pub(super) bind_at: Vec<usize>,
+}
+
+/// An upstream, where its name stands, and where each server's address stands.
+pub(super) struct ReadUpstream {
+    pub(super) upstream: Upstream,
+    pub(super) at: usize,
+    pub(super) server_at: Vec<usize>,
+}
+
+pub(super) fn file(t: &mut Table) -> File {
+    let daemon = t.table("daemon", daemon);
+    let log = t.table("log", log);
+    // Before the listeners, which refer to them.
+    let upstreams = t.tables("upstream", upstream);
+    let names: Vec<&str> = upstreams.iter().map(|read| read.upstream.name.as_str()).collect();
+    let listeners = t.tables("listener", |t| listener(t, &names));
+    File { daemon, log, listeners, upstreams }
+}
+
+fn daemon(t: &mut Table) -> Daemon {
+    Daemon {
+        workers: t.read("workers", "auto", workers),
+        user: t.optional("user", account).map(At::into_value),
+        group: t.optional("group", account).map(At::into_value),
+        control_socket: t.optional("control_socket", socket_path).map(At::into_value),
+        max_connections: t.read("max_connections", 0, number(0..=1_000_000_000)),
+        orphan_timeout: t.read("orphan_timeout", "10s", duration(Duration::ZERO..=LONGEST)),
+        drain_timeout: t.read("drain_timeout", "30s", duration(Duration::ZERO..=LONGEST)),
+    }
+}
+
+fn log(t: &mut Table) -> Log {
+    Log { level: t.read("level", "info", word), format: t.read("format", "text", word) }
+}
+
+fn listener(t: &mut Table, upstreams: &[&str]) -> ReadListener {
+    let (name, at) = required_name(t);
+    let bind = t.required_list("bind", "\"0.0.0.0:8080\"", bind_address);
+    let listener = Listener {
+        bind: bind.iter().map(|bind| bind.value).collect(),
+        mode: t.required("mode", "\"tcp\"", word).map_or(super::Mode::Tcp, At::into_value),
+        target: target(t, &name, at, upstreams),
+        backlog: t.read("backlog", 4096, number(1..=65_535)),
+        receive_buffer: t.read("receive_buffer", "auto", auto_or_size(BUFFER_BYTES)),
+        send_buffer: t.read("send_buffer", "auto", auto_or_size(BUFFER_BYTES)),
+        interface: t.optional("interface", interface).map(At::into_value),
+        transparent: t.read("transparent", false, boolean),
+        freebind: t.read("freebind", false, boolean),
+        tcp: t.table("tcp", tcp),
+        name,
+    };
+    ReadListener { listener, at, bind_at: bind.iter().map(|bind| bind.at).collect() }
+}
+
+/// `upstream` or `service`: exactly one of them.
+fn target(t: &mut Table, name: &str, at: usize, upstreams: &[&str]) -> Target {
+    let listener = called("listener", name);
+    let (has_upstream, has_service) = (t.has("upstream"), t.has("service"));
+    let upstream = t.optional("upstream", |value| upstream_named(value, upstreams));
+    let service = t.optional("service", word::<Service>);
+    if has_upstream && has_service {
+        t.problem(at, format!("{listener} has both upstream and service"), "keep one of the two");
+    }
+    if !has_upstream && !has_service {
+        let help = "add upstream = \"NAME\", or service = \"echo\"";
+        t.problem(at, format!("{listener} has neither upstream nor service"), help);
+    }
+    match (upstream, service) {
+        (Some(upstream), _) => Target::Upstream(upstream.value),
+        (None, Some(service)) => Target::Service(service.value),
+        // There is a problem already.
+        (None, None) => Target::Service(Service::Discard),
+    }
+}
+
+fn tcp(t: &mut Table) -> Tcp {
+    Tcp {
+        idle_timeout: t.read("idle_timeout", "1h", duration(Duration::ZERO..=LONGEST)),
+        half_close_timeout: t.read("half_close_timeout", "1m", duration(Duration::ZERO..=LONGEST)),
+        max_age: t.read("max_age", "0s", duration(Duration::ZERO..=LONGEST)),
+        keepalive: t.read("keepalive", "1m", whole_seconds(Duration::ZERO..=LONGEST_KEEPALIVE)),
+        user_timeout: t.read("user_timeout", "0s", duration(Duration::ZERO..=LONGEST_USER_TIMEOUT)),
+        fast_open: t.read("fast_open", false, boolean),
+        defer_accept: t.read("defer_accept", false, boolean),
+    }
+}
+
+fn upstream(t: &mut Table) -> ReadUpstream {
+    let (name, at) = required_name(t);
+    let balance = t.read("balance", "round-robin", word);
+    let connect_timeout = t.read("connect_timeout", "3s", duration(MILLISECOND..=LONGEST));
+    let retries = t.read("retries", 2, number(0..=16));
+    let servers = t.tables("server", server);
+    let server_at = servers.iter().map(|server| server.at).collect();
+    let servers = servers.into_iter().map(At::into_value).collect();
+    let upstream = Upstream { balance, connect_timeout, retries, servers, name };
+    ReadUpstream { upstream, at, server_at }
+}
+
+fn server(t: &mut Table) -> At<Server> {
+    let address = t.required("address", "\"10.0.0.1:80\"", server_address);
+    let at = address.as_ref().map_or(t.at(), |address| address.at);
+    let value = Server {
+        // Where it is missing there is a problem already.
+        address: address.map_or(ServerAddress::Unix("".into()), At::into_value),
+        weight: t.read("weight", 1, number(0..=256)),
+        backup: t.read("backup", false, boolean),
+    };
+    At { value, at }
+}
+
+/// The name and its place; an empty one where there is a problem already.
+fn required_name(t: &mut Table) -> (String, usize) {
+    match t.required("name", "\"web\"", name) {
+        Some(name) => (name.value, name.at),
+        None => (String::new(), t.at()),
+    }
+}
+
+/// The number of the upstream with this name.
+fn upstream_named(value: &Value, names: &[&str]) -> Result<usize, Wrong> {
+    let Value::Text(typed) = value else {
+        return Err(Wrong::new("is not a text", "write the name of an upstream in quotes"));
+    };
+    names.iter().position(|name| name == typed).ok_or_else(|| {
+        let known: Vec<&str> = names.iter().copied().filter(|name| !name.is_empty()).collect();
+        let all = match known.as_slice() {
+            [] => "add an [[upstream]] table with this name".to_string(),
+            known => format!("the upstreams are: {}", known.join(", ")),
+        };
+        Wrong::new("is not an upstream", did_you_mean(typed, &known, &all))
+    })
+}

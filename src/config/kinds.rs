@@ -1,0 +1,312 @@
+//! What values look like: each function takes a value of the file and gives
+//! what it means, or says why it will not do and what would.
+//!
+//! Pure and bounded: nothing here reads a file, resolves a name or asks the
+//! system.
+
+use std::net::SocketAddr;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::suggest::did_you_mean;
+use super::value::{Value, Wrong};
+use super::words::Word;
+use super::{ServerAddress, Workers};
+use crate::units::{UnitError, format_duration, format_size, parse_duration, parse_size};
+
+/// `sun_path` holds 108 bytes and a final NUL (unix(7)).
+const UNIX_PATH_BYTES: usize = 107;
+
+/// IFNAMSIZ is 16 with the final NUL (netdevice(7)).
+const INTERFACE_BYTES: usize = 15;
+
+/// `"1h"`, within a range.
+pub(super) fn duration(range: RangeInclusive<Duration>) -> impl Fn(&Value) -> Result<Duration, Wrong> {
+    move |value| {
+        let text = match value {
+            Value::Text(text) => text,
+            Value::Integer(number) => {
+                let help = format!("say which unit, in quotes: \"{number}s\" or \"{number}ms\"");
+                return Err(Wrong::new("has no unit", help));
+            }
+            _ => {
+                return Err(Wrong::new("is not a duration", "write a text with a unit, like \"5s\""));
+            }
+        };
+        let duration = parse_duration(text).map_err(|error| match error {
+            UnitError::NoUnit => {
+                Wrong::new("has no unit", "the units are ms, s, m, h, d: \"250ms\", \"5s\", \"1m30s\"")
+            }
+            UnitError::Malformed => Wrong::new(
+                "is not a duration",
+                "write whole numbers with ms, s, m, h or d: \"250ms\", \"5s\", \"1m30s\"",
+            ),
+            UnitError::Order => {
+                Wrong::new("has its units out of order", "write the larger unit first, each once: \"1m30s\"")
+            }
+            UnitError::TooLarge => {
+                Wrong::new("is too long", format!("at most \"{}\"", format_duration(*range.end())))
+            }
+        })?;
+        let (least, most) = (format_duration(*range.start()), format_duration(*range.end()));
+        if duration < *range.start() {
+            return Err(Wrong::new("is too short", format!("write \"{least}\" to \"{most}\"")));
+        }
+        if duration > *range.end() {
+            return Err(Wrong::new("is too long", format!("write \"{least}\" to \"{most}\"")));
+        }
+        Ok(duration)
+    }
+}
+
+/// A duration that the kernel takes in whole seconds.
+pub(super) fn whole_seconds(range: RangeInclusive<Duration>) -> impl Fn(&Value) -> Result<Duration, Wrong> {
+    let any = duration(range);
+    move |value| {
+        let duration = any(value)?;
+        if duration.subsec_nanos() != 0 {
+            return Err(Wrong::new("has a fraction of a second", "the kernel takes whole seconds here"));
+        }
+        Ok(duration)
+    }
+}
+
+/// `"auto"` (`None`) or a size within a range.
+pub(super) fn auto_or_size(range: RangeInclusive<u64>) -> impl Fn(&Value) -> Result<Option<u64>, Wrong> {
+    move |value| {
+        let text = match value {
+            Value::Text("auto") => return Ok(None),
+            Value::Text(text) => text,
+            Value::Integer(number) => {
+                let help = format!("say which unit, in quotes: \"{number}B\" or \"{number}KiB\"");
+                return Err(Wrong::new("has no unit", help));
+            }
+            _ => {
+                return Err(Wrong::new("is not a size", "write \"auto\" or a size like \"64KiB\""));
+            }
+        };
+        let (least, most) = (format_size(*range.start()), format_size(*range.end()));
+        let bounds = || format!("write \"auto\", or \"{least}\" to \"{most}\"");
+        let size = parse_size(text).map_err(|error| match error {
+            UnitError::NoUnit => Wrong::new("has no unit", "the units are B, KiB, MiB, GiB: \"64KiB\""),
+            UnitError::Malformed => Wrong::new(
+                "is not a size",
+                "write \"auto\", or a whole number with B, KiB, MiB or GiB: \"64KiB\"",
+            ),
+            UnitError::Order => {
+                Wrong::new("has its units out of order", "write the larger unit first, each once")
+            }
+            UnitError::TooLarge => Wrong::new("is too large", bounds()),
+        })?;
+        match size {
+            size if size < *range.start() => Err(Wrong::new("is too small", bounds())),
+            size if size > *range.end() => Err(Wrong::new("is too large", bounds())),
+            size => Ok(Some(size)),
+        }
+    }
+}
+
+/// A whole number within a range.
+pub(super) fn number<T: TryFrom<i64>>(range: RangeInclusive<i64>) -> impl Fn(&Value) -> Result<T, Wrong> {
+    move |value| {
+        let bounds = || format!("write a number from {} to {}", range.start(), range.end());
+        match value {
+            Value::Integer(number) if range.contains(number) => {
+                T::try_from(*number).map_err(|_| Wrong::new("is out of range", bounds()))
+            }
+            Value::Integer(_) => Err(Wrong::new("is out of range", bounds())),
+            Value::Text(text) if text.parse::<i64>().is_ok() => {
+                Err(Wrong::new("is a text", format!("write it without quotes: {text}")))
+            }
+            _ => Err(Wrong::new("is not a whole number", bounds())),
+        }
+    }
+}
+
+/// `true` or `false`.
+pub(super) fn boolean(value: &Value) -> Result<bool, Wrong> {
+    match value {
+        Value::Boolean(yes) => Ok(*yes),
+        Value::Text(text @ ("true" | "false")) => {
+            Err(Wrong::new("is a text", format!("write it without quotes: {text}")))
+        }
+        _ => Err(Wrong::new("is neither true nor false", "write true or false, without quotes")),
+    }
+}
+
+/// One of an enum's words.
+pub(super) fn word<T: Word>(value: &Value) -> Result<T, Wrong> {
+    let words: Vec<&str> = T::WORDS.iter().map(|(word, _)| *word).collect();
+    let all = format!("write \"{}\"", words.join("\", or \""));
+    let Value::Text(typed) = value else {
+        return Err(Wrong::new("is not a word", all));
+    };
+    match T::WORDS.iter().find(|(word, _)| word == typed) {
+        Some((_, value)) => Ok(*value),
+        None => Err(Wrong::new("is not known", did_you_mean(typed, &words, &all))),
+    }
+}
+
+/// `"auto"` or 1 to 64.
+pub(super) fn workers(value: &Value) -> Result<Workers, Wrong> {
+    let bounds = "write \"auto\" or a number from 1 to 64";
+    match value {
+        Value::Text("auto") => Ok(Workers::Auto),
+        Value::Text(text) if text.parse::<i64>().is_err() => {
+            Err(Wrong::new("is not known", did_you_mean(text, &["auto"], bounds)))
+        }
+        Value::Integer(_) | Value::Text(_) => match number(1..=64)(value) {
+            Err(Wrong { message: message @ "is out of range", .. }) => Err(Wrong::new(message, bounds)),
+            other => other.map(Workers::Count),
+        },
+        _ => Err(Wrong::new("is not a whole number", bounds)),
+    }
+}
+
+/// The name of a listener or an upstream; it becomes a label of metrics.
+pub(super) fn name(value: &Value) -> Result<String, Wrong> {
+    let text = text(value)?;
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if text.is_empty() || text.len() > 64 || !text.chars().all(allowed) {
+        return Err(Wrong::new("is not a name", "a name has 1 to 64 letters, digits, '-', '_' or '.'"));
+    }
+    Ok(text.to_string())
+}
+
+/// The name of a user or a group; who that is is asked at the start.
+pub(super) fn account(value: &Value) -> Result<String, Wrong> {
+    let text = text(value)?;
+    let allowed = |c: char| c.is_ascii_graphic() && !":/,".contains(c);
+    if text.is_empty() || text.len() > 32 || !text.chars().all(allowed) {
+        return Err(Wrong::new(
+            "is not the name of an account",
+            "write a name as in /etc/passwd or /etc/group, or leave it out",
+        ));
+    }
+    Ok(text.to_string())
+}
+
+/// The name of a network interface; whether it exists is asked at the start.
+pub(super) fn interface(value: &Value) -> Result<String, Wrong> {
+    let text = text(value)?;
+    let allowed = |c: char| c.is_ascii_graphic() && c != '/';
+    if text.is_empty() || text.len() > INTERFACE_BYTES || !text.chars().all(allowed) {
+        return Err(Wrong::new(
+            "is not an interface",
+            "write its name of 1 to 15 bytes as `ip link` shows it, like \"eth0\"",
+        ));
+    }
+    Ok(text.to_string())
+}
+
+/// The path of a Unix socket.
+pub(super) fn socket_path(value: &Value) -> Result<PathBuf, Wrong> {
+    let text = text(value)?;
+    if !text.starts_with('/') {
+        return Err(Wrong::new("is not an absolute path", "start it with \"/\""));
+    }
+    if text.len() > UNIX_PATH_BYTES {
+        return Err(Wrong::new(
+            "is too long",
+            format!("the path of a socket has at most {UNIX_PATH_BYTES} bytes"),
+        ));
+    }
+    if text.contains('\0') || text.ends_with('/') {
+        return Err(Wrong::new(
+            "is not the path of a file",
+            "write the path of a socket, like \"/run/evenkeel/control.sock\"",
+        ));
+    }
+    Ok(PathBuf::from(text))
+}
+
+/// An address that a TCP listener can bind.
+pub(super) fn bind_address(value: &Value) -> Result<SocketAddr, Wrong> {
+    let text = text(value)?;
+    if let Some(port) = port_alone(text.strip_prefix('*').unwrap_or(text)) {
+        let help = format!("for every address write \"0.0.0.0:{port}\", \"[::]:{port}\", or both in a list");
+        return Err(Wrong::new("has no address", help));
+    }
+    let address = socket_address(text, "0.0.0.0:8080")?;
+    if address.port() == 0 {
+        return Err(Wrong::new("has port 0", "write the port that clients connect to, 1 to 65535"));
+    }
+    let ip = address.ip();
+    if ip.is_multicast() || ip == std::net::Ipv4Addr::BROADCAST {
+        return Err(Wrong::new("is a group address", "a TCP listener takes an address of this host"));
+    }
+    if let SocketAddr::V6(v6) = address
+        && let Some(v4) = v6.ip().to_ipv4_mapped()
+    {
+        let help = format!("an IPv6 bind is IPv6 only: write \"{v4}:{}\"", v6.port());
+        return Err(Wrong::new("is an IPv4 address within IPv6", help));
+    }
+    Ok(address)
+}
+
+/// Where a server is: `ip:port` or `unix:/path`.
+pub(super) fn server_address(value: &Value) -> Result<ServerAddress, Wrong> {
+    let text = text(value)?;
+    if let Some(path) = text.strip_prefix("unix:") {
+        return socket_path(&Value::Text(path)).map(ServerAddress::Unix);
+    }
+    if text.starts_with('/') {
+        return Err(Wrong::new("is a path", "put \"unix:\" in front of it"));
+    }
+    if let Some(port) = port_alone(text) {
+        return Err(Wrong::new(
+            "has no host",
+            format!("write the address in front of the port: \"10.0.0.1:{port}\""),
+        ));
+    }
+    let address = socket_address(text, "10.0.0.1:80")?;
+    if address.port() == 0 {
+        return Err(Wrong::new("has port 0", "write the server's port, 1 to 65535"));
+    }
+    let ip = address.ip();
+    if ip.is_unspecified() || ip.is_multicast() || ip == std::net::Ipv4Addr::BROADCAST {
+        return Err(Wrong::new("is not the address of one host", "write the server's own address"));
+    }
+    Ok(ServerAddress::Ip(address))
+}
+
+fn text<'v>(value: &'v Value) -> Result<&'v str, Wrong> {
+    match value {
+        Value::Text(text) => Ok(text),
+        _ => Err(Wrong::new("is not a text", "write it in quotes")),
+    }
+}
+
+/// The digits of `:80`.
+fn port_alone(text: &str) -> Option<&str> {
+    let port = text.strip_prefix(':')?;
+    port.bytes().all(|byte| byte.is_ascii_digit()).then_some(port)
+}
+
+/// `ip:port`, with a word on what people write instead.
+fn socket_address(text: &str, example: &str) -> Result<SocketAddr, Wrong> {
+    if let Ok(address) = text.parse() {
+        return Ok(address);
+    }
+    if text.parse::<std::net::Ipv6Addr>().is_ok() {
+        return Err(Wrong::new("has no port", format!("write \"[{text}]:PORT\"")));
+    }
+    let bare = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text);
+    if bare.parse::<std::net::IpAddr>().is_ok() {
+        return Err(Wrong::new("has no port", format!("write \"{text}:PORT\"")));
+    }
+    let (host, port) = text.rsplit_once(':').unwrap_or((text, ""));
+    if host.parse::<std::net::Ipv6Addr>().is_ok() {
+        return Err(Wrong::new("is not an address", format!("write IPv6 in brackets: \"[{host}]:{port}\"")));
+    }
+    let in_brackets = host.starts_with('[') && host.ends_with(']');
+    if in_brackets || host.parse::<std::net::IpAddr>().is_ok() {
+        return Err(Wrong::new("has a wrong port", "a port is a number from 1 to 65535"));
+    }
+    let like_a_name = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if host.chars().all(like_a_name) && host.chars().any(|c| c.is_ascii_alphabetic()) {
+        return Err(Wrong::new("is a host name", "names are not resolved yet: write an IP address"));
+    }
+    Err(Wrong::new("is not an address", format!("write it as \"{example}\" or \"[::1]:80\"")))
+}

@@ -1,0 +1,235 @@
+//! What the daemon's processes say to each other, and how it is written.
+//!
+//! One JSON text a message, over `sys::channel`, with the descriptors that
+//! the message names. All processes are of one build, so a message that cannot
+//! be read is a bug and ends the connection.
+
+pub mod client;
+pub mod status;
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::config::{self, Word};
+use crate::logging;
+use crate::sys::accounts::Account;
+use crate::sys::channel::{Channel, MAX_FDS};
+
+/// One listening socket's place: the listener's number in the configuration
+/// and the number of the address in its `bind`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Place {
+    pub listener: usize,
+    pub address: usize,
+}
+
+/// From the supervisor to a worker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum ToWorker {
+    /// Who it is. Descriptors: the configuration (sealed JSON), its own
+    /// counters, then the counters of all slots to read.
+    #[allow(missing_docs)]
+    Birth { slot: usize, slot_count: usize, generation: u64, account: Option<Account> },
+    /// Sockets that its slot has already, one descriptor a place.
+    Sockets(Vec<Place>),
+    /// Open what was not given, and give up privileges.
+    Begin,
+    /// Accept.
+    Serve,
+    /// Pass every session to the worker at the other end of this descriptor
+    /// and leave; what cannot be passed is finished within the limit. The
+    /// sockets of these places are in no configuration any more: what waits
+    /// in their queues is accepted first.
+    #[allow(missing_docs)]
+    HandOver { removed: Vec<Place>, limit: Option<u64> },
+    /// Take what the worker at the other end of this descriptor passes.
+    TakeOver,
+    /// Pass so many sessions to the worker at the other end of this
+    /// descriptor, and serve on.
+    #[allow(missing_docs)]
+    Share { count: usize },
+    /// A neighbour slot is empty: accept for it too. One descriptor a place.
+    #[allow(missing_docs)]
+    Lend { slot: usize, places: Vec<Place> },
+    /// That slot is filled again.
+    #[allow(missing_docs)]
+    Recall { slot: usize },
+    /// Leave gracefully; after so many milliseconds (`None` = no limit) what
+    /// is left is reset.
+    #[allow(missing_docs)]
+    Drain { limit: Option<u64> },
+}
+
+/// From a worker to the supervisor.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum FromWorker {
+    /// Duplicates of sockets that it opened, one descriptor a place.
+    Sockets(Vec<Place>),
+    /// All its sockets are open.
+    Opened,
+    /// It accepts on every listener.
+    Ready,
+    /// Its listeners are closed and their queues served.
+    QueuesClosed,
+    /// It cannot work: what to tell the operator, and the exit code.
+    #[allow(missing_docs)]
+    Failed { text: String, advice: String, exit_code: u8 },
+}
+
+/// Between two workers, while sessions move.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum PeerMessage {
+    /// A bundle: its memory, then the sessions' sockets.
+    #[allow(missing_docs)]
+    Sessions { count: usize },
+    /// The bundle was taken but for these, by their place in it.
+    #[allow(missing_docs)]
+    Taken { refused: Vec<usize> },
+    /// Nothing more will come.
+    Done,
+}
+
+/// From the supervisor to the steward.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum ToSteward {
+    /// Descriptors: the configuration, the control listener, then the counters
+    /// of all slots to read.
+    Birth(StewardBirth),
+    /// What the workers do now.
+    Workers(Vec<WorkerState>),
+    /// The answer to its request: an error's text, or `None`.
+    #[allow(missing_docs)]
+    Answer { id: u64, error: Option<String> },
+}
+
+/// What a steward is told when it starts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StewardBirth {
+    /// The account that it takes.
+    pub account: Option<Account>,
+    /// How many slots there are.
+    pub slot_count: usize,
+    /// The generation of the configuration.
+    pub generation: u64,
+    /// The supervisor's process.
+    pub supervisor_pid: u32,
+    /// Where the configuration was read; "embedded demo" where it was not.
+    pub config_path: String,
+    /// When the daemon started, seconds since 1970.
+    pub started_at: u64,
+}
+
+/// One worker as `status` shows it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WorkerState {
+    /// Its slot.
+    pub slot: usize,
+    /// Its process, 0 where there is none.
+    pub pid: u32,
+    /// The generation that it serves.
+    pub generation: u64,
+    /// `starting`, `ready`, `draining` or `backoff`.
+    pub state: String,
+    /// How often the slot's worker was replaced.
+    pub restarts: u64,
+    /// The neighbour that accepts for it while it is empty.
+    pub helped_by: Option<usize>,
+}
+
+/// From the steward to the supervisor.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum FromSteward {
+    /// It answers the control socket.
+    Ready,
+    /// A caller, who was let in by the socket's mode, asks for this.
+    #[allow(missing_docs)]
+    Request { id: u64, request: Request },
+}
+
+/// What a caller may ask of the supervisor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// Leave gracefully within `drain_timeout`.
+    Drain,
+    /// Leave at once.
+    Stop,
+}
+
+/// Starts the log of a process as the configuration has it.
+pub fn start_log(log: &config::Log, role: &str) -> logging::Log {
+    let shape = match log.format {
+        config::Format::Text => logging::Shape::Text,
+        config::Format::Json => logging::Shape::Json,
+    };
+    logging::init(log.level.word(), shape, role)
+}
+
+/// Sends one message with its descriptors.
+pub fn send(channel: &Channel, message: &impl Serialize, fds: &[BorrowedFd]) -> io::Result<()> {
+    channel.send(&serde_json::to_vec(message)?, fds)
+}
+
+/// Receives one message; `None` = the other process is gone.
+pub fn receive<T: DeserializeOwned>(channel: &Channel) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
+    let Some(packet) = channel.receive()? else { return Ok(None) };
+    let message = serde_json::from_slice(&packet.bytes)?;
+    Ok(Some((message, packet.fds)))
+}
+
+/// Sends sockets in as many messages as they need.
+pub fn send_sockets<M: Serialize>(
+    channel: &Channel,
+    sockets: &[(Place, BorrowedFd)],
+    message: impl Fn(Vec<Place>) -> M,
+) -> io::Result<()> {
+    for chunk in sockets.chunks(MAX_FDS) {
+        let places = chunk.iter().map(|(place, _)| *place).collect();
+        let fds: Vec<BorrowedFd> = chunk.iter().map(|(_, fd)| *fd).collect();
+        send(channel, &message(places), &fds)?;
+    }
+    Ok(())
+}
+
+/// The places of a message with their descriptors; an error where a
+/// descriptor is missing or too much.
+pub fn pair_up(places: Vec<Place>, fds: Vec<OwnedFd>) -> io::Result<Vec<(Place, OwnedFd)>> {
+    if places.len() != fds.len() {
+        let text = format!("{} places came with {} descriptors", places.len(), fds.len());
+        return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+    }
+    Ok(places.into_iter().zip(fds).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn three_hundred_sockets_arrive_at_their_places() {
+        let (a, b) = Channel::pair().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let sockets: Vec<(Place, BorrowedFd)> =
+            (0..300).map(|address| (Place { listener: 1, address }, file.as_fd())).collect();
+        send_sockets(&a, &sockets, ToWorker::Sockets).unwrap();
+        let mut arrived = Vec::new();
+        while arrived.len() < 300 {
+            let (message, fds) = receive(&b).unwrap().unwrap();
+            let ToWorker::Sockets(places) = message else { panic!("{message:?}") };
+            arrived.extend(pair_up(places, fds).unwrap().into_iter().map(|(place, _)| place.address));
+        }
+        assert!(arrived.into_iter().eq(0..300));
+    }
+
+    #[test]
+    fn rubbish_is_an_error_and_no_panic() {
+        let (a, b) = Channel::pair().unwrap();
+        a.send(b"{\"Lend\":", &[]).unwrap();
+        assert!(receive::<ToWorker>(&b).is_err());
+        assert!(pair_up(vec![Place { listener: 0, address: 0 }], vec![]).is_err());
+    }
+}

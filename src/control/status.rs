@@ -1,0 +1,89 @@
+//! The document that `evenkeel status --json` prints: its field names are
+//! promises to the tools that read it.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::spread::Spread;
+
+/// The whole daemon.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Status {
+    pub version: String,
+    /// The supervisor's process.
+    pub pid: u32,
+    pub generation: u64,
+    /// Seconds since 1970.
+    pub started_at: u64,
+    pub config_path: String,
+    pub workers: Vec<Worker>,
+    pub listeners: Vec<Listener>,
+    pub upstreams: Vec<Upstream>,
+}
+
+/// One slot.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Worker {
+    pub slot: usize,
+    /// 0 where the slot is empty.
+    pub pid: u32,
+    pub generation: u64,
+    /// starting, ready, draining, hung or backoff.
+    pub state: String,
+    pub restarts: u64,
+    pub accepted: u64,
+    pub active: u64,
+    /// The longest turn of its event loop lately.
+    pub loop_lag_us: u64,
+    /// How often it paused accepting for want of descriptors or memory.
+    pub accept_pauses: u64,
+    /// The slot that accepts for it while it is empty.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub helped_by: Option<usize>,
+}
+
+/// One listener, over all slots.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Listener {
+    pub name: String,
+    pub mode: String,
+    pub bind: Vec<String>,
+    pub steering: String,
+    /// The mechanism in force.
+    pub steering_active: String,
+    pub connections: u64,
+    pub active: u64,
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+    /// How sessions ended; connections = active + the sum of these.
+    pub ended: BTreeMap<String, u64>,
+    pub active_per_slot: Vec<u64>,
+    pub spread: Spread,
+}
+
+/// One upstream.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Upstream {
+    pub name: String,
+    pub balance: String,
+    pub servers: Vec<Server>,
+}
+
+/// One server, over all slots.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Server {
+    pub address: String,
+    /// up, down, draining or disabled.
+    pub state: String,
+    pub weight: u32,
+    pub backup: bool,
+    pub active: u64,
+    pub connections: u64,
+    pub failures: u64,
+}

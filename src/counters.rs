@@ -1,0 +1,241 @@
+//! What the daemon counts, in memory that outlives a worker.
+//!
+//! One region a slot, written by that slot's worker alone and read by anyone
+//! it was passed to. A worker that is killed leaves its counts behind; its
+//! successor goes on from them. Only the gauges (`active`) are what the dead
+//! process held: `begin_life` turns them into losses.
+//!
+//! ```text
+//! [ process | listener 0 | listener 1 | ... | server 0 | server 1 | ... ]
+//! ```
+//! Servers are numbered through all upstreams in the file's order. All cells
+//! are 64-bit words; one writer, so a plain load and store, no locked add.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use crate::config::Config;
+use crate::relay::CloseReason;
+
+const PROCESS_WORDS: usize = 16;
+const LISTENER_WORDS: usize = 32;
+const SERVER_WORDS: usize = 8;
+
+/// Counters of the worker as a whole.
+#[derive(Clone, Copy, Debug)]
+#[repr(usize)]
+pub enum Process {
+    /// Connections accepted, over all listeners.
+    Accepted,
+    /// Sessions that live, over all listeners.
+    Active,
+    /// The longest turn of the event loop lately, in microseconds.
+    LoopLag,
+    /// How often accepting was paused for want of descriptors or memory.
+    AcceptPauses,
+}
+
+/// Counters of one listener in this slot.
+#[derive(Clone, Copy, Debug)]
+#[repr(usize)]
+pub enum OfListener {
+    /// Connections accepted.
+    Connections,
+    /// Sessions that live.
+    Active,
+    /// Bytes from clients.
+    BytesIn,
+    /// Bytes to clients.
+    BytesOut,
+    /// Sessions that ended, by reason: this word and the following ones.
+    Ended,
+}
+
+/// Counters of one server as this slot used it.
+#[derive(Clone, Copy, Debug)]
+#[repr(usize)]
+pub enum OfServer {
+    /// Connections established.
+    Connections,
+    /// Sessions that live.
+    Active,
+    /// Connects that failed.
+    Failures,
+}
+
+/// How a region is laid out for a configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    listener_count: usize,
+    /// The number of each upstream's first server.
+    first_servers: Vec<usize>,
+    server_count: usize,
+}
+
+impl Layout {
+    /// The layout that every process of a generation computes alike.
+    pub fn of(config: &Config) -> Layout {
+        let mut server_count = 0;
+        let mut first_servers = Vec::new();
+        for upstream in &config.upstreams {
+            first_servers.push(server_count);
+            server_count += upstream.servers.len();
+        }
+        Layout { listener_count: config.listeners.len(), first_servers, server_count }
+    }
+
+    /// The size of a region.
+    pub fn word_count(&self) -> usize {
+        PROCESS_WORDS + self.listener_count * LISTENER_WORDS + self.server_count * SERVER_WORDS
+    }
+
+    /// The number of a server among all servers.
+    pub fn server(&self, upstream: usize, server: usize) -> usize {
+        self.first_servers[upstream] + server
+    }
+}
+
+/// One slot's counters, to read, and for its owner to write.
+#[derive(Clone, Copy, Debug)]
+pub struct Counters<'a> {
+    words: &'a [AtomicU64],
+    listener_count: usize,
+}
+
+impl<'a> Counters<'a> {
+    /// Counters over a region's words; `None` where they are too few.
+    pub fn over(words: &'a [AtomicU64], layout: &Layout) -> Option<Counters<'a>> {
+        (words.len() >= layout.word_count())
+            .then_some(Counters { words, listener_count: layout.listener_count })
+    }
+
+    /// A cell of the worker as a whole.
+    pub fn process(&self, which: Process) -> Cell<'a> {
+        Cell(&self.words[which as usize])
+    }
+
+    /// A cell of a listener.
+    pub fn listener(&self, listener: usize, which: OfListener) -> Cell<'a> {
+        debug_assert!(listener < self.listener_count);
+        Cell(&self.words[PROCESS_WORDS + listener * LISTENER_WORDS + which as usize])
+    }
+
+    /// How many sessions of a listener ended for a reason.
+    pub fn ended(&self, listener: usize, reason: CloseReason) -> Cell<'a> {
+        let at = OfListener::Ended as usize + reason as usize;
+        debug_assert!(at < LISTENER_WORDS);
+        Cell(&self.words[PROCESS_WORDS + listener * LISTENER_WORDS + at])
+    }
+
+    /// A cell of a server, numbered by `Layout::server`.
+    pub fn server(&self, server: usize, which: OfServer) -> Cell<'a> {
+        let first = PROCESS_WORDS + self.listener_count * LISTENER_WORDS;
+        Cell(&self.words[first + server * SERVER_WORDS + which as usize])
+    }
+
+    /// Called by a slot's new worker: what the last one held is lost with it,
+    /// so that accepted = active + ended by some reason, always.
+    pub fn begin_life(&self, layout: &Layout) {
+        for listener in 0..self.listener_count {
+            let active = self.listener(listener, OfListener::Active);
+            self.ended(listener, CloseReason::WorkerLost).add(active.get());
+            active.set(0);
+        }
+        for server in 0..layout.server_count {
+            self.server(server, OfServer::Active).set(0);
+        }
+        self.process(Process::Active).set(0);
+        self.process(Process::LoopLag).set(0);
+    }
+}
+
+/// One counter.
+#[derive(Clone, Copy, Debug)]
+pub struct Cell<'a>(&'a AtomicU64);
+
+impl Cell<'_> {
+    /// Its value.
+    pub fn get(self) -> u64 {
+        self.0.load(Relaxed)
+    }
+
+    /// Sets it. Owner only.
+    pub fn set(self, value: u64) {
+        self.0.store(value, Relaxed);
+    }
+
+    /// Adds to it. Owner only: there is one writer, so nothing is lost
+    /// between the load and the store.
+    pub fn add(self, count: u64) {
+        self.set(self.get().wrapping_add(count));
+    }
+
+    /// Takes one from a gauge. Owner only.
+    pub fn less_one(self) {
+        let value = self.get();
+        debug_assert!(value > 0, "a gauge went below zero");
+        self.set(value.saturating_sub(1));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout(listener_count: usize, servers: &[usize]) -> Layout {
+        let mut first = 0;
+        let mut first_servers = Vec::new();
+        for count in servers {
+            first_servers.push(first);
+            first += count;
+        }
+        Layout { listener_count, first_servers, server_count: first }
+    }
+
+    #[test]
+    fn no_two_counters_share_a_word() {
+        let layout = layout(3, &[2, 5]);
+        let words: Vec<AtomicU64> = (0..layout.word_count()).map(|_| AtomicU64::new(0)).collect();
+        let counters = Counters::over(&words, &layout).unwrap();
+        let mut cells = vec![
+            counters.process(Process::Accepted),
+            counters.process(Process::Active),
+            counters.process(Process::LoopLag),
+            counters.process(Process::AcceptPauses),
+        ];
+        for listener in 0..3 {
+            use OfListener::{Active, BytesIn, BytesOut, Connections};
+            for which in [Connections, Active, BytesIn, BytesOut] {
+                cells.push(counters.listener(listener, which));
+            }
+            cells.extend(CloseReason::ALL.map(|reason| counters.ended(listener, reason)));
+        }
+        for server in 0..7 {
+            use OfServer::{Active, Connections, Failures};
+            cells.extend([Connections, Active, Failures].map(|which| counters.server(server, which)));
+        }
+        for cell in &cells {
+            cell.add(1);
+        }
+        assert!(cells.iter().all(|cell| cell.get() == 1));
+    }
+
+    #[test]
+    fn a_new_life_counts_what_the_last_one_held_as_lost() {
+        let layout = layout(1, &[1]);
+        let words: Vec<AtomicU64> = (0..layout.word_count()).map(|_| AtomicU64::new(0)).collect();
+        let counters = Counters::over(&words, &layout).unwrap();
+        counters.listener(0, OfListener::Connections).add(10);
+        counters.listener(0, OfListener::Active).add(4);
+        counters.ended(0, CloseReason::Finished).add(6);
+        counters.server(0, OfServer::Active).add(4);
+        counters.begin_life(&layout);
+        let ended: u64 = CloseReason::ALL.iter().map(|&reason| counters.ended(0, reason).get()).sum();
+        assert_eq!((ended, counters.listener(0, OfListener::Active).get()), (10, 0));
+        assert_eq!(counters.server(0, OfServer::Active).get(), 0);
+    }
+
+    #[test]
+    fn a_region_that_is_too_small_is_refused() {
+        assert!(Counters::over(&[], &layout(1, &[])).is_none());
+    }
+}

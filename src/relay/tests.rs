@@ -1,0 +1,348 @@
+//! The session over pretend streams: every byte, end and reset, in every
+//! order that a seeded schedule finds.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::io;
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// A pretend socket: what its peer will send, and room for what it takes.
+#[derive(Default)]
+struct Fake {
+    state: RefCell<State>,
+}
+
+#[derive(Default)]
+struct State {
+    incoming: VecDeque<u8>,
+    ending: Option<Ending>,
+    room: usize,
+    taken: Vec<u8>,
+    finished: bool,
+    receives: usize,
+    sends: usize,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Ending {
+    Finish,
+    Reset,
+    /// As Linux does: the first call, a write too, gets the error; after that
+    /// reads give an end of file.
+    ResetReported,
+}
+
+impl Fake {
+    fn with_room(room: usize) -> Fake {
+        let fake = Fake::default();
+        fake.state.borrow_mut().room = room;
+        fake
+    }
+    fn push(&self, bytes: &[u8]) {
+        self.state.borrow_mut().incoming.extend(bytes);
+    }
+    fn end(&self, ending: Ending) {
+        self.state.borrow_mut().ending = Some(ending);
+    }
+    fn taken(&self) -> Vec<u8> {
+        self.state.borrow().taken.clone()
+    }
+}
+
+impl End for Fake {
+    fn receive(&self, into: &mut [u8]) -> io::Result<usize> {
+        let mut state = self.state.borrow_mut();
+        state.receives += 1;
+        if state.incoming.is_empty() {
+            return match state.ending {
+                None => Err(io::ErrorKind::WouldBlock.into()),
+                Some(Ending::Finish | Ending::ResetReported) => Ok(0),
+                Some(Ending::Reset) => {
+                    state.ending = Some(Ending::ResetReported);
+                    Err(io::ErrorKind::ConnectionReset.into())
+                }
+            };
+        }
+        let count = into.len().min(state.incoming.len());
+        for byte in &mut into[..count] {
+            *byte = state.incoming.pop_front().expect("counted");
+        }
+        Ok(count)
+    }
+
+    fn send(&self, bytes: &[u8]) -> io::Result<usize> {
+        let mut state = self.state.borrow_mut();
+        state.sends += 1;
+        assert!(!state.finished, "sent after the end");
+        match state.ending {
+            Some(Ending::Reset) => {
+                state.ending = Some(Ending::ResetReported);
+                return Err(io::ErrorKind::ConnectionReset.into());
+            }
+            Some(Ending::ResetReported) => return Err(io::ErrorKind::BrokenPipe.into()),
+            _ => {}
+        }
+        if state.room == 0 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let count = bytes.len().min(state.room);
+        state.room -= count;
+        state.taken.extend(&bytes[..count]);
+        Ok(count)
+    }
+
+    fn finish(&self) -> io::Result<()> {
+        let mut state = self.state.borrow_mut();
+        assert!(!state.finished, "finished twice");
+        state.finished = true;
+        Ok(())
+    }
+}
+
+const READ: Readiness = Readiness { readable: true, writable: false, probe: false };
+const WRITE: Readiness = Readiness { readable: false, writable: true, probe: false };
+const END: Readiness = Readiness { readable: true, writable: false, probe: true };
+
+fn drive(session: &mut Session, client: &Fake, server: &Fake) -> Drive {
+    session.drive([client, server], &mut [0; 64 * 1024], 1 << 20)
+}
+
+#[test]
+fn bytes_pass_and_nothing_is_kept() {
+    let (client, server) = (Fake::with_room(100), Fake::with_room(100));
+    let mut session = Session::relay();
+    client.push(b"question");
+    session.handle_ready(Side::Client, READ);
+    assert_eq!(drive(&mut session, &client, &server), Drive::Idle);
+    assert_eq!(server.taken(), b"question");
+    assert_eq!(session.kept_bytes(), 0);
+    assert_eq!(session.client_bytes(), [8, 0]);
+}
+
+#[test]
+fn a_short_read_needs_no_second_one() {
+    let (client, server) = (Fake::with_room(100), Fake::with_room(100));
+    let mut session = Session::relay();
+    client.push(b"question");
+    session.handle_ready(Side::Client, READ);
+    drive(&mut session, &client, &server);
+    assert_eq!((client.state.borrow().receives, server.state.borrow().sends), (1, 1));
+}
+
+#[test]
+fn client_half_close_still_receives_the_reply() {
+    let (client, server) = (Fake::with_room(1000), Fake::with_room(1000));
+    let mut session = Session::relay();
+    client.push(b"all of it");
+    client.end(Ending::Finish);
+    session.handle_ready(Side::Client, END);
+    assert_eq!(drive(&mut session, &client, &server), Drive::Idle);
+    assert!(server.state.borrow().finished && session.is_half_closed());
+    server.push(b"the answer");
+    server.end(Ending::Finish);
+    session.handle_ready(Side::Server, END);
+    assert_eq!(drive(&mut session, &client, &server), Drive::Done(CloseReason::Finished));
+    assert_eq!(client.taken(), b"the answer");
+    assert!(client.state.borrow().finished);
+}
+
+#[test]
+fn what_came_before_a_reset_is_delivered_first() {
+    let (client, server) = (Fake::with_room(4), Fake::with_room(0));
+    let mut session = Session::relay();
+    server.push(b"last words");
+    server.end(Ending::Reset);
+    session.handle_ready(Side::Server, END);
+    assert_eq!(drive(&mut session, &client, &server), Drive::Idle, "six bytes wait for the client");
+    client.state.borrow_mut().room = 100;
+    session.handle_ready(Side::Client, WRITE);
+    assert_eq!(drive(&mut session, &client, &server), Drive::Done(CloseReason::ServerReset));
+    assert_eq!(client.taken(), b"last words");
+    assert!(!client.state.borrow().finished, "a reset must not look like an end");
+}
+
+#[test]
+fn a_reset_that_a_write_finds_still_delivers_what_came_before() {
+    let (client, server) = (Fake::with_room(100), Fake::with_room(100));
+    let mut session = Session::relay();
+    client.push(b"too late");
+    session.handle_ready(Side::Client, READ);
+    server.push(b"last words");
+    server.end(Ending::Reset);
+    assert_eq!(drive(&mut session, &client, &server), Drive::Done(CloseReason::ServerReset));
+    assert_eq!(client.taken(), b"last words");
+    assert!(!client.state.borrow().finished);
+}
+
+#[test]
+fn a_client_that_stops_reading_stops_the_server_from_being_read() {
+    let (client, server) = (Fake::with_room(10), Fake::with_room(0));
+    let mut session = Session::relay();
+    server.push(&[7; 1_000_000]);
+    session.handle_ready(Side::Server, READ);
+    assert_eq!(drive(&mut session, &client, &server), Drive::Idle);
+    session.handle_ready(Side::Server, READ);
+    assert_eq!(drive(&mut session, &client, &server), Drive::Idle);
+    assert_eq!(server.state.borrow().receives, 1);
+    assert!(session.kept_bytes() <= MAX_READ);
+}
+
+#[test]
+fn a_session_over_its_budget_asks_to_be_driven_again() {
+    let (client, server) = (Fake::with_room(0), Fake::with_room(usize::MAX));
+    let mut session = Session::relay();
+    client.push(&[1; 300_000]);
+    session.handle_ready(Side::Client, READ);
+    let mut turns = 0;
+    while session.drive([&client, &server], &mut [0; 64 * 1024], 100_000) == Drive::Again {
+        turns += 1;
+    }
+    assert_eq!((turns, server.taken().len()), (2, 300_000));
+}
+
+#[test]
+fn echo_sends_the_greeting_and_then_what_it_gets() {
+    let client = Fake::with_room(1000);
+    let mut session = Session::echo(b"hello ");
+    client.push(b"back");
+    client.end(Ending::Finish);
+    session.handle_ready(Side::Client, END);
+    assert_eq!(drive(&mut session, &client, &client), Drive::Done(CloseReason::Finished));
+    assert_eq!(client.taken(), b"hello back");
+}
+
+#[test]
+fn discard_reads_to_the_end_and_sends_nothing() {
+    let client = Fake::with_room(0);
+    let mut session = Session::discard();
+    client.push(&[1; 100_000]);
+    client.end(Ending::Finish);
+    session.handle_ready(Side::Client, END);
+    assert_eq!(drive(&mut session, &client, &client), Drive::Done(CloseReason::Finished));
+    assert_eq!(session.client_bytes(), [100_000, 0]);
+    assert!(client.taken().is_empty());
+}
+
+#[test]
+fn a_finish_reaches_a_side_that_takes_no_bytes() {
+    let (client, server) = (Fake::with_room(0), Fake::with_room(10));
+    let mut session = Session::relay();
+    client.push(&[1; 10]);
+    session.handle_ready(Side::Client, READ);
+    drive(&mut session, &client, &server);
+    client.push(&[1; 5]);
+    session.handle_ready(Side::Client, READ);
+    assert_eq!(drive(&mut session, &client, &server), Drive::Idle);
+    assert_eq!(session.kept_bytes(), 5);
+    server.state.borrow_mut().room = 5;
+    session.handle_ready(Side::Server, WRITE);
+    client.end(Ending::Finish);
+    session.handle_ready(Side::Client, END);
+    assert_eq!(drive(&mut session, &client, &server), Drive::Idle);
+    assert!(server.state.borrow().finished);
+}
+
+/// One step of a schedule.
+#[derive(Clone, Debug)]
+enum Step {
+    Push(Side, usize),
+    Room(Side, usize),
+    End(Side, Ending),
+    Drive(usize),
+    /// The session goes to another process.
+    Move,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let side = prop_oneof![Just(Side::Client), Just(Side::Server)];
+    let ending = prop_oneof![3 => Just(Ending::Finish), 1 => Just(Ending::Reset)];
+    let step = prop_oneof![
+        4 => (side.clone(), 1usize..100_000).prop_map(|(side, n)| Step::Push(side, n)),
+        4 => (side.clone(), 1usize..200_000).prop_map(|(side, n)| Step::Room(side, n)),
+        1 => (side, ending).prop_map(|(side, ending)| Step::End(side, ending)),
+        6 => (1usize..300_000).prop_map(Step::Drive),
+        2 => Just(Step::Move),
+    ];
+    prop::collection::vec(step, 1..60)
+}
+
+proptest! {
+    /// Whatever the order: what a side took is what the other sent, from its
+    /// beginning, in order; ends and resets arrive after all of it; nothing
+    /// is left undone once both sides have room.
+    #[test]
+    fn every_schedule_keeps_every_byte(steps in steps()) {
+        let fakes = [Fake::with_room(0), Fake::with_room(0)];
+        let mut session = Session::relay();
+        let mut sent: [Vec<u8>; 2] = Default::default();
+        let mut done = None;
+        let mut tail = vec![];
+        for side in [Side::Client, Side::Server] {
+            tail.push(Step::Room(side, 100_000_000));
+        }
+        tail.push(Step::Drive(usize::MAX));
+        for step in steps.into_iter().chain(tail) {
+            match step {
+                Step::Push(side, count) if fakes[side as usize].state.borrow().ending.is_none() => {
+                    let from = sent[side as usize].len();
+                    let bytes: Vec<u8> = (from..from + count).map(|i| (i * 7 + i / 251) as u8).collect();
+                    fakes[side as usize].push(&bytes);
+                    sent[side as usize].extend(bytes);
+                    session.handle_ready(side, READ);
+                }
+                Step::Push(..) => {}
+                Step::Room(side, count) => {
+                    fakes[side as usize].state.borrow_mut().room += count;
+                    session.handle_ready(side, WRITE);
+                }
+                Step::End(side, ending) => {
+                    if fakes[side as usize].state.borrow().ending.is_none() {
+                        fakes[side as usize].end(ending);
+                        session.handle_ready(side, END);
+                    }
+                }
+                Step::Move => {
+                    if let Some((snapshot, bytes)) = session.snapshot() {
+                        prop_assert_eq!(snapshot.kept(), bytes.len());
+                        let json = serde_json::to_string(&snapshot).unwrap();
+                        let snapshot = serde_json::from_str(&json).unwrap();
+                        session = Session::restore(&snapshot, &bytes).expect("its own state is sane");
+                    }
+                }
+                Step::Drive(budget) => {
+                    let mut turns = 0;
+                    while done.is_none() {
+                        match session.drive([&fakes[0], &fakes[1]], &mut [0; 64 * 1024], budget) {
+                            Drive::Done(reason) => done = Some(reason),
+                            Drive::Idle => break,
+                            Drive::Again => {}
+                        }
+                        turns += 1;
+                        prop_assert!(turns < 10_000_000 / budget.min(1_000_000) + 10, "drive spins");
+                    }
+                }
+            }
+        }
+        let endings = [0, 1].map(|i| fakes[i].state.borrow().ending);
+        let reset = endings.iter().any(|e| matches!(e, Some(Ending::Reset | Ending::ResetReported)));
+        for (from, to) in [(0, 1), (1, 0)] {
+            let taken = fakes[to].taken();
+            prop_assert!(sent[from].starts_with(&taken), "bytes were changed");
+            let to_reset = matches!(endings[to], Some(Ending::Reset | Ending::ResetReported));
+            if !to_reset {
+                prop_assert_eq!(taken.len(), sent[from].len(), "bytes were lost");
+            }
+            if !reset {
+                prop_assert_eq!(fakes[to].state.borrow().finished, endings[from].is_some());
+            }
+        }
+        match done {
+            Some(CloseReason::Finished) => prop_assert!(endings.iter().all(Option::is_some)),
+            Some(_) => prop_assert!(reset),
+            None => prop_assert!(!reset && endings.iter().any(Option::is_none)),
+        }
+    }
+}

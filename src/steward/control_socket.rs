@@ -1,0 +1,116 @@
+//! The control socket: one JSON object a line, both ways.
+//!
+//! Bounded against callers of any kind: so many at once, a line no longer than
+//! `MAX_LINE`, and `PATIENCE` for a line to arrive whole and for an answer to
+//! be taken. Who may connect is decided by the socket's mode.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tracing::warn;
+
+use super::{Knowledge, report};
+use crate::control::Request;
+
+/// Callers at once; further ones are told so.
+pub const MAX_CALLERS: usize = 64;
+/// How long a caller may take for a line, and to take an answer.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+/// The longest request.
+const MAX_LINE: usize = 64 * 1024;
+
+/// Accepts callers for ever.
+pub fn serve(listener: &UnixListener, knowledge: &Arc<Knowledge>) {
+    let callers = Arc::new(AtomicUsize::new(0));
+    loop {
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                warn!(%error, "the control socket");
+                // Out of descriptors: others will end.
+                std::thread::sleep(Duration::from_millis(100));
+                continue;
+            }
+        };
+        if callers.fetch_add(1, Ordering::AcqRel) >= MAX_CALLERS {
+            let _ = answer(&stream, &json!({"error": "too many callers at the control socket"}));
+            callers.fetch_sub(1, Ordering::AcqRel);
+            continue;
+        }
+        let (knowledge, callers) = (Arc::clone(knowledge), Arc::clone(&callers));
+        std::thread::spawn(move || {
+            let _ = converse(&stream, &knowledge);
+            callers.fetch_sub(1, Ordering::AcqRel);
+        });
+    }
+}
+
+fn converse(stream: &UnixStream, knowledge: &Knowledge) -> io::Result<()> {
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let mut buffer = Vec::new();
+    while let Some(line) = read_line(stream, &mut buffer)? {
+        knowledge.busy.fetch_add(1, Ordering::AcqRel);
+        let reply = match serde_json::from_slice::<Value>(&line) {
+            Ok(request) => handle(&request, knowledge),
+            Err(error) => json!({"error": format!("not a JSON object: {error}")}),
+        };
+        let answered = answer(stream, &reply);
+        knowledge.busy.fetch_sub(1, Ordering::AcqRel);
+        answered?;
+    }
+    Ok(())
+}
+
+/// The next line, without its end; `None` at the end of the stream. The whole
+/// line has to come in time, however it is split.
+fn read_line(mut stream: &UnixStream, buffer: &mut Vec<u8>) -> io::Result<Option<Vec<u8>>> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(end) = buffer.iter().position(|&byte| byte == b'\n') {
+            let line = buffer.drain(..=end).collect::<Vec<u8>>();
+            return Ok(Some(line[..end].to_vec()));
+        }
+        if buffer.len() > MAX_LINE {
+            answer(stream, &json!({"error": format!("a request is longer than {MAX_LINE} bytes")}))?;
+            return Ok(None);
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(Some(left))?;
+        let mut chunk = [0; 4096];
+        match stream.read(&mut chunk)? {
+            0 => return Ok(None),
+            count => buffer.extend_from_slice(&chunk[..count]),
+        }
+    }
+}
+
+fn answer(mut stream: &UnixStream, reply: &Value) -> io::Result<()> {
+    let mut line = serde_json::to_vec(reply)?;
+    line.push(b'\n');
+    stream.write_all(&line)
+}
+
+/// The answer to one request.
+fn handle(request: &Value, knowledge: &Knowledge) -> Value {
+    let done = |result: Result<(), String>| match result {
+        Ok(()) => json!({"ok": true}),
+        Err(error) => json!({"error": error}),
+    };
+    match request.get("command").and_then(Value::as_str) {
+        Some("status") => json!({"status": report::status(knowledge)}),
+        Some("drain") => done(knowledge.ask(Request::Drain)),
+        Some("stop") => done(knowledge.ask(Request::Stop)),
+        Some(other) => {
+            let shown: String = other.chars().take(40).collect();
+            json!({"error": format!("unknown command {shown:?}; known are status, drain, stop")})
+        }
+        None => json!({"error": "a request is an object with a \"command\""}),
+    }
+}

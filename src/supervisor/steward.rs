@@ -1,0 +1,132 @@
+//! The steward's process: started, told, and replaced when it dies.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::process::Child;
+use std::time::Duration;
+
+use mio::unix::SourceFd;
+use mio::{Interest, Registry, Token};
+use tracing::warn;
+
+use super::Start;
+use super::prepare::{FIRST_GENERATION, Prepared};
+use crate::control::{self, FromSteward, StewardBirth, ToSteward};
+use crate::supervision::Backoff;
+use crate::sys::channel::Channel;
+use crate::sys::clock::{self, Millis};
+
+/// How long an ending steward may take, in milliseconds.
+const PATIENCE: Millis = 1_000;
+
+/// The steward's place.
+#[derive(Debug, Default)]
+pub struct Steward {
+    process: Option<Process>,
+    backoff: Backoff,
+    due_at: Option<Millis>,
+}
+
+#[derive(Debug)]
+struct Process {
+    child: Child,
+    channel: Channel,
+    since: Millis,
+}
+
+impl Steward {
+    /// Starts one.
+    pub fn start(
+        &mut self,
+        prepared: &Prepared,
+        start: &Start,
+        registry: &Registry,
+        token: Token,
+    ) -> io::Result<()> {
+        self.due_at = None;
+        let (ours, theirs) = Channel::pair()?;
+        ours.set_nonblocking()?;
+        let child = prepared.image.spawn(&["steward".to_string()], theirs)?;
+        registry.register(&mut SourceFd(&ours.as_fd().as_raw_fd()), token, Interest::READABLE)?;
+        let process = self.process.insert(Process { child, channel: ours, since: clock::coarse() });
+        let birth = StewardBirth {
+            account: prepared.account,
+            slot_count: prepared.slot_count,
+            generation: FIRST_GENERATION,
+            supervisor_pid: std::process::id(),
+            config_path: start.config_path.clone(),
+            started_at: prepared.started_at,
+        };
+        let readable = prepared.counters_to_read.iter().map(AsFd::as_fd);
+        let fds: Vec<BorrowedFd> =
+            [prepared.config.as_fd(), prepared.control.as_fd()].into_iter().chain(readable).collect();
+        control::send(&process.channel, &ToSteward::Birth(birth), &fds)
+    }
+
+    /// Tells it something; false where it is not there to hear it.
+    pub fn send(&mut self, message: &ToSteward) -> bool {
+        let Some(process) = &mut self.process else { return false };
+        match control::send(&process.channel, message, &[]) {
+            Ok(()) => true,
+            Err(error) => {
+                warn!(%error, "the steward takes no messages: killed");
+                let _ = process.child.kill();
+                false
+            }
+        }
+    }
+
+    /// What it says next, if it says anything.
+    pub fn receive(&mut self, registry: &Registry) -> Option<FromSteward> {
+        let process = self.process.as_mut()?;
+        match control::receive(&process.channel) {
+            Ok(Some((message, _))) => Some(message),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+            Ok(None) | Err(_) => {
+                let _ = process.child.kill();
+                let _ = registry.deregister(&mut SourceFd(&process.channel.as_fd().as_raw_fd()));
+                None
+            }
+        }
+    }
+
+    /// Looks whether it has ended; true where a new one is to be started now.
+    pub fn reap(&mut self, registry: &Registry, now: Millis) -> bool {
+        let Some(process) = &mut self.process else { return false };
+        let Ok(Some(status)) = process.child.try_wait() else { return false };
+        warn!("steward ended: {status}");
+        let _ = registry.deregister(&mut SourceFd(&process.channel.as_fd().as_raw_fd()));
+        let lived = now.saturating_sub(process.since);
+        self.process = None;
+        self.due_at = Some(now + self.backoff.handle_death(lived));
+        self.is_due(now)
+    }
+
+    /// It could not be started: later again.
+    pub fn handle_failure(&mut self, now: Millis) {
+        self.end();
+        self.due_at = Some(now + self.backoff.handle_death(0).max(100));
+    }
+
+    /// Whether a new one is to be started.
+    pub fn is_due(&self, now: Millis) -> bool {
+        self.due_at.is_some_and(|due| due <= now)
+    }
+
+    /// When a new one is to be started.
+    pub fn due_at(&self) -> Option<Millis> {
+        self.due_at
+    }
+
+    /// Ends it: it may finish the answers that it owes.
+    pub fn end(&mut self) {
+        let Some(Process { mut child, channel, .. }) = self.process.take() else { return };
+        drop(channel);
+        let deadline = clock::coarse() + PATIENCE;
+        while matches!(child.try_wait(), Ok(None)) && clock::coarse() < deadline {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}

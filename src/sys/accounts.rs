@@ -1,0 +1,72 @@
+//! Users and groups: looking them up, and becoming one for good.
+
+use std::io;
+
+use nix::unistd::{Gid, Group, Uid, User, getegid, geteuid, setgroups, setresgid, setresuid};
+use serde::{Deserialize, Serialize};
+
+/// A user and a group by number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Account {
+    /// The user.
+    pub uid: u32,
+    /// The group; supplementary groups are given up.
+    pub gid: u32,
+}
+
+/// Looks up names or numbers; what is not named stays as it is now.
+///
+/// Errors: a text for the operator.
+pub fn lookup(user: Option<&str>, group: Option<&str>) -> Result<Option<Account>, String> {
+    if user.is_none() && group.is_none() {
+        return Ok(None);
+    }
+    let mut account = Account { uid: geteuid().as_raw(), gid: getegid().as_raw() };
+    if let Some(name) = user {
+        let found = match name.parse() {
+            Ok(uid) => User::from_uid(Uid::from_raw(uid)),
+            Err(_) => User::from_name(name),
+        };
+        match (found, name.parse()) {
+            (Ok(Some(user)), _) => account = Account { uid: user.uid.as_raw(), gid: user.gid.as_raw() },
+            // A number without an entry is a user all the same; its group
+            // cannot be guessed.
+            (_, Ok(uid)) if group.is_some() => account.uid = uid,
+            (Ok(None), _) => return Err(format!("user \"{name}\" does not exist on this host")),
+            (Err(error), _) => return Err(format!("user \"{name}\" could not be looked up: {error}")),
+        }
+    }
+    if let Some(name) = group {
+        account.gid = match (name.parse(), Group::from_name(name)) {
+            (Ok(gid), _) => gid,
+            (_, Ok(Some(group))) => group.gid.as_raw(),
+            (_, Ok(None)) => return Err(format!("group \"{name}\" does not exist on this host")),
+            (_, Err(error)) => return Err(format!("group \"{name}\" could not be looked up: {error}")),
+        };
+    }
+    Ok(Some(account))
+}
+
+/// Whether this process is the account already.
+pub fn is_current(account: Account) -> bool {
+    geteuid().as_raw() == account.uid && getegid().as_raw() == account.gid
+}
+
+/// This process's effective user.
+pub fn current_uid() -> u32 {
+    geteuid().as_raw()
+}
+
+/// Gives up this process's user and groups for the account's, for good.
+/// Nothing is done where it is that account already.
+pub fn become_account(account: Account) -> io::Result<()> {
+    if is_current(account) {
+        return Ok(());
+    }
+    let (uid, gid) = (Uid::from_raw(account.uid), Gid::from_raw(account.gid));
+    // Groups first: without the user's privilege they could not be changed.
+    setgroups(&[gid])?;
+    setresgid(gid, gid, gid)?;
+    setresuid(uid, uid, uid)?;
+    Ok(())
+}

@@ -1,0 +1,89 @@
+//! Starting our own processes, and what a process says of itself.
+
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+
+use nix::sys::prctl;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use super::channel::Channel;
+
+/// The program that is running, whatever happens to its file on disk.
+#[derive(Debug)]
+pub struct Image {
+    file: File,
+}
+
+impl Image {
+    /// This process's own running image.
+    pub fn own() -> io::Result<Image> {
+        // O_PATH: the file may be executed through it, though not readable.
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open("/proc/self/exe")?;
+        Ok(Image { file })
+    }
+
+    /// Starts this image as a child with `arguments`; the channel becomes the
+    /// child's standard input. Nothing else is inherited but standard error.
+    pub fn spawn(&self, arguments: &[String], channel: Channel) -> io::Result<Child> {
+        Command::new(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
+            .arg0("evenkeel")
+            .args(arguments)
+            .env_remove("NOTIFY_SOCKET")
+            .env_remove("WATCHDOG_USEC")
+            .env_remove("WATCHDOG_PID")
+            .stdin(Stdio::from(channel.into_fd()))
+            .stdout(Stdio::null())
+            .stderr(Stdio::inherit())
+            .spawn()
+    }
+}
+
+/// The channel that `Image::spawn` gave to this process as standard input;
+/// standard input becomes /dev/null.
+pub fn inherited_channel() -> io::Result<Channel> {
+    let stdin = io::stdin();
+    if socket2::SockRef::from(&stdin).r#type().ok() != Some(socket2::Type::SEQPACKET) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "standard input is no channel"));
+    }
+    let channel: OwnedFd = std::os::fd::AsFd::as_fd(&stdin).try_clone_to_owned()?;
+    let null = File::open("/dev/null")?;
+    nix::unistd::dup2_stdin(&null)?;
+    Ok(Channel::from_fd(channel))
+}
+
+/// Sets the name that ps and top show, at most 15 bytes.
+pub fn set_name(name: &str) {
+    if let Ok(name) = CString::new(name) {
+        let _ = prctl::set_name(&name);
+    }
+}
+
+/// No exec of this process or its children may gain privileges again.
+pub fn set_no_new_privileges() -> io::Result<()> {
+    prctl::set_no_new_privs()?;
+    Ok(())
+}
+
+/// Raises the limit of open files as far as it may go; answers the limit.
+pub fn raise_file_limit() -> io::Result<u64> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    if soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_err() {
+        return Ok(soft);
+    }
+    Ok(hard)
+}
+
+/// The limit of open files of this process.
+pub fn file_limit() -> u64 {
+    getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft)
+}
+
+/// How many CPUs this process may use.
+pub fn usable_cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, |count| count.get())
+}

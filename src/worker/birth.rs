@@ -1,0 +1,156 @@
+//! How a worker comes to be: who it is, its sockets, and no more privileges.
+//!
+//! A slot's first worker opens the sockets itself, while it still may, and
+//! gives the supervisor a duplicate of each; whoever fills the slot later gets
+//! those, with what waits in their queues.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use tracing::debug;
+
+use super::Failure;
+use crate::config::{Config, Listener};
+use crate::control::{self, FromWorker, Place, ToWorker};
+use crate::counters::Layout;
+use crate::explain::{self, BindFailure};
+use crate::logging;
+use crate::sys::accounts::{self, Account};
+use crate::sys::channel::Channel;
+use crate::sys::holders::{self, Protocol};
+use crate::sys::listen::{self, Options};
+use crate::sys::process;
+use crate::sys::shared::{self, Region};
+use crate::sys::stream::TcpOptions;
+
+/// A worker that is ready to serve.
+#[derive(Debug)]
+pub struct Born {
+    pub slot: usize,
+    pub slot_count: usize,
+    pub generation: u64,
+    pub config: Config,
+    pub layout: Layout,
+    /// This slot's counters, to write.
+    pub own: Region,
+    /// Every slot's counters, to read.
+    pub all: Vec<Region>,
+    pub sockets: Vec<(Place, OwnedFd)>,
+    pub _log: logging::Log,
+}
+
+impl Born {
+    /// Listens to the supervisor until it says `Begin`, and does it. `None`
+    /// where the supervisor is gone.
+    pub fn be(channel: &Channel) -> Result<Option<Born>, Failure> {
+        let Some((birth, fds)) = receive(channel)? else { return Ok(None) };
+        let ToWorker::Birth { slot, slot_count, generation, account } = birth else {
+            return Err(Failure::new("the supervisor did not begin with a birth"));
+        };
+        process::set_name(&format!("ek-worker-{slot}"));
+        let mut fds = fds.into_iter();
+        let mut next = || fds.next().ok_or_else(|| Failure::new("the birth came with too few descriptors"));
+        let config = read_config(next()?)?;
+        let own = Region::open(next()?).map_err(|e| Failure::new(format!("the counters: {e}")))?;
+        let all = fds.map(Region::open_read_only).collect::<Result<Vec<_>, _>>();
+        let all = all.map_err(|e| Failure::new(format!("the counters: {e}")))?;
+        let log = control::start_log(&config.log, &format!("slot={slot} gen={generation}"));
+        let mut given = HashMap::new();
+        loop {
+            match receive(channel)? {
+                None => return Ok(None),
+                Some((ToWorker::Sockets(places), fds)) => {
+                    let pairs = control::pair_up(places, fds).map_err(|e| Failure::new(e.to_string()))?;
+                    given.extend(pairs);
+                }
+                Some((ToWorker::Begin, _)) => break,
+                Some((message, _)) => return Err(Failure::new(format!("before Begin came {message:?}"))),
+            }
+        }
+        let sockets = complete(&config, given, channel)?;
+        give_up_privileges(account)?;
+        let layout = Layout::of(&config);
+        Ok(Some(Born { slot, slot_count, generation, config, layout, own, all, sockets, _log: log }))
+    }
+}
+
+fn receive(channel: &Channel) -> Result<Option<(ToWorker, Vec<OwnedFd>)>, Failure> {
+    control::receive(channel).map_err(|e| Failure::new(format!("the supervisor's message: {e}")))
+}
+
+fn read_config(fd: OwnedFd) -> Result<Config, Failure> {
+    let bytes = shared::read_sealed(fd).map_err(|e| Failure::new(format!("the configuration: {e}")))?;
+    serde_json::from_slice(&bytes).map_err(|e| Failure::new(format!("the configuration: {e}")))
+}
+
+/// A socket for every address of every listener: those that were given, and
+/// new ones, of which the supervisor gets a duplicate.
+fn complete(
+    config: &Config,
+    mut given: HashMap<Place, OwnedFd>,
+    channel: &Channel,
+) -> Result<Vec<(Place, OwnedFd)>, Failure> {
+    let mut sockets = Vec::new();
+    let mut opened = Vec::new();
+    for (listener_index, listener) in config.listeners.iter().enumerate() {
+        for address in 0..listener.bind.len() {
+            let place = Place { listener: listener_index, address };
+            let socket = match given.remove(&place) {
+                Some(socket) => socket,
+                None => {
+                    opened.push(sockets.len());
+                    open(listener, address)?
+                }
+            };
+            sockets.push((place, socket));
+        }
+    }
+    debug!("{} sockets opened, {} taken over", opened.len(), sockets.len() - opened.len());
+    let duplicates: Vec<(Place, BorrowedFd)> =
+        opened.iter().map(|&i| (sockets[i].0, sockets[i].1.as_fd())).collect();
+    control::send_sockets(channel, &duplicates, FromWorker::Sockets)
+        .and_then(|()| control::send(channel, &FromWorker::Opened, &[]))
+        .map_err(|e| Failure::new(format!("the supervisor took no sockets: {e}")))?;
+    Ok(sockets)
+}
+
+fn open(listener: &Listener, address: usize) -> Result<OwnedFd, Failure> {
+    let options = listen_options(listener);
+    let socket = listen::tcp(listener.bind[address], &options).map_err(|error| {
+        let facts = holders::gather(error.address, Protocol::Tcp, &options);
+        let told = explain::bind_failure(&BindFailure::new(&error, Protocol::Tcp, &options, facts));
+        let text = format!("listener \"{}\": {}", listener.name, told.text);
+        Failure { text, advice: told.advice, exit_code: told.exit_code }
+    })?;
+    // Set once here, inherited by every connection that is accepted.
+    let tcp = TcpOptions { keepalive: listener.tcp.keepalive, user_timeout: listener.tcp.user_timeout };
+    tcp.apply(&socket).map_err(|e| {
+        Failure::new(format!("listener \"{}\": {}: {e}", listener.name, listener.bind[address]))
+    })?;
+    Ok(socket)
+}
+
+/// What `sys::listen` is to be told for a listener.
+pub fn listen_options(listener: &Listener) -> Options {
+    Options {
+        backlog: listener.backlog,
+        receive_buffer: listener.receive_buffer,
+        send_buffer: listener.send_buffer,
+        interface: listener.interface.clone(),
+        transparent: listener.transparent,
+        freebind: listener.freebind,
+        fast_open: listener.tcp.fast_open,
+        defer_accept: listener.tcp.defer_accept,
+    }
+}
+
+fn give_up_privileges(account: Option<Account>) -> Result<(), Failure> {
+    if let Some(account) = account {
+        accounts::become_account(account).map_err(|e| Failure {
+            text: format!("cannot become uid {} gid {}: {e}", account.uid, account.gid),
+            advice: "start evenkeel as root, or leave out user and group".into(),
+            exit_code: 77,
+        })?;
+    }
+    process::set_no_new_privileges().map_err(|e| Failure::new(format!("no_new_privs: {e}")))
+}

@@ -1,0 +1,442 @@
+//! The worker's one loop: events, then work, then deadlines.
+//!
+//! A turn takes the events, accepts up to a budget, drives each session that
+//! has something to do once, and sees to deadlines. The clock is read once a
+//! turn. With nothing to do it sleeps without a time-out.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
+use tracing::{error, info, warn};
+
+use super::birth::Born;
+use super::handover::{Progress, Receiver, Sender};
+use super::leave::{Leave, Step};
+use super::listeners::{self, Accepted, Listeners, PAUSE};
+use super::sessions::{Context, Sessions};
+use crate::control::{self, FromWorker, Place, ToWorker};
+use crate::counters::{Counters, Process};
+use crate::relay::CloseReason;
+use crate::sys::channel::Channel;
+use crate::sys::clock::{self, Millis};
+use crate::sys::{filter, handshakes, process};
+
+/// Connections that one socket may bring in one turn.
+const ACCEPT_BUDGET: usize = 64;
+/// Descriptors that are no session's: standard error, epoll, the channel, the
+/// counters and what the system libraries open.
+const RESERVED_FILES: u64 = 64;
+
+/// Tokens of what is no session: the highest bit, which a packed key has not.
+const SPECIAL: usize = 1 << 63;
+const CHANNEL: Token = Token(SPECIAL);
+
+/// Channels to other workers, from here on by a running number.
+const FIRST_PEER: usize = 1 << 32;
+
+/// The token of a listening socket.
+pub fn listener_token(index: usize) -> Token {
+    Token(SPECIAL | (index + 1))
+}
+
+/// The number of a special token.
+pub fn special_number(token: Token) -> usize {
+    token.0 & !SPECIAL
+}
+
+/// Sessions on their way out.
+struct Outgoing {
+    sender: Sender,
+    /// The worker leaves afterwards, and has so long for what cannot move.
+    then_leave: Option<Option<Millis>>,
+}
+
+struct Loop<'a> {
+    poll: Poll,
+    channel: Channel,
+    listeners: Listeners,
+    sessions: Sessions<'a>,
+    session_limit: usize,
+    leave: Option<Leave>,
+    /// Its slot's sockets, until the supervisor says `Serve`.
+    unserved: Vec<(Place, OwnedFd)>,
+    sender: Option<Outgoing>,
+    receivers: Vec<(Token, Receiver)>,
+    peer_count: usize,
+    /// The supervisor is gone; at this time the worker begins to leave.
+    orphaned_until: Option<Millis>,
+    is_orphan: bool,
+    paused_before: bool,
+}
+
+/// Serves until told to leave; the process's exit code.
+pub fn run(mut born: Born, channel: Channel) -> ExitCode {
+    let sockets = std::mem::take(&mut born.sockets);
+    let Some(mut state) = Loop::new(&born, sockets, channel) else { return ExitCode::from(1) };
+    match state.serve() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error!(%error, "the event loop failed");
+            ExitCode::from(1)
+        }
+    }
+}
+
+impl<'a> Loop<'a> {
+    fn new(born: &'a Born, sockets: Vec<(Place, OwnedFd)>, channel: Channel) -> Option<Loop<'a>> {
+        let over = |region: &'a crate::sys::shared::Region| Counters::over(region.words(), &born.layout);
+        let counters = over(&born.own)?;
+        counters.begin_life(&born.layout);
+        let context = Context {
+            slot: born.slot,
+            generation: born.generation,
+            config: &born.config,
+            layout: &born.layout,
+            counters,
+            all: born.all.iter().map(over).collect::<Option<Vec<_>>>()?,
+        };
+        debug_assert_eq!(context.all.len(), born.slot_count);
+        let reserved = RESERVED_FILES + born.slot_count as u64 + 2 * sockets.len() as u64;
+        // Two descriptors a session.
+        let session_limit = (process::file_limit().saturating_sub(reserved) / 2).max(1) as usize;
+        let state = Loop {
+            poll: Poll::new().ok()?,
+            channel,
+            listeners: Listeners::default(),
+            sessions: Sessions::new(context, clock::coarse()),
+            session_limit,
+            leave: None,
+            unserved: sockets,
+            sender: None,
+            receivers: Vec::new(),
+            peer_count: 0,
+            orphaned_until: None,
+            is_orphan: false,
+            paused_before: false,
+        };
+        state.begin().inspect_err(|error| error!(%error, "cannot begin")).ok()
+    }
+
+    fn begin(self) -> io::Result<Loop<'a>> {
+        self.channel.set_nonblocking()?;
+        let channel = self.channel.as_fd().as_raw_fd();
+        self.poll.registry().register(&mut SourceFd(&channel), CHANNEL, Interest::READABLE)?;
+        Ok(self)
+    }
+
+    /// The supervisor lets it accept.
+    fn begin_serving(&mut self) {
+        for (place, socket) in std::mem::take(&mut self.unserved) {
+            if let Err(error) = self.listeners.add(self.poll.registry(), place, socket, None) {
+                error!(%error, "a listener cannot be polled");
+                std::process::exit(1);
+            }
+        }
+        self.tell(&FromWorker::Ready);
+    }
+
+    fn tell(&self, message: &FromWorker) {
+        if let Err(error) = control::send(&self.channel, message, &[])
+            && !self.is_orphan
+        {
+            warn!(%error, "the supervisor did not take a message");
+        }
+    }
+
+    fn serve(&mut self) -> io::Result<()> {
+        let mut events = Events::with_capacity(1024);
+        loop {
+            let now = clock::coarse();
+            let timeout = self.next_wake(now).map(|at| Duration::from_millis(at.saturating_sub(now)));
+            match self.poll.poll(&mut events, timeout) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                result => result?,
+            }
+            let now = clock::coarse();
+            for event in &events {
+                match event.token() {
+                    CHANNEL => self.handle_channel(now),
+                    token if token.0 & SPECIAL != 0 && special_number(token) >= FIRST_PEER => {
+                        self.handle_peer(token, now);
+                    }
+                    token if token.0 & SPECIAL != 0 => {
+                        self.listeners.handle_ready(listeners::index_of(token))
+                    }
+                    _ => self.sessions.handle_event(self.poll.registry(), event, now),
+                }
+            }
+            let before = self.sessions.len();
+            self.sessions.turn(now);
+            self.sessions.handle_deadlines(self.poll.registry(), now);
+            if self.sessions.len() < before {
+                self.listeners.end_pause();
+            }
+            self.accept(now);
+            self.drive_handover(now);
+            if self.handle_leave(now) {
+                return Ok(());
+            }
+            self.publish_lag(now);
+        }
+    }
+
+    /// When the loop has to run again though nothing happens; `now` where
+    /// there is work left.
+    fn next_wake(&self, now: Millis) -> Option<Millis> {
+        if self.sessions.has_work() || self.listeners.has_ready(now) {
+            return Some(now);
+        }
+        let leave = self.leave.as_ref().and_then(Leave::next_deadline);
+        let handover = self.sender.as_ref().map(|outgoing| outgoing.sender.next_deadline());
+        [handover, self.sessions.next_deadline(), self.listeners.pause_end(), leave, self.orphaned_until]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    fn publish_lag(&self, since: Millis) {
+        let lag = self.sessions.context().counters.process(Process::LoopLag);
+        let turn = clock::coarse().saturating_sub(since) * 1_000;
+        let old = lag.get();
+        // The longest turn, forgotten by an eighth a turn.
+        let new = turn.max(old - old.div_ceil(8));
+        if new != old {
+            lag.set(new);
+        }
+    }
+
+    fn accept(&mut self, now: Millis) {
+        for index in self.listeners.ready(now) {
+            for _ in 0..ACCEPT_BUDGET {
+                if self.is_full() {
+                    return self.pause(now, None);
+                }
+                match self.listeners.accept(index) {
+                    Accepted::Connection(listener, stream, peer) => {
+                        self.sessions.open(self.poll.registry(), listener, stream, peer, now);
+                    }
+                    Accepted::Empty => break,
+                    Accepted::Gone => {}
+                    Accepted::Exhausted(error) => return self.pause(now, Some(error)),
+                }
+            }
+        }
+    }
+
+    /// Whether this worker or the whole daemon has all the sessions it may.
+    fn is_full(&self) -> bool {
+        let limit = self.sessions.context().config.daemon.max_connections;
+        self.sessions.len() >= self.session_limit || (limit > 0 && self.sessions.len_of_daemon() >= limit)
+    }
+
+    /// What waits in the queues stays there, and is accepted later.
+    fn pause(&mut self, now: Millis, error: Option<io::Error>) {
+        self.listeners.pause(now + PAUSE);
+        if let Some(error) = error {
+            self.sessions.context().counters.process(Process::AcceptPauses).add(1);
+            if !std::mem::replace(&mut self.paused_before, true) {
+                warn!(%error, "accepting pauses; further pauses are counted as accept_pauses");
+            }
+        } else {
+            self.sessions.context().counters.process(Process::AcceptPauses).add(1);
+        }
+    }
+
+    fn handle_channel(&mut self, now: Millis) {
+        loop {
+            match control::receive::<ToWorker>(&self.channel) {
+                Ok(Some((message, fds))) => self.handle_message(message, fds, now),
+                Ok(None) => return self.handle_orphaned(now),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.raw_os_error().is_some() => return self.handle_orphaned(now),
+                Err(error) => warn!(%error, "a message of the supervisor was not understood"),
+            }
+        }
+    }
+
+    fn handle_message(&mut self, message: ToWorker, fds: Vec<OwnedFd>, now: Millis) {
+        match message {
+            ToWorker::Lend { slot, places } => match control::pair_up(places, fds) {
+                Ok(sockets) => self.handle_loan(slot, sockets),
+                Err(error) => warn!(%error, "a loan was refused"),
+            },
+            ToWorker::Recall { slot } => self.listeners.give_back(self.poll.registry(), slot),
+            ToWorker::Drain { limit } => self.begin_leave(now, limit),
+            ToWorker::Serve => self.begin_serving(),
+            ToWorker::HandOver { removed, limit } => self.begin_handover(fds, &removed, limit, now),
+            ToWorker::Share { count } => self.begin_sending(fds, count, None, now),
+            ToWorker::TakeOver => self.begin_receiving(fds),
+            ToWorker::Birth { .. } | ToWorker::Sockets(_) | ToWorker::Begin => {
+                warn!("a message of the birth came late");
+            }
+        }
+    }
+
+    fn handle_loan(&mut self, slot: usize, sockets: Vec<(Place, OwnedFd)>) {
+        info!("accepting for the empty slot {slot} as well");
+        for (place, socket) in sockets {
+            if place.listener >= self.sessions.context().config.listeners.len() {
+                continue;
+            }
+            if let Err(error) = self.listeners.add(self.poll.registry(), place, socket, Some(slot)) {
+                warn!(%error, "a lent socket could not be polled");
+            }
+        }
+    }
+
+    /// Its successor gets everything. What waits in queues that nobody will
+    /// have any more is accepted first.
+    fn begin_handover(&mut self, fds: Vec<OwnedFd>, removed: &[Place], limit: Option<Millis>, now: Millis) {
+        self.listeners.close_all_but(self.poll.registry(), removed);
+        if !self.listeners.is_empty() {
+            self.begin_leave(now, limit);
+        }
+        self.begin_sending(fds, usize::MAX, Some(limit), now);
+    }
+
+    fn begin_sending(
+        &mut self,
+        fds: Vec<OwnedFd>,
+        count: usize,
+        then_leave: Option<Option<Millis>>,
+        now: Millis,
+    ) {
+        let token = self.peer_token();
+        let channel = fds.into_iter().next().map(Channel::from_fd);
+        let sender = channel.map(|channel| Sender::new(channel, self.poll.registry(), token, count));
+        match (sender, self.sender.is_some()) {
+            (Some(Ok(sender)), false) => self.sender = Some(Outgoing { sender, then_leave }),
+            _ => {
+                warn!("sessions cannot be handed over");
+                if let Some(limit) = then_leave {
+                    self.begin_leave(now, limit);
+                }
+            }
+        }
+    }
+
+    fn begin_receiving(&mut self, fds: Vec<OwnedFd>) {
+        let token = self.peer_token();
+        let Some(channel) = fds.into_iter().next().map(Channel::from_fd) else { return };
+        match Receiver::new(channel, self.poll.registry(), token) {
+            Ok(receiver) => self.receivers.push((token, receiver)),
+            Err(error) => warn!(%error, "sessions cannot be taken over"),
+        }
+    }
+
+    fn peer_token(&mut self) -> Token {
+        self.peer_count += 1;
+        Token(SPECIAL | (FIRST_PEER + self.peer_count))
+    }
+
+    fn handle_peer(&mut self, token: Token, now: Millis) {
+        let Some(index) = self.receivers.iter().position(|(own, _)| *own == token) else { return };
+        let receiver = &mut self.receivers[index].1;
+        if !receiver.step(&mut self.sessions, self.poll.registry(), self.session_limit, now) {
+            self.receivers.swap_remove(index);
+        }
+    }
+
+    /// Sends on, once no queue is to be served first.
+    fn drive_handover(&mut self, now: Millis) {
+        let Some(outgoing) = &mut self.sender else { return };
+        if outgoing.then_leave.is_some() && !self.listeners.is_empty() {
+            return;
+        }
+        let progress = outgoing.sender.step(&mut self.sessions, self.poll.registry(), now);
+        let moved = match progress {
+            Progress::Waiting => return,
+            Progress::Done { moved } | Progress::Failed { moved } => moved,
+        };
+        let then_leave = self.sender.take().and_then(|outgoing| outgoing.then_leave);
+        let left = self.sessions.len();
+        info!("{moved} sessions handed over, {left} left");
+        if let Some(limit) = then_leave {
+            self.leave = Some(Leave::finishing(now, limit));
+        }
+    }
+
+    fn handle_orphaned(&mut self, now: Millis) {
+        if std::mem::replace(&mut self.is_orphan, true) {
+            return;
+        }
+        let channel = self.channel.as_fd().as_raw_fd();
+        let _ = self.poll.registry().deregister(&mut SourceFd(&channel));
+        let timeout = self.sessions.context().config.daemon.orphan_timeout;
+        warn!("the supervisor is gone; serving on, accepting for {} s", timeout.as_secs_f32());
+        self.orphaned_until = Some(now + timeout.as_millis() as u64);
+    }
+
+    fn begin_leave(&mut self, now: Millis, limit: Option<Millis>) {
+        self.orphaned_until = None;
+        if self.leave.is_some() {
+            return;
+        }
+        for (_, socket) in self.listeners.sockets() {
+            if let Err(error) = filter::refuse_new_handshakes(socket) {
+                warn!(%error, "new handshakes cannot be kept out");
+            }
+        }
+        self.leave = Some(Leave::begin(now, limit));
+    }
+
+    /// Moves the leave on; true where the worker is done.
+    fn handle_leave(&mut self, now: Millis) -> bool {
+        if self.sender.is_some() && self.listeners.is_empty() {
+            return false;
+        }
+        if self.orphaned_until.is_some_and(|until| until <= now) {
+            let limit = self.sessions.context().config.daemon.drain_timeout;
+            self.begin_leave(now, Some(limit.as_millis() as u64));
+        }
+        loop {
+            let Some(leave) = &mut self.leave else { return false };
+            match leave.step(now, self.sessions.len()) {
+                Step::Wait => return false,
+                Step::Look => {
+                    if handshakes::half_open(&self.ports()) == Some(false)
+                        && let Some(leave) = &mut self.leave
+                    {
+                        leave.handle_nothing_half_open();
+                    }
+                }
+                Step::Empty => {
+                    self.listeners.expect_all();
+                    self.accept_all(now);
+                    let leave = self.leave.as_mut().expect("looked at above");
+                    if self.listeners.pause_end().is_some_and(|end| end > now) && !leave.is_over(now) {
+                        // Out of descriptors: the queue is served as sessions end.
+                        return false;
+                    }
+                    leave.handle_closed();
+                    self.listeners.close(self.poll.registry());
+                    self.tell(&FromWorker::QueuesClosed);
+                    self.sessions.turn(now);
+                }
+                Step::Exit => return true,
+                Step::GiveUp => {
+                    let count = self.sessions.len();
+                    warn!("drain_timeout is over: {count} sessions are reset");
+                    self.sessions.close_all(CloseReason::Drained);
+                    return true;
+                }
+            }
+        }
+    }
+
+    fn accept_all(&mut self, now: Millis) {
+        while self.listeners.has_ready(now) {
+            self.accept(now);
+        }
+    }
+
+    fn ports(&self) -> Vec<u16> {
+        let listeners = &self.sessions.context().config.listeners;
+        let port = |place: Place| listeners[place.listener].bind[place.address].port();
+        self.listeners.sockets().map(|(place, _)| port(place)).collect()
+    }
+}

@@ -1,0 +1,441 @@
+//! The TCP sessions of a worker: sockets around `relay::Session`.
+//!
+//! ```text
+//!   accept --> Connecting --connected--> Open --Done--> (Resetting) --> gone
+//!                 |   ^                    |                 ^
+//!                 |   +-- next server      +---- timeouts ---+
+//!                 +--> Waiting (no descriptor, server's queue full) --> Connecting
+//! ```
+//!
+//! A session that ends by a reset waits in Resetting until what was sent to
+//! the other side is acknowledged: a reset throws away what is still queued.
+//! Bounded by the descriptors of the process; each session has one deadline.
+
+mod connect;
+mod moving;
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
+
+use mio::unix::SourceFd;
+use mio::{Interest, Registry, Token};
+
+use connect::Attempt;
+
+use crate::balance::Balancer;
+use crate::config::{Config, ServerAddress, Service, Target};
+use crate::counters::{Counters, Layout, OfListener, OfServer, Process};
+use crate::deadline::Deadlines;
+use crate::relay::{CloseReason, Drive, End, MAX_READ, Readiness, Session, Side};
+use crate::slab::{Key, Slab};
+use crate::sys::clock::Millis;
+use crate::sys::stream::{Stream, TcpOptions};
+pub use moving::Parcel;
+
+/// Bytes that one session may move each way in one turn, so that a busy one
+/// does not keep the others waiting.
+const BUDGET: usize = 1 << 20;
+/// How often a session that waits for acknowledgements is looked at.
+const RESET_CHECK: Millis = 20;
+
+impl End for Stream {
+    fn receive(&self, into: &mut [u8]) -> io::Result<usize> {
+        Stream::receive(self, into)
+    }
+    fn send(&self, bytes: &[u8]) -> io::Result<usize> {
+        Stream::send(self, bytes)
+    }
+    fn finish(&self) -> io::Result<()> {
+        Stream::finish(self)
+    }
+}
+
+/// Who this worker is, and what every session needs.
+#[derive(Debug)]
+pub struct Context<'a> {
+    pub slot: usize,
+    pub generation: u64,
+    pub config: &'a Config,
+    pub layout: &'a Layout,
+    pub counters: Counters<'a>,
+    /// Every slot's counters.
+    pub all: Vec<Counters<'a>>,
+}
+
+/// All sessions of the worker.
+#[derive(Debug)]
+pub struct Sessions<'a> {
+    context: Context<'a>,
+    slab: Slab<Entry>,
+    deadlines: Deadlines,
+    /// Sessions with something to do in the next turn.
+    queue: Vec<Key>,
+    balancers: Vec<Balancer>,
+    scratch: Box<[u8]>,
+    fired: Vec<u32>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    session: Session,
+    client: Stream,
+    server: Option<Stream>,
+    /// The server's number in its upstream, once one is picked.
+    server_index: Option<u32>,
+    listener: u32,
+    stage: Stage,
+    queued: bool,
+    half_closed: bool,
+    /// On its way to or from another process: nobody drives it.
+    frozen: bool,
+    born: Millis,
+    /// When the last byte moved.
+    moved: Millis,
+}
+
+#[derive(Debug)]
+enum Stage {
+    /// A connect is under way.
+    Connecting(Attempt),
+    /// A connect could not begin, and is tried again.
+    Waiting(Attempt),
+    Open,
+    /// Both directions are over; the sides are reset when they have what was
+    /// sent to them.
+    Resetting {
+        reason: CloseReason,
+        until: Millis,
+    },
+}
+
+impl<'a> Sessions<'a> {
+    pub fn new(context: Context<'a>, now: Millis) -> Sessions<'a> {
+        let slots = context.all.len();
+        let balancers =
+            context.config.upstreams.iter().map(|u| Balancer::new(u, context.slot, slots)).collect();
+        Sessions {
+            context,
+            slab: Slab::new(),
+            deadlines: Deadlines::new(now),
+            queue: Vec::new(),
+            balancers,
+            scratch: vec![0; MAX_READ].into_boxed_slice(),
+            fired: Vec::new(),
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.slab.len()
+    }
+
+    /// Sessions over all slots, as far as the others have told.
+    pub fn len_of_daemon(&self) -> u64 {
+        self.context.all.iter().map(|counters| counters.process(Process::Active).get()).sum()
+    }
+
+    pub fn context(&self) -> &Context<'a> {
+        &self.context
+    }
+
+    /// Takes over a connection that was accepted.
+    pub fn open(
+        &mut self,
+        registry: &Registry,
+        listener: usize,
+        client: Stream,
+        _peer: SocketAddr,
+        now: Millis,
+    ) {
+        let config = &self.context.config.listeners[listener];
+        let session = match config.target {
+            Target::Upstream(_) => Session::relay(),
+            Target::Service(Service::Echo) => Session::echo(&[]),
+            Target::Service(Service::Identify) => Session::echo(self.identity(listener).as_bytes()),
+            Target::Service(Service::Discard) => Session::discard(),
+        };
+        let entry = Entry {
+            session,
+            client,
+            server: None,
+            server_index: None,
+            listener: listener as u32,
+            stage: Stage::Open,
+            queued: false,
+            half_closed: false,
+            frozen: false,
+            born: now,
+            moved: now,
+        };
+        let key = self.slab.insert(entry);
+        let counters = &self.context.counters;
+        counters.process(Process::Accepted).add(1);
+        counters.process(Process::Active).add(1);
+        counters.listener(listener, OfListener::Connections).add(1);
+        counters.listener(listener, OfListener::Active).add(1);
+        let client = self.slab.get(key).expect("just inserted").client.as_raw_fd();
+        if register(registry, client, key, Side::Client).is_err() {
+            self.close(key, CloseReason::NoResources, now);
+            return;
+        }
+        match config.target {
+            Target::Upstream(_) => {
+                let attempt = self.first_attempt(key, now);
+                self.begin_connect(registry, key, attempt, now);
+            }
+            Target::Service(_) => {
+                self.set_deadline(key, now);
+                self.enqueue(key);
+            }
+        }
+    }
+
+    fn identity(&self, listener: usize) -> String {
+        let Context { slot, generation, config, .. } = &self.context;
+        let name = &config.listeners[listener].name;
+        format!("evenkeel listener={name} slot={slot} pid={} generation={generation}\n", std::process::id())
+    }
+
+    /// An event at one of a session's sockets. One that is gone is no error:
+    /// its events may come late.
+    pub fn handle_event(&mut self, registry: &Registry, event: &mio::event::Event, now: Millis) {
+        let (key, bit) = Key::unpack(event.token().0 as u64);
+        let side = if bit { Side::Server } else { Side::Client };
+        let Some(entry) = self.slab.get_mut(key).filter(|entry| !entry.frozen) else { return };
+        entry.session.handle_ready(
+            side,
+            Readiness {
+                readable: event.is_readable(),
+                writable: event.is_writable(),
+                probe: event.is_read_closed() || event.is_error() || event.is_priority(),
+            },
+        );
+        match entry.stage {
+            Stage::Open => self.enqueue(key),
+            Stage::Connecting(_) if side == Side::Server => {
+                if event.is_writable() || event.is_error() || event.is_write_closed() {
+                    self.handle_connected(registry, key, now);
+                }
+            }
+            // A client that has reset meanwhile sent something before,
+            // perhaps: that is delivered first, as everywhere.
+            Stage::Connecting(_) | Stage::Waiting(_) => {}
+            Stage::Resetting { .. } => {}
+        }
+    }
+
+    fn enqueue(&mut self, key: Key) {
+        if let Some(entry) = self.slab.get_mut(key)
+            && !entry.queued
+            && !entry.frozen
+        {
+            entry.queued = true;
+            self.queue.push(key);
+        }
+    }
+
+    /// Whether a turn would move anything.
+    pub fn has_work(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
+    /// Drives each session that has something to do once.
+    pub fn turn(&mut self, now: Millis) {
+        for key in std::mem::take(&mut self.queue) {
+            self.drive(key, now);
+        }
+    }
+
+    fn drive(&mut self, key: Key, now: Millis) {
+        let Some(entry) = self.slab.get_mut(key) else { return };
+        entry.queued = false;
+        if entry.frozen || !matches!(entry.stage, Stage::Open) {
+            return;
+        }
+        let before = entry.session.client_bytes();
+        let server = entry.server.as_ref().unwrap_or(&entry.client);
+        let result = entry.session.drive([&entry.client, server], &mut self.scratch, BUDGET);
+        let after = entry.session.client_bytes();
+        let listener = entry.listener as usize;
+        if before != after {
+            entry.moved = now;
+            let counters = &self.context.counters;
+            counters.listener(listener, OfListener::BytesIn).add(after[0] - before[0]);
+            counters.listener(listener, OfListener::BytesOut).add(after[1] - before[1]);
+        }
+        match result {
+            Drive::Done(reason) => return self.close(key, reason, now),
+            Drive::Again => self.enqueue(key),
+            Drive::Idle => {}
+        }
+        let entry = self.slab.get_mut(key).expect("it was not closed");
+        if !entry.half_closed && entry.session.is_half_closed() {
+            // From here on another, usually shorter, time-out holds.
+            entry.half_closed = true;
+            self.set_deadline(key, now);
+        }
+    }
+
+    /// When the next deadline is due, in milliseconds.
+    pub fn next_deadline(&self) -> Option<Millis> {
+        self.deadlines.next()
+    }
+
+    /// Ends or moves on what is due.
+    pub fn handle_deadlines(&mut self, registry: &Registry, now: Millis) {
+        let mut fired = std::mem::take(&mut self.fired);
+        self.deadlines.advance(now, &mut fired);
+        for index in fired.drain(..) {
+            if let Some(key) = self.slab.key_at(index) {
+                self.handle_deadline(registry, key, now);
+            }
+        }
+        self.fired = fired;
+    }
+
+    fn handle_deadline(&mut self, registry: &Registry, key: Key, now: Millis) {
+        let entry = self.slab.get_mut(key).expect("the caller found it");
+        match &mut entry.stage {
+            Stage::Open => match due(entry, self.context.config) {
+                Some((due, reason)) if due <= now => self.close(key, reason, now),
+                _ => self.set_deadline(key, now),
+            },
+            Stage::Connecting(_) => self.handle_connect_timeout(registry, key, now),
+            Stage::Waiting(attempt) if attempt.until <= now => self.close(key, CloseReason::NoResources, now),
+            Stage::Waiting(_) => {
+                let Stage::Waiting(attempt) = std::mem::replace(&mut entry.stage, Stage::Open) else {
+                    unreachable!("matched above");
+                };
+                self.begin_connect(registry, key, attempt, now);
+            }
+            Stage::Resetting { reason, until } => {
+                let (reason, until) = (*reason, *until);
+                if until <= now || !entry.has_unsent(reason) {
+                    self.remove(key, reason);
+                } else {
+                    self.deadlines.set(key.index, now + RESET_CHECK);
+                }
+            }
+        }
+    }
+
+    /// Sets the deadline of an open session: of its time-outs the nearest. It
+    /// is left standing while bytes flow, and looked at again when it fires.
+    fn set_deadline(&mut self, key: Key, now: Millis) {
+        let Some(entry) = self.slab.get(key) else { return };
+        match due(entry, self.context.config) {
+            Some((due, _)) => self.deadlines.set(key.index, due.max(now)),
+            None => self.deadlines.clear(key.index),
+        }
+    }
+
+    /// Ends a session. Unless it finished, both sides are to see a reset, not
+    /// an orderly end; what was sent to them before goes first.
+    fn close(&mut self, key: Key, reason: CloseReason, now: Millis) {
+        let Some(entry) = self.slab.get_mut(key) else { return };
+        if reason == CloseReason::Finished {
+            return self.remove(key, reason);
+        }
+        for stream in [Some(&entry.client), entry.server.as_ref()].into_iter().flatten() {
+            let _ = stream.reset_on_close();
+        }
+        let waits = reason.broken_side().is_some() || reason == CloseReason::MaxAge;
+        if waits && entry.has_unsent(reason) {
+            let tcp = &self.context.config.listeners[entry.listener as usize].tcp;
+            let until = now + millis(tcp.half_close_timeout).max(1_000);
+            entry.stage = Stage::Resetting { reason, until };
+            self.deadlines.set(key.index, now + RESET_CHECK);
+            return;
+        }
+        self.remove(key, reason);
+    }
+
+    fn remove(&mut self, key: Key, reason: CloseReason) {
+        let Some(entry) = self.slab.remove(key) else { return };
+        self.deadlines.clear(key.index);
+        self.context.counters.ended(entry.listener as usize, reason).add(1);
+        self.count_gone(&entry);
+    }
+
+    /// It lives here no more, whatever the reason.
+    fn count_gone(&self, entry: &Entry) {
+        let counters = &self.context.counters;
+        counters.process(Process::Active).less_one();
+        counters.listener(entry.listener as usize, OfListener::Active).less_one();
+        if let Some(server) = self.server_number(entry) {
+            counters.server(server, OfServer::Active).less_one();
+        }
+    }
+
+    /// The number of the session's server among all servers.
+    fn server_number(&self, entry: &Entry) -> Option<usize> {
+        let Target::Upstream(upstream) = self.context.config.listeners[entry.listener as usize].target else {
+            return None;
+        };
+        entry.server_index.map(|index| self.context.layout.server(upstream, index as usize))
+    }
+
+    /// Resets every session that is left.
+    pub fn close_all(&mut self, reason: CloseReason) {
+        for key in self.slab.keys() {
+            if let Some(entry) = self.slab.get(key) {
+                let _ = entry.client.reset_on_close();
+                if let Some(server) = &entry.server {
+                    let _ = server.reset_on_close();
+                }
+            }
+            self.remove(key, reason);
+        }
+    }
+}
+
+impl Entry {
+    /// Whether a side that still lives has not acknowledged everything.
+    fn has_unsent(&self, reason: CloseReason) -> bool {
+        let unsent = |side, stream: &Stream| {
+            reason.broken_side() != Some(side) && stream.unsent().is_ok_and(|count| count > 0)
+        };
+        unsent(Side::Client, &self.client)
+            || self.server.as_ref().is_some_and(|server| unsent(Side::Server, server))
+    }
+}
+
+/// When an open session is to end if nothing moves, and why.
+fn due(entry: &Entry, config: &Config) -> Option<(Millis, CloseReason)> {
+    let tcp = &config.listeners[entry.listener as usize].tcp;
+    let (timeout, reason) = if entry.half_closed {
+        (tcp.half_close_timeout, CloseReason::HalfCloseTimeout)
+    } else {
+        (tcp.idle_timeout, CloseReason::IdleTimeout)
+    };
+    let silent = (!timeout.is_zero()).then(|| (entry.moved + millis(timeout), reason));
+    let aged = (!tcp.max_age.is_zero()).then(|| {
+        let age = millis(tcp.max_age);
+        // Up to a tenth less, by the descriptor and time of birth: clients
+        // that came together do not all come back together.
+        let seed = (entry.born ^ (entry.client.as_raw_fd() as u64) << 20).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        (entry.born + age - age / 10 * (seed >> 54) / 1024, CloseReason::MaxAge)
+    });
+    silent.into_iter().chain(aged).min_by_key(|(due, _)| *due)
+}
+
+/// Both directions at once, and urgent data as an event: epoll reports a
+/// change, so this is the only registration that a session needs.
+fn register(registry: &Registry, fd: i32, key: Key, side: Side) -> io::Result<()> {
+    let token = Token(key.pack(side == Side::Server) as usize);
+    let interest = Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY;
+    registry.register(&mut SourceFd(&fd), token, interest)
+}
+
+fn millis(duration: std::time::Duration) -> Millis {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX / 4).min(u64::MAX / 4)
+}
+
+fn tcp_options(config: &Config, listener: usize) -> TcpOptions {
+    let tcp = &config.listeners[listener].tcp;
+    TcpOptions { keepalive: tcp.keepalive, user_timeout: tcp.user_timeout }
+}
+
+fn is_unix(address: &ServerAddress) -> bool {
+    matches!(address, ServerAddress::Unix(_))
+}

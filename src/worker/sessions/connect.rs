@@ -1,0 +1,210 @@
+//! From an accepted client to a server that took the connection.
+//!
+//! A server that fails is not tried again for this session; up to `retries`
+//! others are. What is no server's fault (no descriptor, no local port) is
+//! counted as such and spoils nobody's record.
+
+use std::io;
+use std::os::fd::AsRawFd;
+
+use mio::Registry;
+
+use super::{Sessions, Stage, is_unix, millis, register, tcp_options};
+use crate::config::{ServerAddress, Target};
+use crate::counters::OfServer;
+use crate::relay::{CloseReason, Readiness, Side};
+use crate::slab::Key;
+use crate::sys::clock::Millis;
+use crate::sys::stream::{Connecting, connect_tcp, connect_unix};
+
+/// How long a connect waits that could not begin, in milliseconds.
+const RETRY_AFTER: Millis = 20;
+
+/// What a session remembers on its way to a server.
+#[derive(Debug)]
+pub(super) struct Attempt {
+    /// When the present connect, or the wait for one, is given up.
+    pub until: Millis,
+    /// The servers that failed.
+    pub tried: Vec<u32>,
+    /// How the last of them did.
+    pub failure: CloseReason,
+}
+
+/// Why a connect could not begin or did not succeed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Refusal {
+    /// The server's doing: the next one is tried.
+    Server,
+    /// A full queue of a Unix socket, or no descriptor: later, the same again.
+    Later,
+    /// No local port towards this server.
+    NoPorts,
+}
+
+impl Refusal {
+    fn of(error: &io::Error) -> Refusal {
+        match error.raw_os_error() {
+            Some(libc::EAGAIN | libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => Refusal::Later,
+            Some(libc::EADDRNOTAVAIL) => Refusal::NoPorts,
+            _ => Refusal::Server,
+        }
+    }
+}
+
+impl Sessions<'_> {
+    /// Connects to the next server that may be tried.
+    pub(super) fn begin_connect(&mut self, registry: &Registry, key: Key, mut attempt: Attempt, now: Millis) {
+        loop {
+            let Some((upstream, server)) = self.pick(key, &attempt.tried) else {
+                return self.close(key, attempt.failure, now);
+            };
+            let number = self.context.layout.server(upstream, server);
+            match self.connect(key, upstream, server) {
+                Ok(connecting) => {
+                    let (stream, done) = match connecting {
+                        Connecting::Done(stream) => (stream, true),
+                        Connecting::UnderWay(stream) => (stream, false),
+                    };
+                    if register(registry, stream.as_raw_fd(), key, Side::Server).is_err() {
+                        return self.close(key, CloseReason::NoResources, now);
+                    }
+                    self.context.counters.server(number, OfServer::Active).add(1);
+                    let entry = self.slab.get_mut(key).expect("the caller holds it");
+                    entry.server = Some(stream);
+                    entry.server_index = Some(server as u32);
+                    self.deadlines.set(key.index, attempt.until);
+                    entry.stage = Stage::Connecting(attempt);
+                    if done {
+                        self.establish(key, now);
+                    }
+                    return;
+                }
+                Err(error) => match Refusal::of(&error) {
+                    Refusal::Later => {
+                        self.deadlines.set(key.index, (now + RETRY_AFTER).min(attempt.until));
+                        let entry = self.slab.get_mut(key).expect("the caller holds it");
+                        entry.stage = Stage::Waiting(attempt);
+                        return;
+                    }
+                    refusal => {
+                        attempt.failure = self.note(refusal, number);
+                        attempt.tried.push(server as u32);
+                    }
+                },
+            }
+        }
+    }
+
+    /// Counts a refusal where it belongs.
+    fn note(&self, refusal: Refusal, server: usize) -> CloseReason {
+        match refusal {
+            Refusal::NoPorts => CloseReason::NoPorts,
+            Refusal::Later => CloseReason::NoResources,
+            Refusal::Server => {
+                self.context.counters.server(server, OfServer::Failures).add(1);
+                CloseReason::ConnectFailed
+            }
+        }
+    }
+
+    fn pick(&mut self, key: Key, tried: &[u32]) -> Option<(usize, usize)> {
+        let upstream = self.upstream(key)?;
+        if tried.len() as u64 > u64::from(self.context.config.upstreams[upstream].retries) {
+            return None;
+        }
+        let context = &self.context;
+        let active = |server: usize| {
+            let number = context.layout.server(upstream, server);
+            context.all.iter().map(|slot| slot.server(number, OfServer::Active).get()).sum()
+        };
+        let server = self.balancers[upstream].pick(active, |server| tried.contains(&(server as u32)))?;
+        Some((upstream, server))
+    }
+
+    fn connect(&self, key: Key, upstream: usize, server: usize) -> io::Result<Connecting> {
+        let listener = self.slab.get(key).expect("the caller holds it").listener as usize;
+        match &self.context.config.upstreams[upstream].servers[server].address {
+            ServerAddress::Ip(address) => connect_tcp(*address, &tcp_options(self.context.config, listener)),
+            ServerAddress::Unix(path) => connect_unix(path),
+        }
+    }
+
+    /// The server's socket says that the connect is decided.
+    pub(super) fn handle_connected(&mut self, registry: &Registry, key: Key, now: Millis) {
+        let entry = self.slab.get(key).expect("the caller found it");
+        let server = entry.server.as_ref().expect("a connecting session has a server's socket");
+        match server.take_error() {
+            Ok(None) => self.establish(key, now),
+            Ok(Some(error)) | Err(error) => {
+                let number = self.server_number(entry).expect("a connecting session has a server");
+                let failure = self.note(Refusal::of(&error), number);
+                self.try_next(registry, key, failure, now);
+            }
+        }
+    }
+
+    /// The server did not answer in time.
+    pub(super) fn handle_connect_timeout(&mut self, registry: &Registry, key: Key, now: Millis) {
+        let entry = self.slab.get(key).expect("the caller found it");
+        let number = self.server_number(entry).expect("a connecting session has a server");
+        self.context.counters.server(number, OfServer::Failures).add(1);
+        self.try_next(registry, key, CloseReason::ConnectTimeout, now);
+    }
+
+    /// Gives the present server up and begins with the next.
+    fn try_next(&mut self, registry: &Registry, key: Key, failure: CloseReason, now: Millis) {
+        let number = self.server_number(self.slab.get(key).expect("the caller found it"));
+        let number = number.expect("a connecting session has a server");
+        self.context.counters.server(number, OfServer::Active).less_one();
+        let entry = self.slab.get_mut(key).expect("the caller found it");
+        let server = entry.server_index.take().expect("a connecting session has a server");
+        // Closing it also ends its registration: there is no duplicate.
+        entry.server = None;
+        let Stage::Connecting(attempt) = std::mem::replace(&mut entry.stage, Stage::Open) else {
+            unreachable!("only a connecting session gives up its server");
+        };
+        let mut tried = attempt.tried;
+        tried.push(server);
+        let until = now + self.connect_timeout(key);
+        self.begin_connect(registry, key, Attempt { until, tried, failure }, now);
+    }
+
+    /// The first attempt of a new session.
+    pub(super) fn first_attempt(&self, key: Key, now: Millis) -> Attempt {
+        let until = now + self.connect_timeout(key);
+        Attempt { until, tried: Vec::new(), failure: CloseReason::ConnectFailed }
+    }
+
+    fn connect_timeout(&self, key: Key) -> Millis {
+        let upstream = self.upstream(key).expect("only a session with an upstream connects");
+        millis(self.context.config.upstreams[upstream].connect_timeout)
+    }
+
+    fn upstream(&self, key: Key) -> Option<usize> {
+        let listener = self.slab.get(key)?.listener as usize;
+        match self.context.config.listeners[listener].target {
+            Target::Upstream(upstream) => Some(upstream),
+            Target::Service(_) => None,
+        }
+    }
+
+    /// The session has its server: bytes may flow.
+    fn establish(&mut self, key: Key, now: Millis) {
+        let entry = self.slab.get_mut(key).expect("the caller found it");
+        entry.stage = Stage::Open;
+        entry.moved = now;
+        entry.session.handle_ready(Side::Server, Readiness { writable: true, ..Readiness::default() });
+        let number = self.server_number(self.slab.get(key).expect("still there"));
+        let number = number.expect("an established session has a server");
+        self.context.counters.server(number, OfServer::Connections).add(1);
+        let upstream = self.upstream(key).expect("an established session has an upstream");
+        let entry = self.slab.get_mut(key).expect("still there");
+        let index = entry.server_index.expect("an established session has a server") as usize;
+        if is_unix(&self.context.config.upstreams[upstream].servers[index].address) {
+            entry.session.probe_always(Side::Server);
+        }
+        self.set_deadline(key, now);
+        self.enqueue(key);
+    }
+}

@@ -1,0 +1,212 @@
+//! The real program, started with a configuration and watched from outside.
+
+use std::fs;
+use std::io::Read;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::Duration;
+
+use evenkeel::control::client;
+use evenkeel::control::status::{self, Status};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::json;
+
+use super::{eventually, within};
+
+/// A running daemon. It and every process of its are killed with this value.
+pub struct Daemon {
+    child: Child,
+    folder: tempfile::TempDir,
+    notify: UnixDatagram,
+    pub ready: bool,
+}
+
+/// The program under test.
+pub fn program() -> &'static str {
+    env!("CARGO_BIN_EXE_evenkeel")
+}
+
+impl Daemon {
+    /// Starts a daemon and waits until it says that it is ready.
+    #[track_caller]
+    pub fn ready(config: &str) -> Daemon {
+        let mut daemon = Daemon::start(config);
+        daemon.wait_ready();
+        daemon
+    }
+
+    /// Starts a daemon with a configuration; `[daemon]` must be its first
+    /// table, or be missing.
+    pub fn start(config: &str) -> Daemon {
+        Daemon::start_with(config, |_| {})
+    }
+
+    /// The same, with something changed about its command.
+    pub fn start_with(config: &str, change: impl FnOnce(&mut Command)) -> Daemon {
+        let folder = tempfile::tempdir().expect("a folder for a test");
+        // Workers that are another user must reach it.
+        let _ = fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755));
+        let socket = folder.path().join("control.sock");
+        let line = format!("control_socket = {socket:?}\n");
+        let text = match config.split_once("[daemon]\n") {
+            Some((before, after)) => format!("{before}[daemon]\n{line}{after}"),
+            None => format!("[daemon]\n{line}{config}"),
+        };
+        let path = folder.path().join("evenkeel.toml");
+        fs::write(&path, text).expect("a configuration is written");
+        let notify = UnixDatagram::bind(folder.path().join("notify")).expect("a notify socket");
+        notify.set_nonblocking(true).expect("non-blocking");
+        let log = fs::File::create(folder.path().join("log")).expect("a log file");
+        let mut command = Command::new(program());
+        command.args(["run", "-c"]).arg(&path).env("NOTIFY_SOCKET", folder.path().join("notify"));
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        change(&mut command);
+        let child = command.spawn().expect("the program starts");
+        Daemon { child, folder, notify, ready: false }
+    }
+
+    /// Waits for READY=1.
+    #[track_caller]
+    pub fn wait_ready(&mut self) {
+        let mut exited = None;
+        within(Duration::from_secs(20), "READY=1", || {
+            exited = self.child.try_wait().expect("our child");
+            exited.is_some() || self.notified().iter().any(|text| text.contains("READY=1"))
+        });
+        assert!(exited.is_none(), "the daemon ended: {exited:?}\n{}", self.log());
+        self.ready = true;
+    }
+
+    /// What was sent to the notify socket since the last call.
+    pub fn notified(&self) -> Vec<String> {
+        let mut texts = Vec::new();
+        let mut buffer = [0; 4096];
+        while let Ok(count) = self.notify.recv(&mut buffer) {
+            texts.push(String::from_utf8_lossy(&buffer[..count]).into_owned());
+        }
+        texts
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join("control.sock")
+    }
+
+    /// Everything it logged.
+    pub fn log(&self) -> String {
+        let mut text = String::new();
+        let mut file = fs::File::open(self.folder.path().join("log")).expect("the log");
+        let _ = file.read_to_string(&mut text);
+        text
+    }
+
+    /// Its status; a steward that is just being replaced is waited for.
+    #[track_caller]
+    pub fn status(&self) -> Status {
+        let mut answer = None;
+        eventually("an answer to status", || {
+            answer = self.ask("status").ok();
+            answer.is_some()
+        });
+        serde_json::from_value(answer.expect("waited for")["status"].take()).expect("a status document")
+    }
+
+    /// Sends one command to the control socket.
+    pub fn ask(&self, command: &str) -> Result<serde_json::Value, String> {
+        client::ask(&self.socket(), &json!({"command": command}), Duration::from_secs(5))
+    }
+
+    pub fn worker(&self, slot: usize) -> status::Worker {
+        self.status().workers[slot].clone()
+    }
+
+    pub fn listener(&self, name: &str) -> status::Listener {
+        let status = self.status();
+        status.listeners.into_iter().find(|listener| listener.name == name).expect("a listener of that name")
+    }
+
+    /// Kills a worker; it is dead when this returns, though perhaps not yet
+    /// noticed.
+    pub fn kill_worker(&self, slot: usize) -> u32 {
+        let pid = self.worker(slot).pid;
+        assert_ne!(pid, 0, "slot {slot} is empty");
+        signal(pid, Signal::SIGKILL);
+        eventually("the worker is dead", || !runs(pid));
+        pid
+    }
+
+    pub fn signal(&self, which: Signal) {
+        signal(self.pid(), which);
+    }
+
+    /// Waits for the daemon's end.
+    #[track_caller]
+    pub fn wait(&mut self, limit: Duration) -> ExitStatus {
+        let mut status = None;
+        within(limit, "the daemon's end", || {
+            status = self.child.try_wait().expect("our child");
+            status.is_some()
+        });
+        status.expect("waited for")
+    }
+
+    /// The daemon's processes besides the supervisor.
+    pub fn children(&self) -> Vec<u32> {
+        children_of(self.pid())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let children = self.children();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        for pid in &children {
+            let _ = kill(Pid::from_raw(*pid as i32), Signal::SIGKILL);
+        }
+        let deadline = std::time::Instant::now() + Duration::from_secs(5);
+        while children.iter().any(|&pid| runs(pid)) && std::time::Instant::now() < deadline {
+            std::thread::park_timeout(Duration::from_millis(2));
+        }
+        if std::thread::panicking() {
+            eprintln!("--- the daemon's log\n{}", self.log());
+        }
+    }
+}
+
+/// Runs the program to its end.
+pub fn evenkeel(arguments: &[&str]) -> Output {
+    Command::new(program()).args(arguments).stdin(Stdio::null()).output().expect("the program runs")
+}
+
+/// Sends a signal to a process that a test started.
+pub fn signal(pid: u32, which: Signal) {
+    kill(Pid::from_raw(pid as i32), which).expect("a process of ours");
+}
+
+/// Whether a process lives: a zombie does not.
+pub fn runs(pid: u32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
+        !stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']))
+    })
+}
+
+fn children_of(parent: u32) -> Vec<u32> {
+    let Ok(folder) = fs::read_dir("/proc") else { return Vec::new() };
+    let pids = folder.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|pid| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let fields = stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().map(str::to_string));
+        fields.and_then(|mut fields| fields.nth(1)).is_some_and(|ppid| ppid == parent.to_string())
+    })
+    .collect()
+}

@@ -1,0 +1,160 @@
+//! What every test with real processes uses.
+//!
+//! Each test runs in a process of its own, in a network namespace of its own
+//! (inside a user namespace where the user is not root): two tests that share
+//! a SO_REUSEPORT port would steal each other's connections. Where the host
+//! allows neither, all are reported as ignored, with the reason.
+//!
+//! ```ignore
+//! mod support;
+//! fn main() { support::run(support::tests![one_test, another_test]) }
+//! ```
+
+#![allow(dead_code)]
+
+pub mod daemon;
+pub mod servers;
+
+use std::io::{Read, Write};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use evenkeel::sys::isolated::{self, Network};
+use libtest_mimic::{Arguments, Failed, Trial};
+
+/// Set for the process that runs one test.
+const INSIDE: &str = "EVENKEEL_TEST_INSIDE";
+/// No test takes longer; one that does hangs.
+const TEST_LIMIT: Duration = Duration::from_secs(180);
+
+/// A test's name, its body, and the programs that it needs.
+pub struct Test {
+    pub name: &'static str,
+    pub body: fn(),
+    pub needs: &'static [&'static str],
+}
+
+/// `tests![name, other needs ["nginx", "curl"]]`
+#[macro_export]
+macro_rules! tests {
+    ($($name:ident $(needs [$($need:literal),*])?),* $(,)?) => {
+        vec![$($crate::support::Test {
+            name: stringify!($name), body: $name, needs: &[$($($need),*)?],
+        }),*]
+    };
+}
+
+/// Runs the tests; the main function of a test program.
+pub fn run(tests: Vec<Test>) {
+    if let Ok(name) = std::env::var(INSIDE) {
+        return run_inside(&tests, &name);
+    }
+    let arguments = Arguments::from_args();
+    let no_network = missing_network();
+    let trials = tests.into_iter().map(|test| {
+        let missing = no_network.clone().or_else(|| missing_program(test.needs));
+        let name = test.name;
+        match missing {
+            Some(reason) => {
+                Trial::test(format!("{name} SKIPPED: {reason}"), || Ok(())).with_ignored_flag(true)
+            }
+            None => Trial::test(name, move || in_own_process(name)),
+        }
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit();
+}
+
+fn run_inside(tests: &[Test], name: &str) {
+    let network = isolated::leave_network().expect("a network of its own");
+    if name == PROBE {
+        std::process::exit(if network == Network::Shared { 1 } else { 0 });
+    }
+    assert_ne!(network, Network::Shared, "the host allows no network namespace");
+    let test = tests.iter().find(|test| test.name == name).expect("the test exists");
+    (test.body)();
+}
+
+const PROBE: &str = "is a network of its own possible?";
+
+fn missing_network() -> Option<String> {
+    let status = Command::new(std::env::current_exe().expect("a test program"))
+        .env(INSIDE, PROBE)
+        .stderr(Stdio::null())
+        .status()
+        .expect("a test program can be started");
+    (!status.success()).then(|| "this host allows no network namespace".to_string())
+}
+
+/// Why a test cannot run here; `root` stands for the right to be two users.
+fn missing_program(needs: &[&str]) -> Option<String> {
+    let paths = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
+    let installed =
+        |name: &str| paths.split(':').any(|folder| std::path::Path::new(folder).join(name).exists());
+    needs.iter().find_map(|&need| match need {
+        "root" => (!nix::unistd::geteuid().is_root()).then(|| "only root has a second user".to_string()),
+        program => (!installed(program)).then(|| format!("{program} is not installed")),
+    })
+}
+
+fn in_own_process(name: &str) -> Result<(), Failed> {
+    let mut child = Command::new(std::env::current_exe()?)
+        .env(INSIDE, name)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let mut out = child.stdout.take().expect("piped");
+    let mut err = child.stderr.take().expect("piped");
+    let text = std::thread::spawn(move || {
+        let mut text = String::new();
+        let _ = err.read_to_string(&mut text);
+        text
+    });
+    let printed = std::thread::spawn(move || {
+        let mut text = String::new();
+        let _ = out.read_to_string(&mut text);
+        text
+    });
+    let deadline = Instant::now() + TEST_LIMIT;
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        if Instant::now() > deadline {
+            let _ = child.kill();
+            return Err(format!("no end after {} s", TEST_LIMIT.as_secs()).into());
+        }
+        std::thread::park_timeout(Duration::from_millis(10));
+    };
+    // Shown with --nocapture or where it failed.
+    let printed = printed.join().unwrap_or_default();
+    let text = text.join().unwrap_or_default();
+    if status.success() {
+        let _ = std::io::stderr().write_all(printed.as_bytes());
+        Ok(())
+    } else {
+        Err(format!("{status}\n{printed}{text}").into())
+    }
+}
+
+/// Waits until something holds; fails where it does not within ten seconds.
+#[track_caller]
+pub fn eventually(what: &str, condition: impl FnMut() -> bool) {
+    within(Duration::from_secs(10), what, condition);
+}
+
+/// Waits until something holds; fails where it does not in time.
+#[track_caller]
+pub fn within(limit: Duration, what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + limit;
+    while !condition() {
+        assert!(Instant::now() < deadline, "not within {limit:?}: {what}");
+        std::thread::park_timeout(Duration::from_millis(5));
+    }
+}
+
+/// Bytes that differ at every position, so that a lost, doubled or moved one
+/// shows.
+pub fn pattern(from: usize, count: usize) -> Vec<u8> {
+    (from..from + count).map(|i| (i.wrapping_mul(31) ^ (i >> 8) ^ (i >> 16)) as u8).collect()
+}

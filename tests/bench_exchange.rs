@@ -1,33 +1,50 @@
 //! The load generator against servers with known answers and known faults.
 
 mod bench_support;
+mod support;
 
 use std::io::Read;
 use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bench_support::{Tcp, Udp, bench, group, private_network, tcp, udp};
+use bench_support::{Tcp, Udp, bench, group, tcp, udp};
 
-macro_rules! isolated {
-    ($name:ident, $body:block) => {
-        #[test]
-        fn $name() {
-            if private_network(stringify!($name)) $body
-        }
-    };
+fn main() {
+    support::run(tests![
+        every_connection_is_made_once_and_every_byte_is_counted,
+        requests_share_the_connections_that_stay_open,
+        a_stream_comes_back_whole,
+        a_stream_may_flow_one_way_only,
+        a_single_wrong_byte_is_a_wrong_reply,
+        an_answer_that_ends_early_is_a_short_reply,
+        a_kept_connection_that_is_closed_between_answers_is_closed_not_short,
+        a_reset_and_a_refusal_are_told_apart,
+        a_server_that_never_answers_costs_one_timeout,
+        some_errors_alone_do_not_fail_a_run_unless_told_so,
+        a_slow_answer_fails_a_p99_limit,
+        datagrams_are_answered_or_accounted_for_by_kind,
+        a_datagram_stream_keeps_several_under_way,
+        udp_connect_opens_a_flow_for_each_exchange,
+        an_open_loop_keeps_its_rate_and_charges_a_stall_to_all_who_waited,
+        new_connections_of_an_open_loop_are_charged_for_a_stall_too,
+        a_target_too_slow_for_the_rate_is_said_to_be,
+        a_warm_up_is_left_out_of_the_rates,
+        more_connections_than_one_address_has_ports_take_other_addresses,
+        control_c_ends_the_run_and_still_shows_what_was_measured,
+    ])
 }
 
-isolated!(every_connection_is_made_once_and_every_byte_is_counted, {
+fn every_connection_is_made_once_and_every_byte_is_counted() {
     let target = tcp(Tcp::Echo);
     let run = bench(&format!("tcp {target} --connections 500 --size 1000 --threads 2 --json"));
     assert_eq!((run.code, run.error_count()), (0, 0), "{}{}", run.stdout, run.stderr);
     assert_eq!(run.number("/connections"), 500.0);
     assert_eq!(run.number("/requests"), 500.0);
     assert_eq!(run.number("/bytes"), 2.0 * 500.0 * 1000.0);
-});
+}
 
-isolated!(requests_share_the_connections_that_stay_open, {
+fn requests_share_the_connections_that_stay_open() {
     let target = tcp(Tcp::Echo);
     let run =
         bench(&format!("tcp {target} --pattern request --connections 7 --requests 1001 --threads 2 --json"));
@@ -37,17 +54,17 @@ isolated!(requests_share_the_connections_that_stay_open, {
     let at = |name: &str| latency[name].as_f64().expect(name);
     assert!(at("min") <= at("p50") && at("p50") <= at("p99") && at("p99") <= at("p999"), "{latency}");
     assert!(at("p999") <= at("max") * 1.01 && at("mean") > 0.0, "{latency}");
-});
+}
 
-isolated!(a_stream_comes_back_whole, {
+fn a_stream_comes_back_whole() {
     let target = tcp(Tcp::Echo);
     let run =
         bench(&format!("tcp {target} --pattern stream --connections 3 --requests 300 --size 100000 --json"));
     assert_eq!((run.code, run.error_count()), (0, 0), "{}{}", run.stdout, run.stderr);
     assert_eq!(run.number("/bytes_received"), 300.0 * 100_000.0);
-});
+}
 
-isolated!(a_stream_may_flow_one_way_only, {
+fn a_stream_may_flow_one_way_only() {
     let up = bench(&format!(
         "tcp {} --pattern stream --direction up --concurrency 2 --duration 300ms --json",
         tcp(Tcp::Discard)
@@ -60,9 +77,9 @@ isolated!(a_stream_may_flow_one_way_only, {
     ));
     assert_eq!((down.code, down.error_count()), (0, 0), "{}{}", down.stdout, down.stderr);
     assert!(down.number("/bytes_received") > 1e5 && down.number("/bytes_sent") == 0.0, "{}", down.stdout);
-});
+}
 
-isolated!(a_single_wrong_byte_is_a_wrong_reply, {
+fn a_single_wrong_byte_is_a_wrong_reply() {
     let run = bench(&format!("tcp {} --connections 20 --size 3000 --json", tcp(Tcp::WrongByte(2999))));
     assert_eq!((run.code, run.errors("wrong_reply"), run.error_count()), (1, 20, 20), "{}", run.stdout);
     assert_eq!(run.json()["first_error"]["text"], "byte 2999 of the answers is not what was sent");
@@ -75,25 +92,25 @@ isolated!(a_single_wrong_byte_is_a_wrong_reply, {
         "{}",
         run.stdout
     );
-});
+}
 
-isolated!(an_answer_that_ends_early_is_a_short_reply, {
+fn an_answer_that_ends_early_is_a_short_reply() {
     let run = bench(&format!("tcp {} --connections 20 --size 3000 --json", tcp(Tcp::Short(2999))));
     assert_eq!((run.code, run.errors("short_reply"), run.error_count()), (1, 20, 20), "{}", run.stdout);
     let run = bench(&format!("tcp {} --connections 20 --json", tcp(Tcp::Close)));
     assert_eq!((run.code, run.errors("closed"), run.error_count()), (1, 20, 20), "{}", run.stdout);
-});
+}
 
-isolated!(a_kept_connection_that_is_closed_between_answers_is_closed_not_short, {
+fn a_kept_connection_that_is_closed_between_answers_is_closed_not_short() {
     let run = bench(&format!(
         "tcp {} --pattern request --connections 4 --requests 400 --json",
         tcp(Tcp::CloseAfter(640))
     ));
     assert_eq!((run.code, run.errors("closed"), run.error_count()), (0, 4, 4), "{}", run.stdout);
     assert_eq!(run.number("/requests"), 40.0);
-});
+}
 
-isolated!(a_reset_and_a_refusal_are_told_apart, {
+fn a_reset_and_a_refusal_are_told_apart() {
     let run = bench(&format!("tcp {} --connections 20 --json", tcp(Tcp::Reset)));
     assert_eq!((run.code, run.errors("reset"), run.error_count()), (1, 20, 20), "{}", run.stdout);
     let run = bench("tcp 127.0.0.1:9 --connections 20 --json");
@@ -101,18 +118,18 @@ isolated!(a_reset_and_a_refusal_are_told_apart, {
     assert!(run.stderr.contains("nothing was answered"), "{}", run.stderr);
     let run = bench("udp 127.0.0.1:9 --requests 20 --concurrency 2 --json");
     assert_eq!((run.code, run.errors("refused"), run.error_count()), (1, 20, 20), "{}", run.stdout);
-});
+}
 
-isolated!(a_server_that_never_answers_costs_one_timeout, {
+fn a_server_that_never_answers_costs_one_timeout() {
     let run = bench(&format!("tcp {} --connections 20 --timeout 200ms --json", tcp(Tcp::Silent)));
     assert_eq!((run.code, run.errors("timed_out"), run.error_count()), (1, 20, 20), "{}", run.stdout);
     assert!(run.number("/seconds") < 3.0);
     let run = bench(&format!("tcp {} --duration 1h --timeout 100ms --json", tcp(Tcp::Silent)));
     assert_eq!(run.code, 1);
     assert!(run.stdout.contains("gave up: nothing was answered within 1.1 s"), "{}", run.stdout);
-});
+}
 
-isolated!(some_errors_alone_do_not_fail_a_run_unless_told_so, {
+fn some_errors_alone_do_not_fail_a_run_unless_told_so() {
     let run =
         bench(&format!("udp {} --requests 100 --concurrency 1 --timeout 500ms --json", udp(Udp::Drop(50))));
     assert_eq!(
@@ -126,9 +143,9 @@ isolated!(some_errors_alone_do_not_fail_a_run_unless_told_so, {
         bench(&format!("udp {} --requests 100 --concurrency 1 --timeout 500ms {limits}", udp(Udp::Drop(50))));
     assert_eq!((run.code, &run.json()["passed"]), (1, &false.into()), "{}", run.stdout);
     assert!(run.stderr.contains("2 errors, --max-errors 1"), "{}", run.stderr);
-});
+}
 
-isolated!(a_slow_answer_fails_a_p99_limit, {
+fn a_slow_answer_fails_a_p99_limit() {
     let target = tcp(Tcp::Slow(1500));
     let run = bench(&format!("tcp {target} --connections 100 --max-p99 1s --json"));
     assert_eq!((run.code, run.number("/requests")), (1, 100.0), "{}", run.stdout);
@@ -138,9 +155,9 @@ isolated!(a_slow_answer_fails_a_p99_limit, {
         run.stdout
     );
     assert!(run.stderr.contains("--max-p99"), "{}", run.stderr);
-});
+}
 
-isolated!(datagrams_are_answered_or_accounted_for_by_kind, {
+fn datagrams_are_answered_or_accounted_for_by_kind() {
     let run = bench(&format!("udp {} --requests 1000 --concurrency 5 --size 1400 --json", udp(Udp::Echo)));
     assert_eq!((run.code, run.error_count()), (0, 0), "{}", run.stdout);
     assert_eq!((run.number("/connections"), run.number("/requests")), (5.0, 1000.0));
@@ -155,9 +172,9 @@ isolated!(datagrams_are_answered_or_accounted_for_by_kind, {
     assert_eq!((run.errors("duplicate_datagram"), run.error_count()), (3, 3), "{}", run.stdout);
     let run = bench(&format!("udp {} --requests 10 --timeout 100ms --json", udp(Udp::Silent)));
     assert_eq!((run.code, run.errors("lost_datagram"), run.error_count()), (1, 10, 10), "{}", run.stdout);
-});
+}
 
-isolated!(a_datagram_stream_keeps_several_under_way, {
+fn a_datagram_stream_keeps_several_under_way() {
     let run =
         bench(&format!("udp {} --pattern stream --requests 5000 --concurrency 3 --json", udp(Udp::Echo)));
     assert_eq!((run.code, run.error_count(), run.number("/requests")), (0, 0, 5000.0), "{}", run.stdout);
@@ -166,9 +183,9 @@ isolated!(a_datagram_stream_keeps_several_under_way, {
         udp(Udp::Drop(250))
     ));
     assert_eq!((run.errors("lost_datagram"), run.number("/requests")), (4, 996.0), "{}", run.stdout);
-});
+}
 
-isolated!(udp_connect_opens_a_flow_for_each_exchange, {
+fn udp_connect_opens_a_flow_for_each_exchange() {
     let run = bench(&format!("udp {} --pattern connect --connections 300 --json", udp(Udp::Echo)));
     assert_eq!(
         (run.code, run.number("/connections"), run.number("/requests")),
@@ -176,9 +193,9 @@ isolated!(udp_connect_opens_a_flow_for_each_exchange, {
         "{}",
         run.stdout
     );
-});
+}
 
-isolated!(an_open_loop_keeps_its_rate_and_charges_a_stall_to_all_who_waited, {
+fn an_open_loop_keeps_its_rate_and_charges_a_stall_to_all_who_waited() {
     // The last of 500 starts is due after 998 ms, not sooner, and all are made.
     let run = bench(&format!("tcp {} --rate 500 --arrivals fixed --requests 500 --json", tcp(Tcp::Echo)));
     assert_eq!((run.code, run.error_count(), run.number("/requests")), (0, 0, 500.0), "{}", run.stdout);
@@ -192,9 +209,9 @@ isolated!(an_open_loop_keeps_its_rate_and_charges_a_stall_to_all_who_waited, {
     ));
     assert_eq!((run.code, run.number("/requests")), (0, 100.0), "{}", run.stdout);
     assert!(run.number("/latency_us/p90") > 300_000.0, "{}", run.stdout);
-});
+}
 
-isolated!(new_connections_of_an_open_loop_are_charged_for_a_stall_too, {
+fn new_connections_of_an_open_loop_are_charged_for_a_stall_too() {
     // Ten connections due within 100 ms, one at once; the first takes 400 ms,
     // so the last begins 300 ms late.
     let run = bench(&format!(
@@ -203,26 +220,26 @@ isolated!(new_connections_of_an_open_loop_are_charged_for_a_stall_too, {
     ));
     assert_eq!((run.code, run.number("/requests")), (0, 10.0), "{}", run.stdout);
     assert!(run.number("/latency_us/min") > 290_000.0, "{}", run.stdout);
-});
+}
 
-isolated!(a_target_too_slow_for_the_rate_is_said_to_be, {
+fn a_target_too_slow_for_the_rate_is_said_to_be() {
     let run = bench(&format!(
         "tcp {} --concurrency 1 --rate 1000 --duration 1s --timeout 1s --json",
         tcp(Tcp::Slow(600))
     ));
     assert!(run.number("/open_loop/not_started") > 100.0, "{}", run.stdout);
     assert!(run.stdout.contains("starts were due and never made"), "{}", run.stdout);
-});
+}
 
-isolated!(a_warm_up_is_left_out_of_the_rates, {
+fn a_warm_up_is_left_out_of_the_rates() {
     // One exchange a connection; those of the first half are not counted.
     let run = bench(&format!("tcp {} --warmup 500ms --duration 500ms --json", tcp(Tcp::Echo)));
     let (connections, requests) = (run.number("/connections"), run.number("/requests"));
     assert!(requests > 0.0 && requests < connections, "{}", run.stdout);
     assert_eq!(run.number("/seconds"), 0.5);
-});
+}
 
-isolated!(more_connections_than_one_address_has_ports_take_other_addresses, {
+fn more_connections_than_one_address_has_ports_take_other_addresses() {
     let (target, other) = (tcp(Tcp::Echo), tcp(Tcp::Echo));
     std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", "40000 40099").expect("our own namespace");
     let words = "--pattern request --connections 250 --requests 250 --json";
@@ -232,9 +249,9 @@ isolated!(more_connections_than_one_address_has_ports_take_other_addresses, {
     let run = bench(&format!("tcp {other} --source 127.0.0.1 {words}"));
     assert!(run.errors("no_port") >= 50, "{}", run.stdout);
     assert!(run.stdout.contains("add client addresses with --source"), "{}", run.stdout);
-});
+}
 
-isolated!(control_c_ends_the_run_and_still_shows_what_was_measured, {
+fn control_c_ends_the_run_and_still_shows_what_was_measured() {
     let group = group(1, &[0]);
     let mut child = Command::new(env!("CARGO_BIN_EXE_evenkeel"))
         .args(["bench", "tcp", &group.address.to_string(), "--duration", "1h", "--json"])
@@ -254,4 +271,4 @@ isolated!(control_c_ends_the_run_and_still_shows_what_was_measured, {
     let json: serde_json::Value = serde_json::from_str(&text).expect("all of the result");
     assert!(json["requests"].as_u64() > Some(100) && json["seconds"].as_f64() < Some(30.0), "{text}");
     assert_eq!(json["notes"][0], "interrupted before its time");
-});
+}

@@ -1,22 +1,23 @@
 //! The load generator against servers of others: nginx, HAProxy, dnsmasq.
-//! Each test says SKIPPED where its server is not installed.
+//! A test whose server is not installed is reported as skipped.
 
 mod bench_support;
+mod support;
 
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use bench_support::{Tcp, bench, private_network, tcp};
+use bench_support::{Tcp, bench, tcp};
+use support::eventually;
 
-macro_rules! isolated {
-    ($name:ident, $body:block) => {
-        #[test]
-        fn $name() {
-            if private_network(stringify!($name)) $body
-        }
-    };
+fn main() {
+    support::run(tests![
+        nginx_is_asked_by_http needs ["nginx"],
+        haproxy_passes_every_byte_on needs ["haproxy"],
+        a_name_server_is_asked_by_dns needs ["dnsmasq"],
+    ])
 }
 
 /// A server that ends with the test.
@@ -29,15 +30,10 @@ impl Drop for Server {
     }
 }
 
-fn installed(name: &str) -> Option<PathBuf> {
-    let found = ["/usr/sbin", "/usr/bin", "/usr/local/sbin", "/usr/local/bin"]
-        .into_iter()
-        .map(|folder| Path::new(folder).join(name))
-        .find(|path| path.exists());
-    if found.is_none() {
-        println!("SKIPPED: {name} is not installed");
-    }
-    found
+fn path_of(name: &str) -> PathBuf {
+    let folders = ["/usr/sbin", "/usr/bin", "/usr/local/sbin", "/usr/local/bin"];
+    let path = folders.into_iter().map(|folder| Path::new(folder).join(name)).find(|path| path.exists());
+    path.unwrap_or_else(|| name.into())
 }
 
 fn start(command: &mut Command) -> Server {
@@ -51,21 +47,12 @@ fn start(command: &mut Command) -> Server {
     )
 }
 
-/// Waits until a condition holds.
-fn eventually(what: &str, condition: impl Fn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !condition() {
-        assert!(Instant::now() < deadline, "{what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
 fn accepts(address: &str) {
     eventually(&format!("{address} accepts"), || TcpStream::connect(address).is_ok());
 }
 
-isolated!(nginx_is_asked_by_http, {
-    let Some(program) = installed("nginx") else { return };
+fn nginx_is_asked_by_http() {
+    let program = path_of("nginx");
     let folder = tempfile::tempdir().expect("a folder");
     std::fs::write(
         folder.path().join("nginx.conf"),
@@ -106,12 +93,10 @@ isolated!(nginx_is_asked_by_http, {
         "tcp 127.0.0.1:80 --connections 10 --expect hello --send GET\\x20/\\x20HTTP/1.0\\r\\n\\r\\n --json",
     );
     assert_eq!((run.code, run.number("/requests"), run.error_count()), (0, 10.0, 0), "{}", run.stdout);
-});
+}
 
-isolated!(haproxy_passes_every_byte_on, {
-    let Some(program) = installed("haproxy") else {
-        return;
-    };
+fn haproxy_passes_every_byte_on() {
+    let program = path_of("haproxy");
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("haproxy.cfg");
     let behind = tcp(Tcp::Echo);
@@ -137,12 +122,10 @@ isolated!(haproxy_passes_every_byte_on, {
     assert_eq!((run.code, run.number("/requests"), run.error_count()), (0, 2000.0, 0), "{}", run.stdout);
     let run = bench("tcp 127.0.0.1:8080 --pattern stream --connections 2 --requests 500 --json");
     assert_eq!((run.code, run.number("/requests"), run.error_count()), (0, 500.0, 0), "{}", run.stdout);
-});
+}
 
-isolated!(a_name_server_is_asked_by_dns, {
-    let Some(program) = installed("dnsmasq") else {
-        return;
-    };
+fn a_name_server_is_asked_by_dns() {
+    let program = path_of("dnsmasq");
     let _server = start(Command::new(program).args([
         "--keep-in-foreground",
         "--conf-file=/dev/null",
@@ -177,4 +160,4 @@ isolated!(a_name_server_is_asked_by_dns, {
     assert_eq!((run.code, run.errors("error_reply"), run.error_count()), (1, 20, 20), "{}", run.stdout);
     let run = bench("udp 127.0.0.1:53 --payload dns --query bench.test --rate 1000 --duration 300ms --json");
     assert_eq!((run.code, run.error_count()), (0, 0), "{}", run.stdout);
-});
+}

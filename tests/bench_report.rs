@@ -2,21 +2,24 @@
 //! nothing from anywhere, exit codes.
 
 mod bench_support;
+mod support;
 
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use bench_support::{Tcp, Udp, bench, bench_words, daemon, group, private_network, tcp, udp};
+use bench_support::{Tcp, Udp, bench, bench_words, daemon, group, tcp, udp};
 use serde_json::Value;
 
-macro_rules! isolated {
-    ($name:ident, $body:block) => {
-        #[test]
-        fn $name() {
-            if private_network(stringify!($name)) $body
-        }
-    };
+fn main() {
+    support::run(tests![
+        the_json_of_every_kind_of_run_fits_its_schema,
+        the_schema_checker_sees_what_is_wrong,
+        the_page_is_well_formed_and_fetches_nothing,
+        a_browser_shows_the_page needs ["chromium"],
+        usage_errors_are_exit_2_and_a_bad_report_path_costs_no_run,
+        the_table_has_a_bar_for_each_slot,
+    ])
 }
 
 fn schema() -> Value {
@@ -95,7 +98,7 @@ fn problems(value: &Value) -> Vec<String> {
     wrong
 }
 
-isolated!(the_json_of_every_kind_of_run_fits_its_schema, {
+fn the_json_of_every_kind_of_run_fits_its_schema() {
     let folder = tempfile::tempdir().expect("a folder");
     let group = group(4, &[0, 1, 2, 3]);
     let socket = daemon(folder.path(), &group.address.to_string(), "hash", &group.accepted);
@@ -118,9 +121,8 @@ isolated!(the_json_of_every_kind_of_run_fits_its_schema, {
         let json = bench(&words).json();
         assert_eq!(problems(&json), Vec::<String>::new(), "{words}\n{json:#}");
     }
-});
+}
 
-#[test]
 fn the_schema_checker_sees_what_is_wrong() {
     let with = |change: fn(&mut Value)| {
         let mut value =
@@ -165,7 +167,7 @@ fn page_of(words: &str, folder: &Path) -> String {
     std::fs::read_to_string(&file).expect("the report was written")
 }
 
-isolated!(the_page_is_well_formed_and_fetches_nothing, {
+fn the_page_is_well_formed_and_fetches_nothing() {
     let folder = tempfile::tempdir().expect("a folder");
     let pages = [
         page_of(
@@ -197,21 +199,14 @@ isolated!(the_page_is_well_formed_and_fetches_nothing, {
     assert!(pages[0].contains("Connections of each slot") && pages[0].contains("prefers-color-scheme: dark"));
     assert!(pages[1].contains("<h2>Errors</h2>") && pages[1].contains("nothing was answered"));
     assert!(pages[4].contains("&lt;script&gt;"));
-});
+}
 
-isolated!(a_browser_shows_the_page, {
-    let chromium = ["chromium", "chromium-browser", "google-chrome"].into_iter().find(|name| {
-        Command::new(name).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok()
-    });
-    let Some(chromium) = chromium else {
-        println!("SKIPPED: no Chromium");
-        return;
-    };
+fn a_browser_shows_the_page() {
     let folder = tempfile::tempdir().expect("a folder");
     page_of(&format!("tcp {} --rate 500 --duration 1s", tcp(Tcp::Identify(3))), folder.path());
     let picture = folder.path().join("page.png");
     let out = std::fs::File::create(folder.path().join("dom.html")).expect("a file");
-    let mut child = Command::new(chromium)
+    let mut child = Command::new("chromium")
         .args(["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"])
         .args(["--disable-background-networking", "--disable-component-update", "--dump-dom"])
         .arg(format!("--user-data-dir={}", folder.path().join("profile").display()))
@@ -237,9 +232,9 @@ isolated!(a_browser_shows_the_page, {
     if let Ok(png) = std::fs::read(&picture) {
         assert!(png.len() > 20_000, "a picture with something on it: {} bytes", png.len());
     }
-});
+}
 
-isolated!(usage_errors_are_exit_2_and_a_bad_report_path_costs_no_run, {
+fn usage_errors_are_exit_2_and_a_bad_report_path_costs_no_run() {
     for words in ["tcp", "tcp nowhere", "tcp 127.0.0.1:80 --rate -1", "tcp 127.0.0.1:80 --pattern nothing"] {
         let run = bench(words);
         assert_eq!((run.code, run.stdout.as_str()), (2, ""), "{words}: {}", run.stderr);
@@ -251,11 +246,11 @@ isolated!(usage_errors_are_exit_2_and_a_bad_report_path_costs_no_run, {
     let run = bench("tcp nobody.invalid:80");
     assert_eq!(run.code, 1);
     assert!(run.stderr.contains("does not resolve"), "{}", run.stderr);
-});
+}
 
-isolated!(the_table_has_a_bar_for_each_slot, {
+fn the_table_has_a_bar_for_each_slot() {
     let run = bench(&format!("tcp {} --connections 400", tcp(Tcp::Identify(4))));
     assert_eq!((run.code, run.stderr.as_str()), (0, ""), "{}", run.stdout);
     assert_eq!(run.stdout.matches("100   25.0 %  ████████").count(), 4, "{}", run.stdout);
     assert!(run.stdout.contains("within chance for 400 connections over 4 slots"), "{}", run.stdout);
-});
+}

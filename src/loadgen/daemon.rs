@@ -1,22 +1,21 @@
-//! The daemon behind the target, asked over its control socket.
+//! The daemon behind the target: what its status says of the listener there.
 //!
-//! One request and one answer a connection: a JSON object a line each way.
-//! Nothing else in the load generator knows this protocol. Bounded by a
-//! timeout and by the longest answer that is read.
+//! Nothing else in the load generator knows the status document. It is read as
+//! loose JSON, so that a bench understands the daemons of other versions too.
 
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
+
+use crate::control::client;
+use crate::sys::accounts;
 
 /// How long the daemon may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(3);
-
-/// The longest answer that is read.
-const LONGEST: u64 = 16 << 20;
 
 /// What one look at the daemon showed of the target's listener.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,96 +28,52 @@ pub struct Snapshot {
     pub per_slot: Vec<u64>,
     /// What each slot should get, where the daemon says so.
     pub shares: Option<Vec<f64>>,
-    /// Open sessions of each worker, by slot, over all listeners.
+    /// Open sessions by slot: of the listener, or where the daemon does not
+    /// tell that, of all listeners.
     pub active: Vec<u64>,
-}
-
-/// Why there is no snapshot.
-#[derive(Debug, thiserror::Error)]
-pub enum DaemonError {
-    /// The socket could not be used.
-    #[error("{0}")]
-    Socket(String, io::ErrorKind),
-    /// The daemon answered something else.
-    #[error("{0}")]
-    Answer(String),
-}
-
-impl DaemonError {
-    /// Whether a permission is missing.
-    pub fn is_permission(&self) -> bool {
-        matches!(self, DaemonError::Socket(_, io::ErrorKind::PermissionDenied))
-    }
 }
 
 /// Where the control socket is, unless it was typed.
 pub fn default_socket() -> PathBuf {
-    if let Some(path) = std::env::var_os("EVENKEEL_SOCKET") {
-        return path.into();
-    }
-    let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|_| !nix::unistd::geteuid().is_root());
-    match runtime {
-        Some(folder) => Path::new(&folder).join("evenkeel/control.sock"),
-        None => "/run/evenkeel/control.sock".into(),
-    }
+    let usual =
+        || client::default_socket(accounts::current_uid(), std::env::var("XDG_RUNTIME_DIR").ok().as_deref());
+    std::env::var_os("EVENKEEL_SOCKET").map_or_else(usual, PathBuf::from)
 }
 
-/// Asks for the status and finds the target's listener in it.
-pub fn look(socket: &Path, mode: &str, target: SocketAddr) -> Result<Snapshot, DaemonError> {
-    snapshot(&status(socket)?, mode, target)
+/// Whether a permission is what is missing to use this socket.
+pub fn is_forbidden(socket: &Path) -> bool {
+    UnixStream::connect(socket).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
 }
 
-fn status(socket: &Path) -> Result<Value, DaemonError> {
-    let fail = |error: io::Error| {
-        let hint = match error.kind() {
-            io::ErrorKind::PermissionDenied => {
-                "permission denied: run as the daemon's user or as a member of its group"
-            }
-            io::ErrorKind::NotFound => "no such socket: is the daemon running, is --socket right?",
-            io::ErrorKind::ConnectionRefused => "nobody listens on it: the daemon is not running",
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => "no answer within 3 s",
-            _ => return DaemonError::Socket(format!("{}: {error}", socket.display()), error.kind()),
-        };
-        DaemonError::Socket(format!("{}: {hint}", socket.display()), error.kind())
-    };
-    let mut stream = UnixStream::connect(socket).map_err(fail)?;
-    stream.set_read_timeout(Some(TIMEOUT)).map_err(fail)?;
-    stream.set_write_timeout(Some(TIMEOUT)).map_err(fail)?;
-    stream.write_all(b"{\"command\":\"status\"}\n").map_err(fail)?;
-    let mut line = Vec::new();
-    BufReader::new(stream.take(LONGEST)).read_until(b'\n', &mut line).map_err(fail)?;
-    let wrong = |text: &str| DaemonError::Answer(format!("{}: {text}", socket.display()));
-    let mut answer: Value = serde_json::from_slice(&line).map_err(|_| wrong("the answer is not JSON"))?;
-    if let Some(error) = answer.get("error").filter(|error| !error.is_null()) {
-        return Err(wrong(&format!("the daemon refused: {error}")));
-    }
-    match answer.get_mut("status") {
-        Some(status) => Ok(status.take()),
-        None => Err(wrong("the answer has no \"status\"")),
-    }
+/// Asks for the status and finds the target's listener in it; else a text for
+/// the operator.
+pub fn look(socket: &Path, mode: &str, target: SocketAddr) -> Result<Snapshot, String> {
+    let answer = client::ask(socket, &json!({ "command": "status" }), TIMEOUT)?;
+    let status =
+        answer.get("status").ok_or_else(|| format!("{}: the answer has no \"status\"", socket.display()))?;
+    snapshot(status, mode, target)
 }
 
 /// Takes out of a status document what concerns the target.
-fn snapshot(status: &Value, mode: &str, target: SocketAddr) -> Result<Snapshot, DaemonError> {
+fn snapshot(status: &Value, mode: &str, target: SocketAddr) -> Result<Snapshot, String> {
     let listeners = status["listeners"].as_array().map_or(&[][..], Vec::as_slice);
     let listener = find_listener(listeners, mode, target).ok_or_else(|| {
         let known: Vec<String> = listeners.iter().flat_map(binds).map(|bind| bind.to_string()).collect();
-        DaemonError::Answer(format!(
+        format!(
             "the daemon has no {mode} listener on {target}; it listens on {}",
             if known.is_empty() { "nothing".to_string() } else { known.join(", ") }
-        ))
+        )
     })?;
     let spread = &listener["spread"];
-    let per_slot = numbers(&spread["per_slot"]).ok_or_else(|| {
-        DaemonError::Answer("the daemon's status has no spread.per_slot for this listener".into())
-    })?;
+    let per_slot =
+        numbers(&spread["per_slot"]).ok_or("the daemon's status has no spread.per_slot for this listener")?;
     let shares = spread.get("shares").and_then(Value::as_array);
     Ok(Snapshot {
         listener: listener["name"].as_str().unwrap_or("?").to_string(),
         steering: listener["steering_active"].as_str().map(str::to_string),
         per_slot,
         shares: shares.map(|shares| shares.iter().filter_map(Value::as_f64).collect()),
-        active: active_by_slot(&status["workers"]),
+        active: numbers(&listener["active_per_slot"]).unwrap_or_else(|| active_by_slot(&status["workers"])),
     })
 }
 
@@ -192,7 +147,7 @@ mod tests {
         assert_eq!(name("tcp", "127.0.0.2:80").expect("wildcard"), "all");
         assert_eq!(name("tcp", "[::1]:80").expect("wildcard of IPv6"), "six");
         assert_eq!(name("udp", "127.0.0.1:80").expect("of the mode"), "dns");
-        let error = name("udp", "127.0.0.1:81").expect_err("nobody is there").to_string();
+        let error = name("udp", "127.0.0.1:81").expect_err("nobody is there");
         assert!(
             error.contains("no udp listener on 127.0.0.1:81; it listens on 0.0.0.0:80, 10.0.0.1:81"),
             "{error}"

@@ -120,8 +120,8 @@ fn first_look(args: &Args, plan: &Plan, looks: &mut Looks) -> Result<Option<Path
             Ok(Some(socket))
         }
         Err(error) if args.socket.is_some() => {
-            let code = if error.is_permission() { 77 } else { 1 };
-            Err(Refusal { code, text: format!("the control socket does not help: {error}") })
+            let code = if daemon::is_forbidden(&socket) { 77 } else { 1 };
+            Err(Refusal { code, text: error })
         }
         Err(error) => {
             looks.notes.push(format!("no spread from the control socket: {error}"));

@@ -1,8 +1,6 @@
 //! Servers with known faults, and the bench run against them.
 //!
-//! Each test has a network namespace of its own: ports are free, and nobody
-//! else's connections are counted. Servers are threads of the test; they end
-//! with its process.
+//! Servers are threads of the test; they end with its process.
 
 #![allow(dead_code, reason = "each test file uses a part of this")]
 
@@ -15,53 +13,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
-use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
 use socket2::{Domain, Protocol, Socket, Type};
-
-/// Moves this thread, and what it starts, into a network of its own. False if
-/// the test has already run in a child that could, or cannot run at all.
-pub fn private_network(test: &str) -> bool {
-    if !nix::unistd::geteuid().is_root() {
-        return run_as_root_of_a_user_namespace(test);
-    }
-    if let Err(error) = unshare(CloneFlags::CLONE_NEWNET) {
-        println!("SKIPPED: no network namespace: {error}");
-        return false;
-    }
-    raise_loopback();
-    true
-}
-
-/// A process with threads cannot enter a user namespace, a new one can.
-fn run_as_root_of_a_user_namespace(test: &str) -> bool {
-    let myself = std::env::current_exe().expect("a test knows its file");
-    let probe = Command::new("unshare").args(["-r", "true"]).status();
-    if !probe.is_ok_and(|status| status.success()) {
-        println!("SKIPPED: not root, and no user namespace");
-        return false;
-    }
-    let status = Command::new("unshare")
-        .arg("-r")
-        .arg(myself)
-        .args(["--exact", test, "--nocapture"])
-        .status()
-        .expect("unshare was there a moment ago");
-    assert!(status.success(), "{test} failed in its user namespace");
-    false
-}
-
-fn raise_loopback() {
-    let socket = UdpSocket::bind("0.0.0.0:0").expect("a socket in the new namespace");
-    // SAFETY: ifreq is plain data for which all zeroes are valid.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    request.ifr_name[..2].copy_from_slice(&[b'l' as libc::c_char, b'o' as libc::c_char]);
-    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-    let fd = std::os::fd::AsRawFd::as_raw_fd(&socket);
-    // SAFETY: the descriptor is open, and the kernel reads one ifreq behind the pointer.
-    let code = unsafe { libc::ioctl(fd, libc::SIOCSIFFLAGS, &request) };
-    assert_eq!(code, 0, "the loopback comes up");
-}
 
 /// The end of a bench run.
 pub struct Run {

@@ -20,6 +20,7 @@ fn main() {
         an_answer_that_ends_early_is_a_short_reply,
         a_kept_connection_that_is_closed_between_answers_is_closed_not_short,
         a_reset_and_a_refusal_are_told_apart,
+        a_closed_loop_does_not_hammer_a_dead_target,
         a_server_that_never_answers_costs_one_timeout,
         some_errors_alone_do_not_fail_a_run_unless_told_so,
         a_slow_answer_fails_a_p99_limit,
@@ -120,6 +121,14 @@ fn a_reset_and_a_refusal_are_told_apart() {
     assert_eq!((run.code, run.errors("refused"), run.error_count()), (1, 20, 20), "{}", run.stdout);
 }
 
+fn a_closed_loop_does_not_hammer_a_dead_target() {
+    // Each failure is followed by a rest of 10 ms.
+    for mode in ["tcp", "udp"] {
+        let run = bench(&format!("{mode} 127.0.0.1:9 --concurrency 1 --duration 300ms --json"));
+        assert!((1..=31).contains(&run.errors("refused")), "{}", run.stdout);
+    }
+}
+
 fn a_server_that_never_answers_costs_one_timeout() {
     let run = bench(&format!("tcp {} --connections 20 --timeout 200ms --json", tcp(Tcp::Silent)));
     assert_eq!((run.code, run.errors("timed_out"), run.error_count()), (1, 20, 20), "{}", run.stdout);
@@ -209,6 +218,7 @@ fn an_open_loop_keeps_its_rate_and_charges_a_stall_to_all_who_waited() {
     ));
     assert_eq!((run.code, run.number("/requests")), (0, 100.0), "{}", run.stdout);
     assert!(run.number("/latency_us/p90") > 300_000.0, "{}", run.stdout);
+    assert!(run.number("/open_loop/waited") >= 40.0, "{}", run.stdout);
 }
 
 fn new_connections_of_an_open_loop_are_charged_for_a_stall_too() {

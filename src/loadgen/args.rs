@@ -16,7 +16,7 @@ pub struct Args {
     /// What the target speaks
     #[arg(value_enum)]
     pub mode: Transport,
-    /// The target: ADDRESS:PORT, [IPV6]:PORT or NAME:PORT
+    /// The target: ADDRESS:PORT or NAME:PORT, an IPv6 address in brackets
     pub address: String,
     /// What one client does [default: connect for tcp, request for udp]
     #[arg(long, value_enum)]

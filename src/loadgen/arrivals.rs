@@ -8,6 +8,9 @@ use std::time::Duration;
 
 use super::args::Spacing;
 
+/// So many starts are counted one by one.
+const COUNTED: f64 = 1e6;
+
 /// splitmix64: small, seeded, good enough for payloads and arrivals.
 #[derive(Clone, Debug)]
 pub struct Random(u64);
@@ -68,8 +71,12 @@ impl Arrivals {
         };
     }
 
-    /// How many more are due before `end`.
+    /// How many more are due before `end`; of very many, how many on average.
     pub fn count_before(mut self, end: Duration) -> u64 {
+        let expected = (end.as_secs_f64() - self.next) / self.mean_gap;
+        if expected > COUNTED {
+            return expected.ceil() as u64;
+        }
         let mut count = 0;
         while self.due() < end {
             self.advance();

@@ -143,6 +143,14 @@ mod tests {
     }
 
     #[test]
+    fn a_line_without_an_end_is_given_up() {
+        let mut finder = Finder::default();
+        let endless = [PREFIX, &[b'x'; 200]].concat();
+        assert_eq!(finder.feed(&endless), Found::More);
+        assert_eq!(finder.feed(&[b'x'; 400]), Found::None(endless));
+    }
+
+    #[test]
     fn a_datagram_is_split_into_line_and_payload() {
         let datagram = [LINE, b"pay\nload"].concat();
         assert_eq!(split_datagram(&datagram), (Some(identity()), &b"pay\nload"[..]));

@@ -96,6 +96,30 @@ pub enum Command {
         #[arg(long, value_name = "PATH")]
         socket: Option<PathBuf>,
     },
+    /// Make load, check every byte that comes back, and judge the spread
+    Bench(Box<crate::loadgen::Args>),
+    /// Who holds an address, the limits of this host, the rules of binding
+    ///
+    /// With ADDRESS: would a bind work (exit 0, else 69 or 77), and if not, who
+    /// holds it and what to do. Without: the limits of this host for the
+    /// configuration that `run` would run, each with the line that sets it.
+    Doctor {
+        /// 127.0.0.1:8080, [::]:80, :8080 or 8080
+        #[arg(conflicts_with = "matrix")]
+        address: Option<String>,
+        /// ADDRESS is a UDP address
+        #[arg(long, requires = "address")]
+        udp: bool,
+        /// The SO_REUSEADDR and SO_REUSEPORT rules as this kernel applies them
+        #[arg(long)]
+        matrix: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// The configuration file
+        #[arg(short, long, value_name = "PATH")]
+        config: Option<PathBuf>,
+    },
     /// Print a shell's completions
     Completions {
         /// The shell

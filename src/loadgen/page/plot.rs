@@ -129,8 +129,10 @@ impl Plot {
     pub fn x_marks(&mut self, marks: &[(f64, String)]) {
         for (at, text) in marks {
             let x = self.x(*at);
+            // The last one must not stick out.
+            let anchor = if x > WIDTH - RIGHT - 20.0 { "end" } else { "middle" };
             self.draw(format_args!(
-                r#"<text class="tick" x="{x:.1}" y="{:.1}" text-anchor="middle">{}</text>"#,
+                r#"<text class="tick" x="{x:.1}" y="{:.1}" text-anchor="{anchor}">{}</text>"#,
                 HEIGHT - BOTTOM + 18.0,
                 escape(text)
             ));
@@ -202,8 +204,9 @@ impl Plot {
     /// and a word beside it.
     pub fn point(&mut self, class: &str, x: f64, y: f64, word: &str, title: &str) {
         let (px, py) = (self.x(x), self.y(y));
-        // A curve that rises leaves room above its left side.
-        let (anchor, dx, dy) = if px > LEFT + 80.0 { ("end", -7.0, -7.0) } else { ("start", -2.0, -14.0) };
+        // A curve that rises leaves room above its left side; the leftmost word
+        // stands below it, out of the way of the next one.
+        let (anchor, dx, dy) = if px > LEFT + 80.0 { ("end", -7.0, -7.0) } else { ("start", 4.0, 18.0) };
         self.draw(format_args!(
             r#"<circle class="{class}" cx="{px:.1}" cy="{py:.1}" r="4"><title>{}</title></circle><text class="word" x="{:.1}" y="{:.1}" text-anchor="{anchor}">{}</text>"#,
             escape(title),

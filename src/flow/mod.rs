@@ -16,6 +16,7 @@
 //! allocates nothing. So a flood of made-up sources pushes out only itself.
 
 mod index;
+mod proxy;
 mod quarantine;
 #[cfg(test)]
 mod tests;
@@ -26,6 +27,7 @@ use crate::deadline::Deadlines;
 use crate::slab::{Key, Slab};
 use index::Index;
 
+pub use proxy::ProxyHeader;
 pub use quarantine::Quarantine;
 
 /// Whose datagrams a flow takes.

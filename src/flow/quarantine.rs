@@ -66,6 +66,11 @@ impl<T> Quarantine<T> {
         self.len
     }
 
+    /// How many rest that were a listener's.
+    pub fn len_of(&self, listener: usize) -> usize {
+        self.lanes[listener].queue.len()
+    }
+
     /// Whether none rests.
     pub fn is_empty(&self) -> bool {
         self.len == 0

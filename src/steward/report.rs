@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use super::Knowledge;
-use crate::config::Word;
+use crate::config::{Mode, Word};
 use crate::control::WorkerState;
-use crate::control::status::{Listener, Server, Status, Upstream, Worker};
-use crate::counters::{Counters, OfListener, OfServer, Process};
+use crate::control::status::{Flows, Listener, Server, Status, Upstream, Worker};
+use crate::counters::{Counters, OfFlows, OfListener, OfServer, Process};
+use crate::flow::DropReason;
 use crate::relay::CloseReason;
 use crate::spread::Spread;
 
@@ -55,6 +56,7 @@ fn listener(knowledge: &Knowledge, index: usize, slots: &[Counters]) -> Listener
         .map(|reason| (reason.name().to_string(), slots.iter().map(|s| s.ended(index, reason).get()).sum()))
         .filter(|(_, count)| *count > 0)
         .collect::<BTreeMap<String, u64>>();
+    let is_udp = config.mode == Mode::Udp;
     Listener {
         name: config.name.clone(),
         mode: config.mode.word().into(),
@@ -65,10 +67,43 @@ fn listener(knowledge: &Knowledge, index: usize, slots: &[Counters]) -> Listener
         active: sum(OfListener::Active),
         bytes_in: sum(OfListener::BytesIn),
         bytes_out: sum(OfListener::BytesOut),
+        flows: is_udp.then(|| flows(index, slots)),
+        dropped: if is_udp { dropped(index, slots) } else { BTreeMap::new() },
         ended,
         active_per_slot: per_slot(OfListener::Active),
         spread: Spread::equal(&per_slot(OfListener::Connections)),
     }
+}
+
+fn flows(listener: usize, slots: &[Counters]) -> Flows {
+    let of_all = |which| slots.iter().map(|slot| slot.listener(listener, which).get()).sum();
+    let of_flows = |which| slots.iter().map(|slot| slot.flows(listener, which).get()).sum();
+    let ended = |reason| slots.iter().map(|slot| slot.ended(listener, reason).get()).sum();
+    Flows {
+        active: of_all(OfListener::Active),
+        opened: of_all(OfListener::Connections),
+        expired: ended(CloseReason::IdleTimeout),
+        finished: ended(CloseReason::Finished),
+        evicted: ended(CloseReason::Evicted),
+        shed: slots.iter().map(|slot| slot.dropped(listener, DropReason::Shed).get()).sum(),
+        moved: of_flows(OfFlows::Moved),
+        quarantined: of_flows(OfFlows::Quarantined),
+        quarantine_cut: of_flows(OfFlows::QuarantineCut),
+        datagrams_in: of_flows(OfFlows::DatagramsIn),
+        datagrams_out: of_flows(OfFlows::DatagramsOut),
+        offload_failures: of_flows(OfFlows::OffloadFailures),
+    }
+}
+
+/// By reason, with the kernel's own.
+fn dropped(listener: usize, slots: &[Counters]) -> BTreeMap<String, u64> {
+    let own = DropReason::ALL.into_iter().map(|reason| {
+        let count = slots.iter().map(|slot| slot.dropped(listener, reason).get()).sum();
+        (reason.name().to_string(), count)
+    });
+    let kernel = slots.iter().map(|slot| slot.flows(listener, OfFlows::KernelDrops).get()).sum();
+    let kernel = [("receive_buffer".to_string(), kernel)];
+    own.chain(kernel).filter(|(_, count)| *count > 0).collect()
 }
 
 fn upstream(knowledge: &Knowledge, index: usize, slots: &[Counters]) -> Upstream {

@@ -237,7 +237,7 @@ impl Supervisor {
                 info!(slot, pid = self.slots[slot].pid(), "worker ready");
                 self.step(Event::Ready(slot))?;
             }
-            FromWorker::QueuesClosed => self.slots[slot].release_sockets(),
+            FromWorker::QueuesClosed => self.slots[slot].release_sockets(&self.start.config),
             FromWorker::Failed { text, advice, exit_code } if !self.announced => {
                 self.kill_all();
                 return Err(Refusal { text, advice, exit_code });

@@ -12,6 +12,7 @@ use mio::{Interest, Registry, Token};
 use tracing::warn;
 
 use super::prepare::{FIRST_GENERATION, Prepared};
+use crate::config::{Config, Mode};
 use crate::control::{self, FromWorker, Place, ToWorker};
 use crate::sys::channel::Channel;
 use crate::sys::clock::Millis;
@@ -127,8 +128,10 @@ impl Slot {
     }
 
     /// The daemon leaves and the queues are served: nobody needs them more.
-    pub fn release_sockets(&mut self) {
-        self.held.clear();
+    /// Those of UDP stay until the end: a socket less in the kernel's group,
+    /// and flows of the workers that are still finishing would move.
+    pub fn release_sockets(&mut self, config: &Config) {
+        self.held.retain(|(place, _)| config.listeners[place.listener].mode == Mode::Udp);
     }
 
     /// Further descriptors of its sockets.

@@ -1,0 +1,3 @@
+//! Multicast.
+mod support;
+fn main() {}

@@ -586,7 +586,7 @@ fn a_name_server_loses_no_answer() {
     fs::write(path("zone"), zone).unwrap();
     let text = format!(
         "server:\n ip-address: 127.0.0.1@5353\n username: \"\"\n zonesdir: \"\"\n database: \"\"\n pidfile: \"\"\n \
-         xfrdfile: \"{}\"\n zonelistfile: \"{}\"\nremote-control:\n control-enable: no\n\
+         rrl-ratelimit: 0\n xfrdfile: \"{}\"\n zonelistfile: \"{}\"\nremote-control:\n control-enable: no\n\
          zone:\n name: test.\n zonefile: \"{}\"\n",
         path("xfrd"),
         path("list"),

@@ -186,7 +186,8 @@ pub struct Tcp {
 pub struct Udp {
     /// A flow without a datagram for so long is over.
     pub idle_timeout: Duration,
-    /// A flow is over after so many replies; 0 = by time alone.
+    /// A flow is over after so many replies, once each question has one; 0 =
+    /// by time alone.
     pub replies: u32,
     /// Flows at once, a slot.
     pub max_flows: u32,

@@ -72,7 +72,8 @@ pub struct Flow {
 pub struct Limits {
     /// Silence that ends a flow.
     pub idle_timeout: u64,
-    /// Replies that end a flow; 0 = any number.
+    /// Replies that end a flow which has no more questions than replies; 0 =
+    /// any number.
     pub replies: u32,
     /// Flows at once.
     pub max_flows: u32,
@@ -272,7 +273,9 @@ impl Flows {
         flow.awaits = false;
         flow.replies = flow.replies.saturating_add(1);
         let enough = self.books[usize::from(flow.key.listener)].limits.replies;
-        let last = enough > 0 && flow.replies >= enough;
+        // Not while a question is unanswered: a client may have asked several
+        // before the first answer came.
+        let last = enough > 0 && flow.replies >= enough.max(flow.requests);
         if !flow.answered {
             flow.answered = true;
             self.unlink(key.index);

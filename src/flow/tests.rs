@@ -77,6 +77,15 @@ fn a_flow_ends_after_its_replies() {
 }
 
 #[test]
+fn a_flow_does_not_end_before_each_question_has_a_reply() {
+    let mut flows = flows(10, 1);
+    let key = open(&mut flows, 1, 0);
+    flows.handle_client(&name(1), 0);
+    flows.handle_client(&name(1), 0);
+    assert_eq!([0; 3].map(|_| flows.handle_reply(key, 1)), [Reply::Pass, Reply::Pass, Reply::Last]);
+}
+
+#[test]
 fn a_flow_without_datagrams_expires_and_one_with_them_does_not() {
     let mut flows = flows(10, 0);
     let silent = open(&mut flows, 1, 0);

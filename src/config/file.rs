@@ -95,18 +95,16 @@ fn listener(t: &mut Table, upstreams: &[&str]) -> ReadListener {
     ReadListener { listener, at, bind_at: bind.iter().map(|bind| bind.at).collect() }
 }
 
-/// Keys that would have no effect are refused, not ignored.
+/// A table that would have no effect is refused, not ignored.
 fn other_modes_keys(t: &mut Table, name: &str, mode: Mode) {
-    let (others, mode) = match mode {
-        Mode::Tcp => (&["udp"][..], "tcp"),
-        Mode::Udp => (&["tcp", "backlog"][..], "udp"),
+    let (other, mode) = match mode {
+        Mode::Tcp => ("udp", "tcp"),
+        Mode::Udp => ("tcp", "udp"),
     };
-    for key in others {
-        if let Some(at) = t.place_of(key) {
-            let what = if *key == "backlog" { "backlog".to_string() } else { format!("[listener.{key}]") };
-            let message = format!("{what} stands in {}, which has mode \"{mode}\"", called("listener", name));
-            t.problem(at, message, "take it out, or change the mode");
-        }
+    if let Some(at) = t.place_of(other) {
+        let listener = called("listener", name);
+        let message = format!("[listener.{other}] stands in {listener}, which has mode \"{mode}\"");
+        t.problem(at, message, "take it out, or change the mode");
     }
 }
 

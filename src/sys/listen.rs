@@ -167,6 +167,7 @@ pub fn udp(address: SocketAddr, options: &Options) -> Result<OwnedFd, OpenError>
     at.option("SO_REUSEPORT", socket.set_reuse_port(true))?;
     at.before_bind(&socket, options)?;
     at.packet_info(&socket)?;
+    at.only_joined_groups(&socket)?;
     at.bind(&socket)?;
     Ok(socket.into())
 }
@@ -192,12 +193,7 @@ pub fn multicast(
     at.option("SO_REUSEPORT", socket.set_reuse_port(true))?;
     at.before_bind(&socket, options)?;
     at.packet_info(&socket)?;
-    // Only what this socket joined: the default hands a socket the datagrams
-    // of groups and interfaces that any other process joined.
-    match group {
-        SocketAddr::V4(_) => at.option("IP_MULTICAST_ALL", socket.set_multicast_all_v4(false))?,
-        SocketAddr::V6(_) => at.option("IPV6_MULTICAST_ALL", socket.set_multicast_all_v6(false))?,
-    }
+    at.only_joined_groups(&socket)?;
     if let Some(Share { index, count }) = share {
         // Before bind(2), or it would take everybody's share for a moment.
         at.option("SO_ATTACH_FILTER", filter::take_share(&socket, group.is_ipv6(), index, count))?;
@@ -326,6 +322,16 @@ impl At {
             SocketAddr::V6(_) => {
                 self.option("IPV6_RECVPKTINFO", setsockopt(socket, sockopt::Ipv6RecvPacketInfo, &true))
             }
+        }
+    }
+
+    /// Only what this socket joined: the default hands a socket the datagrams
+    /// of groups and interfaces that any other process joined, and on the
+    /// wildcard address every worker would get a copy of each.
+    fn only_joined_groups(self, socket: &Socket) -> Result<(), OpenError> {
+        match self.0 {
+            SocketAddr::V4(_) => self.option("IP_MULTICAST_ALL", socket.set_multicast_all_v4(false)),
+            SocketAddr::V6(_) => self.option("IPV6_MULTICAST_ALL", socket.set_multicast_all_v6(false)),
         }
     }
 

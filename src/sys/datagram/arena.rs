@@ -93,6 +93,8 @@ impl Arena {
         let mmsghdr = &self.headers[place];
         let header = &mmsghdr.msg_hdr;
         let length = (mmsghdr.msg_len as usize).min(self.place_bytes);
+        // Of another width in musl's headers.
+        #[allow(clippy::unnecessary_cast)]
         let told = self.controls[place].read(header.msg_controllen as usize);
         Received {
             bytes: &self.bytes[place * self.place_bytes..][..length],

@@ -37,6 +37,7 @@ fn main() {
         services_answer_by_themselves,
         flows_go_on_while_the_daemon_leaves,
         a_daemon_without_flows_leaves_at_once,
+        a_second_signal_leaves_nobody_behind,
         servers_are_told_the_client_in_front_of_every_datagram,
         a_flow_ends_after_its_replies,
         a_full_receive_buffer_is_counted,
@@ -474,6 +475,21 @@ fn a_daemon_without_flows_leaves_at_once() {
     let mut daemon = forward(2, "", &[server]);
     daemon.signal(Signal::SIGTERM);
     assert!(daemon.wait(Duration::from_secs(5)).success());
+}
+
+fn a_second_signal_leaves_nobody_behind() {
+    let (server, _) = named_server("127.0.0.1:0", "");
+    for _ in 0..5 {
+        let mut daemon = forward(2, "", &[server]);
+        let clients: Vec<UdpSocket> = (0..20).map(|_| client("127.0.0.1:0")).collect();
+        clients.iter().for_each(|socket| drop(ask(socket, front(), b"x")));
+        daemon.signal(Signal::SIGTERM);
+        eventually("it leaves", || daemon.log().contains("leaving"));
+        daemon.signal(Signal::SIGTERM);
+        assert_eq!(daemon.wait(Duration::from_secs(5)).code(), Some(1));
+        // The port is free only when every process of the daemon is gone.
+        eventually("the port is free", || UdpSocket::bind(front()).is_ok());
+    }
 }
 
 fn servers_are_told_the_client_in_front_of_every_datagram() {

@@ -177,6 +177,11 @@ impl Supervisor {
     }
 
     fn spawn(&mut self, slot: usize) -> Result<(), Refusal> {
+        // The daemon is over: a worker that was killed for that is no crash,
+        // and nobody would end a new one.
+        if self.end.is_some() {
+            return Ok(());
+        }
         match self.slots[slot].spawn(&self.prepared, self.poll.registry(), Token(FIRST_SLOT + slot)) {
             Ok(()) => Ok(()),
             Err(error) if self.announced => {

@@ -14,10 +14,11 @@
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::config::Config;
+use crate::flow::DropReason;
 use crate::relay::CloseReason;
 
 const PROCESS_WORDS: usize = 16;
-const LISTENER_WORDS: usize = 32;
+const LISTENER_WORDS: usize = 64;
 const SERVER_WORDS: usize = 8;
 
 /// Counters of the worker as a whole.
@@ -48,6 +49,31 @@ pub enum OfListener {
     BytesOut,
     /// Sessions that ended, by reason: this word and the following ones.
     Ended,
+}
+
+/// Counters of one UDP listener in this slot, besides those of every listener.
+#[derive(Clone, Copy, Debug)]
+#[repr(usize)]
+pub enum OfFlows {
+    /// Datagrams from clients, those that were dropped later included.
+    DatagramsIn = 32,
+    /// Datagrams to clients.
+    DatagramsOut,
+    /// Flows that went to another server because theirs had failed.
+    Moved,
+    /// Upstream ports that rest now.
+    Quarantined,
+    /// Ports that were taken out of quarantine early, for want of others.
+    QuarantineCut,
+    /// Times that cutting datagrams in the kernel failed at a socket.
+    OffloadFailures,
+    /// Datagrams that the kernel dropped because the receive buffer was full.
+    /// Not of a socket with a share of a group: there the kernel counts what
+    /// the filter refuses as well.
+    KernelDrops,
+    /// Datagrams that the worker dropped, by reason: this word and the
+    /// following ones.
+    Dropped = 48,
 }
 
 /// Counters of one server as this slot used it.
@@ -122,6 +148,19 @@ impl<'a> Counters<'a> {
     /// How many sessions of a listener ended for a reason.
     pub fn ended(&self, listener: usize, reason: CloseReason) -> Cell<'a> {
         let at = OfListener::Ended as usize + reason as usize;
+        debug_assert!(at < OfFlows::DatagramsIn as usize);
+        Cell(&self.words[PROCESS_WORDS + listener * LISTENER_WORDS + at])
+    }
+
+    /// A cell of a UDP listener.
+    pub fn flows(&self, listener: usize, which: OfFlows) -> Cell<'a> {
+        debug_assert!(listener < self.listener_count);
+        Cell(&self.words[PROCESS_WORDS + listener * LISTENER_WORDS + which as usize])
+    }
+
+    /// How many datagrams of a listener the worker dropped for a reason.
+    pub fn dropped(&self, listener: usize, reason: DropReason) -> Cell<'a> {
+        let at = OfFlows::Dropped as usize + reason as usize;
         debug_assert!(at < LISTENER_WORDS);
         Cell(&self.words[PROCESS_WORDS + listener * LISTENER_WORDS + at])
     }
@@ -148,6 +187,15 @@ impl<'a> Counters<'a> {
             for reason in CloseReason::ALL {
                 self.ended(index, reason).add(from.ended(old, reason).get());
             }
+            // Not the kernel's drops: those are the sockets' own, and the
+            // sockets live on.
+            use OfFlows::{DatagramsIn, DatagramsOut, Moved, OffloadFailures, QuarantineCut};
+            for which in [DatagramsIn, DatagramsOut, Moved, OffloadFailures, QuarantineCut] {
+                self.flows(index, which).add(from.flows(old, which).get());
+            }
+            for reason in DropReason::ALL {
+                self.dropped(index, reason).add(from.dropped(old, reason).get());
+            }
         }
         let servers = servers_of(other);
         for (index, name) in servers_of(own).into_iter().enumerate() {
@@ -165,6 +213,7 @@ impl<'a> Counters<'a> {
             let active = self.listener(listener, OfListener::Active);
             self.ended(listener, CloseReason::WorkerLost).add(active.get());
             active.set(0);
+            self.flows(listener, OfFlows::Quarantined).set(0);
         }
         for server in 0..layout.server_count {
             self.server(server, OfServer::Active).set(0);
@@ -242,6 +291,11 @@ mod tests {
                 cells.push(counters.listener(listener, which));
             }
             cells.extend(CloseReason::ALL.map(|reason| counters.ended(listener, reason)));
+            use OfFlows::*;
+            let flows =
+                [DatagramsIn, DatagramsOut, Moved, Quarantined, QuarantineCut, OffloadFailures, KernelDrops];
+            cells.extend(flows.map(|which| counters.flows(listener, which)));
+            cells.extend(DropReason::ALL.map(|reason| counters.dropped(listener, reason)));
         }
         for server in 0..7 {
             use OfServer::{Active, Connections, Failures};

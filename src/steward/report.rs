@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use super::{Knowledge, View};
-use crate::config::{Config, Word};
+use crate::config::{Config, Mode, Word};
 use crate::control::WorkerState;
-use crate::control::status::{Listener, Server, Status, Upstream, Worker};
-use crate::counters::{Cell, Counters, Layout, OfListener, OfServer, Process};
+use crate::control::status::{Flows, Listener, Server, Status, Upstream, Worker};
+use crate::counters::{Cell, Counters, Layout, OfFlows, OfListener, OfServer, Process};
+use crate::flow::DropReason;
 use crate::relay::CloseReason;
 use crate::spread::Spread;
 
@@ -87,6 +88,8 @@ fn listener(config: &crate::config::Listener, slot_count: usize, sources: &[Sour
         })
         .filter(|(_, count)| *count > 0)
         .collect::<BTreeMap<String, u64>>();
+    let is_udp = config.mode == Mode::Udp;
+    let total = |cell: &dyn Fn(&Counters, usize) -> u64| per_slot(cell).iter().sum::<u64>();
     Listener {
         name: config.name.clone(),
         mode: config.mode.word().into(),
@@ -97,10 +100,46 @@ fn listener(config: &crate::config::Listener, slot_count: usize, sources: &[Sour
         active: sum(OfListener::Active),
         bytes_in: sum(OfListener::BytesIn),
         bytes_out: sum(OfListener::BytesOut),
+        flows: is_udp.then(|| flows(&total)),
+        dropped: if is_udp { dropped(&total) } else { BTreeMap::new() },
         ended,
         active_per_slot: of(OfListener::Active),
         spread: Spread::equal(&of(OfListener::Connections)),
     }
+}
+
+/// The sum of a cell over everything that counted for a listener.
+type Sum<'a> = dyn Fn(&dyn Fn(&Counters, usize) -> u64) -> u64 + 'a;
+
+fn flows(sum: &Sum) -> Flows {
+    let of_all = |which| sum(&move |counters, listener| counters.listener(listener, which).get());
+    let of_flows = |which| sum(&move |counters, listener| counters.flows(listener, which).get());
+    let ended = |reason| sum(&move |counters, listener| counters.ended(listener, reason).get());
+    Flows {
+        active: of_all(OfListener::Active),
+        opened: of_all(OfListener::Connections),
+        expired: ended(CloseReason::IdleTimeout),
+        finished: ended(CloseReason::Finished),
+        evicted: ended(CloseReason::Evicted),
+        shed: sum(&|counters, listener| counters.dropped(listener, DropReason::Shed).get()),
+        moved: of_flows(OfFlows::Moved),
+        quarantined: of_flows(OfFlows::Quarantined),
+        quarantine_cut: of_flows(OfFlows::QuarantineCut),
+        datagrams_in: of_flows(OfFlows::DatagramsIn),
+        datagrams_out: of_flows(OfFlows::DatagramsOut),
+        offload_failures: of_flows(OfFlows::OffloadFailures),
+    }
+}
+
+/// By reason, with the kernel's own.
+fn dropped(sum: &Sum) -> BTreeMap<String, u64> {
+    let own = DropReason::ALL.into_iter().map(|reason| {
+        let count = sum(&move |counters, listener| counters.dropped(listener, reason).get());
+        (reason.name().to_string(), count)
+    });
+    let kernel = sum(&|counters, listener| counters.flows(listener, OfFlows::KernelDrops).get());
+    let kernel = [("receive_buffer".to_string(), kernel)];
+    own.chain(kernel).filter(|(_, count)| *count > 0).collect()
 }
 
 fn upstream(config: &crate::config::Upstream, sources: &[Source]) -> Upstream {

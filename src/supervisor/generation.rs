@@ -61,9 +61,7 @@ impl Generation {
         let listeners = self.config.listeners.iter().enumerate();
         let places = listeners.flat_map(|(listener, config)| {
             config.bind.iter().enumerate().map(move |(address, &bound)| {
-                let udp = match config.mode {
-                    Mode::Tcp => false,
-                };
+                let udp = config.mode == Mode::Udp;
                 let id = SocketId { address: bound, udp, interface: config.interface.clone() };
                 (Place { listener, address }, id)
             })

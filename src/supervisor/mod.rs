@@ -215,6 +215,11 @@ impl Supervisor {
     }
 
     fn spawn(&mut self, slot: usize) -> Result<(), Refusal> {
+        // The daemon is over: a worker that was killed for that is no crash,
+        // and nobody would end a new one.
+        if self.end.is_some() {
+            return Ok(());
+        }
         if self.take_proved(slot) {
             return Ok(());
         }

@@ -14,7 +14,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use super::generation::Generation;
 use super::{Refusal, Start};
-use crate::config::{Config, Listener, Workers};
+use crate::config::{Config, Listener, Mode, Workers};
 use crate::explain::{self, BindFailure};
 use crate::sys::accounts::{self, Account};
 use crate::sys::holders::{self, Protocol};
@@ -186,10 +186,16 @@ pub fn probe(listener: &Listener, concerns: impl Fn(SocketAddr) -> bool) -> Resu
         ..Options::default()
     };
     for &address in listener.bind.iter().filter(|&&address| concerns(address)) {
-        let Err(error) = patiently(|| listen::probe_tcp(address, &options)) else { continue };
-        let facts = holders::gather(address, Protocol::Tcp, &options);
+        let (protocol, probed) = match listener.mode {
+            Mode::Tcp => (Protocol::Tcp, patiently(|| listen::probe_tcp(address, &options))),
+            // A group is everybody's: each socket gets its copy.
+            Mode::Udp if listen::is_group(address) => continue,
+            Mode::Udp => (Protocol::Udp, patiently(|| listen::probe_udp(address, &options))),
+        };
+        let Err(error) = probed else { continue };
+        let facts = holders::gather(address, protocol, &options);
         let errno = error.raw_os_error().unwrap_or(0);
-        let failure = BindFailure::probe(address, errno, Protocol::Tcp, &options, facts);
+        let failure = BindFailure::probe(address, errno, protocol, &options, facts);
         let told = explain::bind_failure(&failure);
         let text = format!("listener \"{}\": {}", listener.name, told.text);
         return Err(Refusal { text, advice: told.advice, exit_code: told.exit_code });

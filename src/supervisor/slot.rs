@@ -158,8 +158,10 @@ impl Slot {
     }
 
     /// The daemon leaves and the queues are served: nobody needs them more.
+    /// Those of UDP stay until the end: a socket less in the kernel's group,
+    /// and flows of the workers that are still finishing would move.
     pub fn release_sockets(&mut self) {
-        self.held.clear();
+        self.held.retain(|(id, _)| id.udp);
     }
 
     /// Further descriptors of its sockets.

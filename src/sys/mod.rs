@@ -7,6 +7,7 @@
 pub mod accounts;
 pub mod channel;
 pub mod clock;
+pub mod datagram;
 pub mod filter;
 pub mod handshakes;
 pub mod holders;

@@ -10,15 +10,16 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use tracing::debug;
 
 use super::Failure;
-use crate::config::{Config, Listener};
+use crate::config::{self, Config, Listener, Mode, Multicast};
 use crate::control::{self, FromWorker, Place, ToWorker};
 use crate::counters::Layout;
 use crate::explain::{self, BindFailure};
 use crate::logging;
 use crate::sys::accounts::{self, Account};
 use crate::sys::channel::Channel;
+use crate::sys::filter;
 use crate::sys::holders::{self, Protocol};
-use crate::sys::listen::{self, Options};
+use crate::sys::listen::{self, MulticastInterface, Options, Share};
 use crate::sys::process;
 use crate::sys::shared::{self, Region};
 use crate::sys::stream::TcpOptions;
@@ -36,6 +37,8 @@ pub struct Born {
     /// Every slot's counters, to read.
     pub all: Vec<Region>,
     pub sockets: Vec<(Place, OwnedFd)>,
+    /// Those of them that another process had before.
+    pub kept: Vec<Place>,
     pub _log: logging::Log,
 }
 
@@ -67,10 +70,12 @@ impl Born {
                 Some((message, _)) => return Err(Failure::new(format!("before Begin came {message:?}"))),
             }
         }
-        let sockets = complete(&config, given, channel)?;
+        let kept = given.keys().copied().collect();
+        let share = Share { index: slot as u32, count: slot_count as u32 };
+        let sockets = complete(&config, given, share, channel)?;
         give_up_privileges(account)?;
         let layout = Layout::of(&config);
-        Ok(Some(Born { slot, slot_count, generation, config, layout, own, all, sockets, _log: log }))
+        Ok(Some(Born { slot, slot_count, generation, config, layout, own, all, sockets, kept, _log: log }))
     }
 }
 
@@ -88,6 +93,7 @@ fn read_config(fd: OwnedFd) -> Result<Config, Failure> {
 fn complete(
     config: &Config,
     mut given: HashMap<Place, OwnedFd>,
+    share: Share,
     channel: &Channel,
 ) -> Result<Vec<(Place, OwnedFd)>, Failure> {
     let mut sockets = Vec::new();
@@ -97,12 +103,12 @@ fn complete(
             let place = Place { listener: listener_index, address };
             let socket = match given.remove(&place) {
                 Some(socket) => {
-                    adopt(listener, &socket)?;
+                    adopt(listener, address, share, &socket)?;
                     socket
                 }
                 None => {
                     opened.push(sockets.len());
-                    open(listener, address)?
+                    open(listener, address, share)?
                 }
             };
             sockets.push((place, socket));
@@ -117,26 +123,59 @@ fn complete(
     Ok(sockets)
 }
 
-fn open(listener: &Listener, address: usize) -> Result<OwnedFd, Failure> {
+fn open(listener: &Listener, address: usize, share: Share) -> Result<OwnedFd, Failure> {
     let options = listen_options(listener);
-    let socket = listen::tcp(listener.bind[address], &options).map_err(|error| {
-        let facts = holders::gather(error.address, Protocol::Tcp, &options);
-        let told = explain::bind_failure(&BindFailure::new(&error, Protocol::Tcp, &options, facts));
+    let bind = listener.bind[address];
+    let (protocol, socket) = match listener.mode {
+        Mode::Tcp => (Protocol::Tcp, listen::tcp(bind, &options)),
+        Mode::Udp if listen::is_group(bind) => {
+            let share = (listener.udp.multicast == Multicast::Partition).then_some(share);
+            let interface = join_on(listener.udp.multicast_interface.as_ref());
+            (Protocol::Udp, listen::multicast(bind, &interface, share, &options))
+        }
+        Mode::Udp => (Protocol::Udp, listen::udp(bind, &options)),
+    };
+    let socket = socket.map_err(|error| {
+        let facts = holders::gather(error.address, protocol, &options);
+        let told = explain::bind_failure(&BindFailure::new(&error, protocol, &options, facts));
         let text = format!("listener \"{}\": {}", listener.name, told.text);
         Failure { text, advice: told.advice, exit_code: told.exit_code }
     })?;
-    set_tcp_options(listener, &socket)?;
+    if listener.mode == Mode::Tcp {
+        set_tcp_options(listener, &socket)?;
+    }
     Ok(socket)
+}
+
+fn join_on(interface: Option<&config::MulticastInterface>) -> MulticastInterface {
+    match interface {
+        None => MulticastInterface::Any,
+        Some(config::MulticastInterface::Name(name)) => MulticastInterface::Name(name.clone()),
+        Some(config::MulticastInterface::Address(address)) => MulticastInterface::Address(*address),
+    }
 }
 
 /// A socket of an earlier worker: its options may be those of an earlier
 /// configuration.
-fn adopt(listener: &Listener, socket: &OwnedFd) -> Result<(), Failure> {
-    let backlog = i32::try_from(listener.backlog).unwrap_or(i32::MAX);
-    socket2::SockRef::from(socket).listen(backlog).map_err(|e| {
-        Failure::new(format!("listener \"{}\": a kept socket does not listen: {e}", listener.name))
-    })?;
-    set_tcp_options(listener, socket)
+fn adopt(listener: &Listener, address: usize, share: Share, socket: &OwnedFd) -> Result<(), Failure> {
+    let failure = |what: &str, error: std::io::Error| {
+        Failure::new(format!("listener \"{}\": a kept socket {what}: {error}", listener.name))
+    };
+    let bind = listener.bind[address];
+    match listener.mode {
+        Mode::Tcp => {
+            let backlog = i32::try_from(listener.backlog).unwrap_or(i32::MAX);
+            let socket = socket2::SockRef::from(socket);
+            socket.listen(backlog).map_err(|error| failure("does not listen", error))?;
+        }
+        // Another number of slots makes another share of the group.
+        Mode::Udp if listen::is_group(bind) && listener.udp.multicast == Multicast::Partition => {
+            filter::take_share(socket, bind.is_ipv6(), share.index, share.count)
+                .map_err(|error| failure("takes no share of its group", error))?;
+        }
+        Mode::Udp => {}
+    }
+    if listener.mode == Mode::Tcp { set_tcp_options(listener, socket) } else { Ok(()) }
 }
 
 /// Set once on the listener, inherited by every connection that it accepts.

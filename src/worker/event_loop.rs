@@ -14,10 +14,12 @@ use mio::{Events, Interest, Poll, Token};
 use tracing::{error, info, warn};
 
 use super::birth::Born;
+use super::datagrams::{self, Datagrams};
 use super::handover::{Progress, Receiver, Sender};
 use super::leave::{Leave, Step};
 use super::listeners::{self, Accepted, Listeners, PAUSE};
 use super::sessions::{Context, Sessions};
+use crate::config::Mode;
 use crate::control::{self, FromWorker, Place, ToWorker};
 use crate::counters::{Counters, Process};
 use crate::relay::CloseReason;
@@ -32,7 +34,7 @@ const ACCEPT_BUDGET: usize = 64;
 const RESERVED_FILES: u64 = 64;
 
 /// Tokens of what is no session: the highest bit, which a packed key has not.
-const SPECIAL: usize = 1 << 63;
+pub const SPECIAL: usize = 1 << 63;
 const CHANNEL: Token = Token(SPECIAL);
 
 /// Channels to other workers, from here on by a running number.
@@ -60,10 +62,13 @@ struct Loop<'a> {
     channel: Channel,
     listeners: Listeners,
     sessions: Sessions<'a>,
+    datagrams: Datagrams<'a>,
     session_limit: usize,
     leave: Option<Leave>,
     /// Its slot's sockets, until the supervisor says `Serve`.
     unserved: Vec<(Place, OwnedFd)>,
+    /// Those of them that another process had before.
+    kept: Vec<Place>,
     sender: Option<Outgoing>,
     receivers: Vec<(Token, Receiver)>,
     peer_count: usize,
@@ -101,16 +106,23 @@ impl<'a> Loop<'a> {
         };
         debug_assert_eq!(context.all.len(), born.slot_count);
         let reserved = RESERVED_FILES + born.slot_count as u64 + 2 * sockets.len() as u64;
+        let files = process::file_limit().saturating_sub(reserved);
+        let modes = |mode: Mode| context.config.listeners.iter().any(|listener| listener.mode == mode);
+        // Where both modes are served, flows have half of the descriptors.
+        let for_flows = if modes(Mode::Tcp) && modes(Mode::Udp) { files / 2 } else { files };
         // Two descriptors a session.
-        let session_limit = (process::file_limit().saturating_sub(reserved) / 2).max(1) as usize;
+        let for_sessions = if modes(Mode::Udp) { files - for_flows } else { files };
+        let session_limit = (for_sessions / 2).max(1) as usize;
         let state = Loop {
             poll: Poll::new().ok()?,
             channel,
             listeners: Listeners::default(),
+            datagrams: Datagrams::new(context.clone(), for_flows as usize, clock::coarse()),
             sessions: Sessions::new(context, clock::coarse()),
             session_limit,
             leave: None,
             unserved: sockets,
+            kept: born.kept.clone(),
             sender: None,
             receivers: Vec::new(),
             peer_count: 0,
@@ -131,12 +143,21 @@ impl<'a> Loop<'a> {
     /// The supervisor lets it accept.
     fn begin_serving(&mut self) {
         for (place, socket) in std::mem::take(&mut self.unserved) {
-            if let Err(error) = self.listeners.add(self.poll.registry(), place, socket, None) {
+            let kept = self.kept.contains(&place);
+            if let Err(error) = self.add(place, socket, None, kept) {
                 error!(%error, "a listener cannot be polled");
                 std::process::exit(1);
             }
         }
         self.tell(&FromWorker::Ready);
+    }
+
+    fn add(&mut self, place: Place, socket: OwnedFd, lent_by: Option<usize>, kept: bool) -> io::Result<()> {
+        if self.datagrams.takes(place) {
+            self.datagrams.add(self.poll.registry(), place, socket, lent_by, kept)
+        } else {
+            self.listeners.add(self.poll.registry(), place, socket, lent_by)
+        }
     }
 
     fn tell(&self, message: &FromWorker) {
@@ -160,6 +181,7 @@ impl<'a> Loop<'a> {
             for event in &events {
                 match event.token() {
                     CHANNEL => self.handle_channel(now),
+                    token if datagrams::is_token(token) => self.datagrams.handle_event(token),
                     token if token.0 & SPECIAL != 0 && special_number(token) >= FIRST_PEER => {
                         self.handle_peer(token, now);
                     }
@@ -172,6 +194,8 @@ impl<'a> Loop<'a> {
             let before = self.sessions.len();
             self.sessions.turn(now);
             self.sessions.handle_deadlines(self.poll.registry(), now);
+            self.datagrams.turn(self.poll.registry(), now);
+            self.datagrams.handle_deadlines(now);
             if self.sessions.len() < before {
                 self.listeners.end_pause();
             }
@@ -187,7 +211,7 @@ impl<'a> Loop<'a> {
     /// When the loop has to run again though nothing happens; `now` where
     /// there is work left.
     fn next_wake(&self, now: Millis) -> Option<Millis> {
-        if self.sessions.has_work() || self.listeners.has_ready(now) {
+        if self.sessions.has_work() || self.datagrams.has_work() || self.listeners.has_ready(now) {
             return Some(now);
         }
         let leave = self.leave.as_ref().and_then(Leave::next_deadline);
@@ -195,10 +219,18 @@ impl<'a> Loop<'a> {
             let waits_for_queues = outgoing.then_leave.is_some() && !self.listeners.is_empty();
             if waits_for_queues { None } else { Some(outgoing.sender.next_deadline(now)) }
         });
-        [handover, self.sessions.next_deadline(), self.listeners.pause_end(), leave, self.orphaned_until]
-            .into_iter()
-            .flatten()
-            .min()
+        let flows = self.datagrams.next_deadline();
+        [
+            handover,
+            flows,
+            self.sessions.next_deadline(),
+            self.listeners.pause_end(),
+            leave,
+            self.orphaned_until,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
     fn publish_lag(&self, since: Millis) {
@@ -267,7 +299,10 @@ impl<'a> Loop<'a> {
                 Ok(sockets) => self.handle_loan(slot, sockets),
                 Err(error) => warn!(%error, "a loan was refused"),
             },
-            ToWorker::Recall { slot } => self.listeners.give_back(self.poll.registry(), slot),
+            ToWorker::Recall { slot } => {
+                self.listeners.give_back(self.poll.registry(), slot);
+                self.datagrams.give_back(self.poll.registry(), slot);
+            }
             ToWorker::Drain { limit } => self.begin_leave(now, limit),
             ToWorker::Serve => self.begin_serving(),
             ToWorker::HandOver { removed, limit } => self.begin_handover(fds, &removed, limit, now),
@@ -285,7 +320,7 @@ impl<'a> Loop<'a> {
             if place.listener >= self.sessions.context().config.listeners.len() {
                 continue;
             }
-            if let Err(error) = self.listeners.add(self.poll.registry(), place, socket, Some(slot)) {
+            if let Err(error) = self.add(place, socket, Some(slot), true) {
                 warn!(%error, "a lent socket could not be polled");
             }
         }
@@ -295,6 +330,7 @@ impl<'a> Loop<'a> {
     /// have any more is accepted first.
     fn begin_handover(&mut self, fds: Vec<OwnedFd>, removed: &[Place], limit: Option<Millis>, now: Millis) {
         self.listeners.close_all_but(self.poll.registry(), removed);
+        self.datagrams.stop_receiving(self.poll.registry());
         if !self.listeners.is_empty() {
             self.begin_leave(now, limit);
         }
@@ -383,6 +419,7 @@ impl<'a> Loop<'a> {
                 warn!(%error, "new handshakes cannot be kept out");
             }
         }
+        self.datagrams.begin_leave();
         self.leave = Some(Leave::begin(now, limit));
     }
 
@@ -397,7 +434,7 @@ impl<'a> Loop<'a> {
         }
         loop {
             let Some(leave) = &mut self.leave else { return false };
-            match leave.step(now, self.sessions.len()) {
+            match leave.step(now, self.sessions.len() + self.datagrams.len()) {
                 Step::Wait => return false,
                 Step::Look => {
                     if handshakes::half_open(&self.ports()) == Some(false)
@@ -419,11 +456,16 @@ impl<'a> Loop<'a> {
                     self.tell(&FromWorker::QueuesClosed);
                     self.sessions.turn(now);
                 }
-                Step::Exit => return true,
+                Step::Exit => {
+                    self.datagrams.close_all(CloseReason::Drained, now);
+                    return true;
+                }
                 Step::GiveUp => {
                     let count = self.sessions.len();
-                    warn!("drain_timeout is over: {count} sessions are reset");
+                    let flows = self.datagrams.len();
+                    warn!("drain_timeout is over: {count} sessions are reset, {flows} flows ended");
                     self.sessions.close_all(CloseReason::Drained);
+                    self.datagrams.close_all(CloseReason::Drained, now);
                     return true;
                 }
             }

@@ -11,6 +11,7 @@
 //! supervisor's death, and never by bytes from the network.
 
 mod birth;
+mod datagrams;
 mod event_loop;
 mod handover;
 mod leave;

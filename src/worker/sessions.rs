@@ -51,8 +51,8 @@ impl End for Stream {
     }
 }
 
-/// Who this worker is, and what every session needs.
-#[derive(Debug)]
+/// Who this worker is, and what every session and flow needs.
+#[derive(Clone, Debug)]
 pub struct Context<'a> {
     pub slot: usize,
     pub generation: u64,
@@ -61,6 +61,15 @@ pub struct Context<'a> {
     pub counters: Counters<'a>,
     /// Every slot's counters.
     pub all: Vec<Counters<'a>>,
+}
+
+impl Context<'_> {
+    /// A balancer for each upstream.
+    pub fn balancers(&self, now: Millis) -> Vec<Balancer> {
+        let seed = (u64::from(std::process::id()) << 32) ^ now;
+        let upstreams = self.config.upstreams.iter();
+        upstreams.map(|upstream| Balancer::new(upstream, self.slot, self.all.len(), seed)).collect()
+    }
 }
 
 /// All sessions of the worker.
@@ -111,9 +120,7 @@ enum Stage {
 
 impl<'a> Sessions<'a> {
     pub fn new(context: Context<'a>, now: Millis) -> Sessions<'a> {
-        let slots = context.all.len();
-        let balancers =
-            context.config.upstreams.iter().map(|u| Balancer::new(u, context.slot, slots)).collect();
+        let balancers = context.balancers(now);
         Sessions {
             context,
             slab: Slab::new(),
@@ -144,7 +151,7 @@ impl<'a> Sessions<'a> {
         registry: &Registry,
         listener: usize,
         client: Stream,
-        _peer: SocketAddr,
+        peer: SocketAddr,
         now: Millis,
     ) {
         let config = &self.context.config.listeners[listener];
@@ -180,7 +187,7 @@ impl<'a> Sessions<'a> {
         }
         match config.target {
             Target::Upstream(_) => {
-                let attempt = self.first_attempt(key, now);
+                let attempt = self.first_attempt(key, peer.ip(), now);
                 self.begin_connect(registry, key, attempt, now);
             }
             Target::Service(_) => {

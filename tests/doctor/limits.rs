@@ -1,12 +1,8 @@
 //! The limits of a host against configurations.
 
 use std::fs;
-use std::time::Duration;
 
-use evenkeel::config::{
-    Balance, Config, Daemon, Format, Level as LogLevel, Listener, Log, Mode, Server, ServerAddress, Target,
-    Tcp, Upstream, Workers,
-};
+use evenkeel::config::{Config, Workers};
 use evenkeel::doctor::limits::{Finding, Host, Level, Remedy, judge};
 use evenkeel::doctor::{self, Command, Question};
 use nix::mount::{MsFlags, mount};
@@ -37,47 +33,12 @@ fn host() -> Host {
 }
 
 fn config() -> Config {
-    let server = |address| Server { address: ServerAddress::Ip(addr(address)), weight: 1, backup: false };
-    Config {
-        daemon: Daemon {
-            workers: Workers::Count(4),
-            user: None,
-            group: None,
-            control_socket: None,
-            max_connections: 0,
-            orphan_timeout: Duration::from_secs(10),
-            drain_timeout: Duration::from_secs(30),
-        },
-        log: Log { level: LogLevel::Info, format: Format::Text },
-        listeners: vec![Listener {
-            name: "web".into(),
-            bind: vec![addr("0.0.0.0:8080")],
-            mode: Mode::Tcp,
-            target: Target::Upstream(0),
-            backlog: 4096,
-            receive_buffer: None,
-            send_buffer: None,
-            interface: None,
-            transparent: false,
-            freebind: false,
-            tcp: Tcp {
-                idle_timeout: Duration::from_secs(3600),
-                half_close_timeout: Duration::from_secs(60),
-                max_age: Duration::ZERO,
-                keepalive: Duration::from_secs(60),
-                user_timeout: Duration::ZERO,
-                fast_open: false,
-                defer_accept: false,
-            },
-        }],
-        upstreams: vec![Upstream {
-            name: "web".into(),
-            balance: Balance::RoundRobin,
-            connect_timeout: Duration::from_secs(3),
-            retries: 2,
-            servers: vec![server("10.0.0.1:80"), server("10.0.0.2:80")],
-        }],
-    }
+    let text = "[[listener]]\nname = \"web\"\nmode = \"tcp\"\nbind = \"0.0.0.0:8080\"\nupstream = \"web\"\n\
+        [[upstream]]\nname = \"web\"\n[[upstream.server]]\naddress = \"10.0.0.1:80\"\n\
+        [[upstream.server]]\naddress = \"10.0.0.2:80\"\n";
+    let mut config = evenkeel::config::load("test", text).expect("a sane configuration").config;
+    config.daemon.workers = Workers::Count(4);
+    config
 }
 
 fn one(host: &Host, config: &Config, name: &str) -> Finding {

@@ -129,7 +129,7 @@ fn a_member_hears_only_the_interface_that_it_joined_on() {
             return skipped("no virtual interface can be made here");
         }
         let group = "239.255.77.1:7000";
-        let join = |interface| listen::multicast(addr(group), &interface, &Options::default());
+        let join = |interface| listen::multicast(addr(group), &interface, None, &Options::default());
         let here = UdpSocket::from(join(lo()).expect("a member"));
         let there = join(MulticastInterface::Name("left0".into())).expect("a member on the other interface");
         let there = UdpSocket::from(there);
@@ -150,7 +150,7 @@ fn copies(
     interface: &MulticastInterface,
     leave_by: impl Fn(&Socket) -> std::io::Result<()>,
 ) {
-    let join = |at| listen::multicast(addr(at), interface, &Options::default()).map(UdpSocket::from);
+    let join = |at| listen::multicast(addr(at), interface, None, &Options::default()).map(UdpSocket::from);
     let members = [join(group).expect("a member"), join(group).expect("a second member")];
     let _other = join(other).expect("a member of the other group");
     let sender = Socket::new(Domain::for_address(addr(group)), Type::DGRAM, None).expect("a sender");
@@ -173,9 +173,9 @@ fn copies(
 fn a_link_local_group_takes_its_scope_from_the_interface() {
     isolated(|| {
         let group = addr("[ff02::7701]:7000");
-        listen::multicast(group, &lo(), &Options::default()).expect("a member");
-        let error =
-            listen::multicast(group, &MulticastInterface::Any, &Options::default()).expect_err("no scope");
+        listen::multicast(group, &lo(), None, &Options::default()).expect("a member");
+        let error = listen::multicast(group, &MulticastInterface::Any, None, &Options::default())
+            .expect_err("no scope");
         assert_eq!((error.step, error.source.kind()), (Step::Bind, ErrorKind::InvalidInput));
     });
 }
@@ -192,11 +192,11 @@ fn a_failure_names_the_call_and_the_address() {
         let device = Options { interface: Some("nosuch0".into()), ..Options::default() };
         let device = listen::udp(addr(LOOPBACK), &device).expect_err("no such interface");
         assert_eq!(device.step, Step::Option("SO_BINDTODEVICE"));
-        let unicast = listen::multicast(addr(LOOPBACK), &lo(), &options).expect_err("not a group");
+        let unicast = listen::multicast(addr(LOOPBACK), &lo(), None, &options).expect_err("not a group");
         assert_eq!(unicast.step, Step::Join);
         let missing = MulticastInterface::Name("nosuch0".into());
         let missing =
-            listen::multicast(addr("239.1.1.1:7000"), &missing, &options).expect_err("no interface");
+            listen::multicast(addr("239.1.1.1:7000"), &missing, None, &options).expect_err("no interface");
         assert_eq!(missing.step, Step::Join);
     });
 }

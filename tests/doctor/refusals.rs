@@ -142,7 +142,7 @@ fn an_interface_that_is_not_there_and_a_group_without_a_route_are_told() {
         );
         assert_eq!(device.exit_code, 69);
         let group = addr("239.255.77.1:7000");
-        let error = listen::multicast(group, &MulticastInterface::Any, &Options::default());
+        let error = listen::multicast(group, &MulticastInterface::Any, None, &Options::default());
         let Err(error) = error else {
             return skipped("this network has a route to groups");
         };

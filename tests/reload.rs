@@ -59,6 +59,11 @@ fn run(daemon: &Daemon, arguments: &[&str]) -> (Option<i32>, String) {
 fn succeed(daemon: &Daemon, arguments: &[&str]) -> String {
     let (code, text) = run(daemon, arguments);
     assert_eq!(code, Some(0), "{arguments:?}: {text}\n{}", daemon.log());
+    // A session that could not be passed on would be finished where it is: no
+    // loss, and no hand-over either.
+    for failure in ["a hand-over stopped", "a hand-over was", "left to drain"] {
+        assert!(!daemon.log().contains(failure), "{}", daemon.log());
+    }
     text
 }
 

@@ -32,6 +32,7 @@ fn main() {
         another_user_cannot_bind_our_port,
         every_size_passes_whole,
         source_hash_survives_a_killed_worker_and_other_slots_notice_nothing,
+        an_empty_slot_is_served_by_its_neighbour_and_given_back,
         bursts_pass_whole_and_in_order,
         a_way_that_cannot_cut_gets_datagrams_one_by_one needs ["ip"],
         services_answer_by_themselves,
@@ -359,6 +360,29 @@ fn source_hash_survives_a_killed_worker_and_other_slots_notice_nothing() {
     let seen =
         servers.iter().flat_map(|(_, seen)| seen.lock().unwrap().iter().map(|s| s.0).collect::<Vec<_>>());
     assert_eq!(seen.collect::<HashSet<_>>().len() as u64, 120 + slots[1]);
+}
+
+fn an_empty_slot_is_served_by_its_neighbour_and_given_back() {
+    let (server, _) = named_server("127.0.0.1:0", "");
+    let daemon = forward(2, "", &[server]);
+    let clients: Vec<UdpSocket> = (0..60).map(|_| client("127.0.0.1:0")).collect();
+    clients.iter().for_each(|socket| drop(ask(socket, front(), b"before")));
+    // A worker that dies again and again is started later and later.
+    within(Duration::from_secs(60), "the neighbour helps out", || {
+        let worker = daemon.worker(1);
+        if worker.pid != 0 && worker.state == "ready" {
+            // It may be gone already.
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(worker.pid as i32), Signal::SIGKILL);
+        }
+        worker.helped_by == Some(0)
+    });
+    clients.iter().for_each(|socket| assert_eq!(ask(socket, front(), b"during"), b"during"));
+    within(Duration::from_secs(60), "the slot is filled again", || {
+        let worker = daemon.worker(1);
+        worker.state == "ready" && worker.helped_by.is_none()
+    });
+    clients.iter().for_each(|socket| assert_eq!(ask(socket, front(), b"after"), b"after"));
+    assert!(daemon.listener("front").dropped.is_empty());
 }
 
 /// Sixteen datagrams of 1,200 bytes and a shorter one, in one call.

@@ -311,10 +311,11 @@ impl<'a> Datagrams<'a> {
 }
 
 /// Every flow takes a descriptor and a local port, and so does one that rests.
+/// A tenth of the ports stays for the host's other programs.
 fn socket_limit(descriptors: usize, slots: usize) -> u32 {
-    let ports =
-        datagram::local_ports().map_or(28_232, |(first, last)| usize::from(last.saturating_sub(first)) + 1);
-    descriptors.min(ports / slots.max(1)).max(1) as u32
+    let range = datagram::local_ports().unwrap_or((32_768, 60_999));
+    let ports = usize::from(range.1.saturating_sub(range.0)) + 1;
+    descriptors.min(ports * 9 / 10 / slots.max(1)).max(1) as u32
 }
 
 fn tell_clamped(config: &Config, limit: u32) {

@@ -52,13 +52,33 @@ impl Arena {
     /// Receives into the places from `first` on, at most `count`; answers how
     /// many were filled. Fewer than asked for: nothing more waits.
     pub fn receive(&mut self, socket: &impl AsFd, first: usize, count: usize) -> io::Result<usize> {
+        self.receive_with(socket, first, count, true)
+    }
+
+    /// The same on a connected socket, which is not asked who sent them: it
+    /// hears one peer alone.
+    pub fn receive_connected(&mut self, socket: &impl AsFd, first: usize, count: usize) -> io::Result<usize> {
+        self.receive_with(socket, first, count, false)
+    }
+
+    fn receive_with(
+        &mut self,
+        socket: &impl AsFd,
+        first: usize,
+        count: usize,
+        asks_names: bool,
+    ) -> io::Result<usize> {
         for place in first..first + count {
             let part = &mut self.bytes[place * self.place_bytes..][..self.place_bytes];
             self.vectors[place] =
                 libc::iovec { iov_base: part.as_mut_ptr().cast(), iov_len: self.place_bytes };
             let header = &mut self.headers[place].msg_hdr;
-            header.msg_name = self.names[place].0.as_mut_ptr().cast();
-            header.msg_namelen = size_of::<Name>() as libc::socklen_t;
+            if asks_names {
+                header.msg_name = self.names[place].0.as_mut_ptr().cast();
+                header.msg_namelen = size_of::<Name>() as libc::socklen_t;
+            } else {
+                (header.msg_name, header.msg_namelen) = (std::ptr::null_mut(), 0);
+            }
             header.msg_iov = &raw mut self.vectors[place];
             header.msg_iovlen = 1;
             header.msg_control = self.controls[place].0.as_mut_ptr().cast();

@@ -34,8 +34,7 @@ pub const MAX_BYTES: usize = 65_507;
 pub struct Received<'a> {
     /// What it carries.
     pub bytes: &'a [u8],
-    /// Where it came from; `None` on a connected socket whose kernel does not
-    /// say.
+    /// Where it came from; `None` where that was not asked.
     pub from: Option<SocketAddr>,
     /// Our address that it was sent to, where the socket tells.
     pub local: Option<IpAddr>,

@@ -257,7 +257,7 @@ impl Datagrams<'_> {
             }
             let Some(Some(uplink)) = self.uplinks.get_mut(key.index as usize) else { continue };
             uplink.queued = false;
-            match self.arena.receive(&uplink.socket, used, FLOW_BATCH) {
+            match self.arena.receive_connected(&uplink.socket, used, FLOW_BATCH) {
                 Ok(count) => {
                     (used..used + count).for_each(|at| self.handle_reply(key, at, now));
                     used += count;

@@ -44,6 +44,8 @@ pub enum ToWorker {
     /// That slot is filled again.
     #[allow(missing_docs)]
     Recall { slot: usize },
+    /// Turn once: the beat of that turn is the answer.
+    Ask,
     /// Leave gracefully; after so many milliseconds (`None` = no limit) what
     /// is left is reset.
     #[allow(missing_docs)]
@@ -105,7 +107,7 @@ pub struct WorkerState {
     pub pid: u32,
     /// The generation that it serves.
     pub generation: u64,
-    /// `starting`, `ready`, `draining` or `backoff`.
+    /// `starting`, `ready`, `draining`, `hung` or `backoff`.
     pub state: String,
     /// How often the slot's worker was replaced.
     pub restarts: u64,

@@ -10,6 +10,7 @@ mod leave;
 mod prepare;
 mod slot;
 mod steward;
+mod watch;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -24,6 +25,7 @@ use tracing::{error, info, warn};
 
 use crate::config::Config;
 use crate::control::{FromSteward, FromWorker, Request, ToSteward, WorkerState};
+use crate::supervision::watch::Watch;
 use crate::supervision::{Action, Event, Phase, Supervision};
 use crate::sys::clock::{self, Millis};
 use crate::sys::signals::Signals;
@@ -78,6 +80,7 @@ struct Supervisor {
     slots: Vec<Slot>,
     steward: Steward,
     supervision: Supervision,
+    watch: Watch,
     leave: Option<Leave>,
     /// Set when the daemon is over.
     end: Option<ExitCode>,
@@ -93,6 +96,7 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
     let _log = crate::control::start_log(&start.config.log, "supervisor");
     crate::sys::process::set_name("ek-supervisor");
     let supervision = Supervision::new(slots.len());
+    let watch = Watch::new(slots.len(), start.config.daemon.hang_timeout.as_millis() as u64);
     let poll = Poll::new().map_err(Refusal::of_system)?;
     let fd = signals.as_fd().as_raw_fd();
     poll.registry().register(&mut SourceFd(&fd), SIGNALS, Interest::READABLE).map_err(Refusal::of_system)?;
@@ -104,6 +108,7 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         slots,
         steward: Steward::default(),
         supervision,
+        watch,
         leave: None,
         end: None,
         announced: false,
@@ -146,6 +151,7 @@ impl Supervisor {
             }
             self.handle_signals()?;
             self.step(Event::Tick)?;
+            self.watch_workers()?;
             self.handle_leave_deadline();
             if self.steward.is_due(clock::coarse()) {
                 self.start_steward();
@@ -158,7 +164,10 @@ impl Supervisor {
 
     fn next_wake(&self) -> Option<Millis> {
         let leave = self.leave.as_ref().and_then(Leave::kill_at);
-        [self.supervision.next_deadline(), self.steward.due_at(), leave].into_iter().flatten().min()
+        [self.supervision.next_deadline(), self.watch.next_deadline(), self.steward.due_at(), leave]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Lets supervision decide, and does what it says.
@@ -169,6 +178,7 @@ impl Supervisor {
                 Action::Lend { slot, to } => self.lend(slot, to),
                 Action::Recall { slot, from } => self.slots[from].recall(slot),
                 Action::Drain(slot) => self.drain(slot),
+                Action::Kill(slot) => self.slots[slot].kill(),
                 Action::Announce => self.announce(),
                 Action::Finish => self.finish(),
             }
@@ -178,7 +188,10 @@ impl Supervisor {
 
     fn spawn(&mut self, slot: usize) -> Result<(), Refusal> {
         match self.slots[slot].spawn(&self.prepared, self.poll.registry(), Token(FIRST_SLOT + slot)) {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                self.watch.begin(slot, clock::coarse());
+                Ok(())
+            }
             Err(error) if self.announced => {
                 error!(slot, %error, "no worker could be started");
                 self.slots[slot].forget_process(self.poll.registry());
@@ -373,6 +386,7 @@ impl Supervisor {
             Phase::Unborn | Phase::Starting => "starting",
             Phase::Waiting { .. } => "backoff",
             Phase::Ready { .. } => "ready",
+            Phase::Hung { .. } => "hung",
             Phase::Draining | Phase::Gone => "draining",
         };
         WorkerState {

@@ -13,6 +13,7 @@ use tracing::warn;
 
 use super::prepare::{FIRST_GENERATION, Prepared};
 use crate::control::{self, FromWorker, Place, ToWorker};
+use crate::counters::{self, Process as Counter};
 use crate::sys::channel::Channel;
 use crate::sys::clock::Millis;
 use crate::sys::shared::Region;
@@ -45,6 +46,11 @@ impl Slot {
     /// Its process, 0 where it is empty.
     pub fn pid(&self) -> u32 {
         self.process.as_ref().map_or(0, |process| process.child.id())
+    }
+
+    /// What its worker counts of itself, or its last one did.
+    pub fn count(&self, which: Counter) -> u64 {
+        counters::process_cell(self.counters.words(), which).map_or(0, counters::Cell::get)
     }
 
     /// Starts a worker for it, with the sockets that the slot has.
@@ -151,6 +157,11 @@ impl Slot {
     /// It does so no more.
     pub fn recall(&mut self, slot: usize) {
         self.tell(&ToWorker::Recall { slot }, &[]);
+    }
+
+    /// Its worker's loop is to turn once.
+    pub fn ask(&mut self) {
+        self.tell(&ToWorker::Ask, &[]);
     }
 
     /// Its worker is to leave within so many milliseconds.

@@ -55,6 +55,8 @@ struct Loop<'a> {
     orphaned_until: Option<Millis>,
     is_orphan: bool,
     paused_before: bool,
+    #[cfg(debug_assertions)]
+    hang: super::hang::Hang,
 }
 
 /// Serves until told to leave; the process's exit code.
@@ -97,6 +99,8 @@ impl<'a> Loop<'a> {
             orphaned_until: None,
             is_orphan: false,
             paused_before: false,
+            #[cfg(debug_assertions)]
+            hang: super::hang::Hang::of_environment(born.slot),
         };
         state.begin(sockets).inspect_err(|error| error!(%error, "cannot begin")).ok()
     }
@@ -130,6 +134,7 @@ impl<'a> Loop<'a> {
                 result => result?,
             }
             let now = clock::coarse();
+            self.sessions.context().beat(now);
             for event in &events {
                 match event.token() {
                     CHANNEL => self.handle_channel(now),
@@ -150,6 +155,8 @@ impl<'a> Loop<'a> {
                 return Ok(());
             }
             self.publish_lag(now);
+            #[cfg(debug_assertions)]
+            self.hang.spin_if_told();
         }
     }
 
@@ -232,6 +239,8 @@ impl<'a> Loop<'a> {
                 Ok(sockets) => self.handle_loan(slot, sockets),
                 Err(error) => warn!(%error, "a loan was refused"),
             },
+            // Having been woken is the answer.
+            ToWorker::Ask => {}
             ToWorker::Recall { slot } => self.listeners.give_back(self.poll.registry(), slot),
             ToWorker::Drain { limit } => self.begin_leave(now, limit),
             ToWorker::Birth { .. } | ToWorker::Sockets(_) | ToWorker::Begin => {

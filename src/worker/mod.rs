@@ -12,6 +12,8 @@
 
 mod birth;
 mod event_loop;
+#[cfg(debug_assertions)]
+mod hang;
 mod leave;
 mod listeners;
 mod sessions;

@@ -28,12 +28,15 @@ use crate::counters::{Counters, Layout, OfListener, OfServer, Process};
 use crate::deadline::Deadlines;
 use crate::relay::{CloseReason, Drive, End, MAX_READ, Readiness, Session, Side};
 use crate::slab::{Key, Slab};
-use crate::sys::clock::Millis;
+use crate::sys::clock::{self, Millis};
 use crate::sys::stream::{Stream, TcpOptions};
 
 /// Bytes that one session may move each way in one turn, so that a busy one
 /// does not keep the others waiting.
 const BUDGET: usize = 1 << 20;
+/// After so many sessions a turn beats once more: with thousands in bulk it
+/// takes long without being stuck.
+const BEAT_EVERY: usize = 64;
 /// How often a session that waits for acknowledgements is looked at.
 const RESET_CHECK: Millis = 20;
 
@@ -59,6 +62,13 @@ pub struct Context<'a> {
     pub counters: Counters<'a>,
     /// Every slot's counters.
     pub all: Vec<Counters<'a>>,
+}
+
+impl Context<'_> {
+    /// Shows the supervisor that the loop turns.
+    pub fn beat(&self, now: Millis) {
+        self.counters.process(Process::Beat).set(now);
+    }
 }
 
 /// All sessions of the worker.
@@ -235,7 +245,10 @@ impl<'a> Sessions<'a> {
 
     /// Drives each session that has something to do once.
     pub fn turn(&mut self, now: Millis) {
-        for key in std::mem::take(&mut self.queue) {
+        for (index, key) in std::mem::take(&mut self.queue).into_iter().enumerate() {
+            if index % BEAT_EVERY == BEAT_EVERY - 1 {
+                self.context.beat(clock::coarse());
+            }
             self.drive(key, now);
         }
     }

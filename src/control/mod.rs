@@ -31,9 +31,10 @@ pub struct Place {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToWorker {
     /// Who it is. Descriptors: the configuration (sealed JSON), its own
-    /// counters, then the counters of all slots to read.
+    /// counters, then the counters of all slots to read. What is `kept` is
+    /// open elsewhere too, and who waits there is served after the daemon's end.
     #[allow(missing_docs)]
-    Birth { slot: usize, slot_count: usize, generation: u64, account: Option<Account> },
+    Birth { slot: usize, slot_count: usize, generation: u64, account: Option<Account>, kept: Vec<Place> },
     /// Sockets that its slot has already, one descriptor a place.
     Sockets(Vec<Place>),
     /// Open what was not given, give up privileges, accept.

@@ -26,6 +26,10 @@ pub use backoff::Backoff;
 /// How long a slot may be empty before a neighbour helps out, in milliseconds.
 pub const LEND_AFTER: u64 = 1_000;
 
+/// How long a killed process may take to end, in milliseconds: freeing the
+/// memory and the sockets of a large one takes a while.
+const END_PATIENCE: u64 = 10_000;
+
 /// Something that happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
@@ -290,6 +294,24 @@ impl Supervision {
     /// What a slot is doing.
     pub fn phase(&self, slot: usize) -> Phase {
         self.slots[slot].phase
+    }
+
+    /// Whether somebody sees to the slot: its worker beats (`watch` would have
+    /// found it hung), is being replaced, or a neighbour accepts for it. Where
+    /// a killed process does not go and nobody can help, only an end of the
+    /// whole daemon is left.
+    pub fn is_tended(&self, slot: usize, now: u64) -> bool {
+        match self.slots[slot].phase {
+            Phase::Hung { since, .. } => {
+                self.slots[slot].lent_to.is_some() || now.saturating_sub(since) < END_PATIENCE
+            }
+            Phase::Unborn
+            | Phase::Waiting { .. }
+            | Phase::Starting
+            | Phase::Ready { .. }
+            | Phase::Draining
+            | Phase::Gone => true,
+        }
     }
 
     /// How often a slot's worker was replaced.

@@ -110,6 +110,18 @@ fn a_hung_worker_that_does_not_die_is_helped_and_helps_nobody() {
 }
 
 #[test]
+fn a_slot_is_untended_when_its_process_does_not_end_and_nobody_helps() {
+    let mut alone = running(1);
+    alone.step(Event::Hung(0), 0);
+    assert!(alone.is_tended(0, END_PATIENCE - 1));
+    assert!(!alone.is_tended(0, END_PATIENCE));
+    let mut helped = running(2);
+    helped.step(Event::Hung(0), 0);
+    helped.step(Event::Tick, LEND_AFTER);
+    assert!(helped.is_tended(0, END_PATIENCE));
+}
+
+#[test]
 fn a_worker_that_hangs_while_draining_is_replaced_to_serve_its_queue() {
     let mut supervision = running(1);
     supervision.step(Event::Leave, 0);

@@ -6,7 +6,9 @@
 //! network. It ends when it was told to leave and every worker is gone, and
 //! keeps its privilege until then: later workers need the same uid to bind.
 
+mod activation;
 mod leave;
+mod notify;
 mod prepare;
 mod slot;
 mod steward;
@@ -20,16 +22,17 @@ use std::time::Duration;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use nix::sys::signal::Signal;
-use sd_notify::NotifyState;
 use tracing::{error, info, warn};
 
 use crate::config::Config;
 use crate::control::{FromSteward, FromWorker, Request, ToSteward, WorkerState};
+use crate::counters::Process;
 use crate::supervision::watch::Watch;
 use crate::supervision::{Action, Event, Phase, Supervision};
 use crate::sys::clock::{self, Millis};
 use crate::sys::signals::Signals;
 use leave::Leave;
+use notify::{Facts, Notify};
 use prepare::Prepared;
 use slot::Slot;
 use steward::Steward;
@@ -81,6 +84,7 @@ struct Supervisor {
     steward: Steward,
     supervision: Supervision,
     watch: Watch,
+    notify: Notify,
     leave: Option<Leave>,
     /// Set when the daemon is over.
     end: Option<ExitCode>,
@@ -90,10 +94,13 @@ struct Supervisor {
 
 /// Runs the daemon until it has left; its exit code.
 pub fn run(start: Start) -> Result<ExitCode, Refusal> {
+    // Before anything is opened: what systemd passed is known by number.
+    let passed = crate::sys::activation::take().map_err(Refusal::of_system)?;
     // Before anything is started: a signal that comes early waits.
     let signals = Signals::block(&HANDLED).map_err(Refusal::of_system)?;
-    let (prepared, slots) = prepare::prepare(&start)?;
+    let (prepared, slots) = prepare::prepare(&start, passed)?;
     let _log = crate::control::start_log(&start.config.log, "supervisor");
+    prepared.notes.iter().for_each(|note| warn!("{note}"));
     crate::sys::process::set_name("ek-supervisor");
     let supervision = Supervision::new(slots.len());
     let watch = Watch::new(slots.len(), start.config.daemon.hang_timeout.as_millis() as u64);
@@ -109,6 +116,7 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         steward: Steward::default(),
         supervision,
         watch,
+        notify: Notify::of_environment(clock::coarse()),
         leave: None,
         end: None,
         announced: false,
@@ -153,6 +161,9 @@ impl Supervisor {
             self.step(Event::Tick)?;
             self.watch_workers()?;
             self.handle_leave_deadline();
+            if self.notify.is_due(clock::coarse()) {
+                self.notify.tick(clock::coarse(), &self.facts());
+            }
             if self.steward.is_due(clock::coarse()) {
                 self.start_steward();
             }
@@ -164,10 +175,9 @@ impl Supervisor {
 
     fn next_wake(&self) -> Option<Millis> {
         let leave = self.leave.as_ref().and_then(Leave::kill_at);
-        [self.supervision.next_deadline(), self.watch.next_deadline(), self.steward.due_at(), leave]
-            .into_iter()
-            .flatten()
-            .min()
+        let watched = [self.watch.next_deadline(), self.notify.next_deadline()];
+        let own = [self.supervision.next_deadline(), self.steward.due_at(), leave];
+        own.into_iter().chain(watched).flatten().min()
     }
 
     /// Lets supervision decide, and does what it says.
@@ -220,10 +230,7 @@ impl Supervisor {
         self.announced = true;
         let listeners: Vec<String> = self.start.config.listeners.iter().map(|l| l.name.clone()).collect();
         info!("ready: {} workers accept on {}", self.slots.len(), listeners.join(", "));
-        let status = format!("{} workers, {} listeners", self.slots.len(), listeners.len());
-        if let Err(error) = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status(&status)]) {
-            warn!(%error, "systemd could not be told");
-        }
+        self.notify.announce(clock::coarse(), &self.facts());
         if let Some(greeting) = self.start.greeting.take() {
             eprint!("{greeting}");
         }
@@ -304,7 +311,7 @@ impl Supervisor {
             return Ok(());
         }
         info!("leaving: nothing new is taken, what is here is finished");
-        let _ = sd_notify::notify(&[NotifyState::Stopping]);
+        self.notify.begin_leave(clock::coarse());
         self.leave = Some(Leave::begin(clock::coarse(), limit));
         self.step(Event::Leave)
     }
@@ -378,6 +385,19 @@ impl Supervisor {
         let states: Vec<WorkerState> = (0..self.slots.len()).map(|slot| self.state(slot)).collect();
         if states != self.told && self.steward.send(&ToSteward::Workers(states.clone())) {
             self.told = states;
+        }
+    }
+
+    /// How the daemon is, for systemd.
+    fn facts(&self) -> Facts {
+        let (slots, now) = (0..self.slots.len(), clock::coarse());
+        let is_ready = |slot: &usize| matches!(self.supervision.phase(*slot), Phase::Ready { .. });
+        Facts {
+            ready_count: slots.clone().filter(is_ready).count(),
+            active: self.slots.iter().map(|slot| slot.count(Process::Active)).sum(),
+            accepted: self.slots.iter().map(|slot| slot.count(Process::Accepted)).collect(),
+            leaving: self.leave.is_some(),
+            tended: slots.clone().all(|slot| self.supervision.is_tended(slot, now)),
         }
     }
 

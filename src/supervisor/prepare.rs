@@ -12,12 +12,14 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
 
+use super::activation::{self, Assignment};
 use super::slot::Slot;
 use super::{Refusal, Start};
 use crate::config::{Config, Listener, Workers};
 use crate::counters::Layout;
 use crate::explain::{self, BindFailure};
 use crate::sys::accounts::{self, Account};
+use crate::sys::activation::Passed;
 use crate::sys::holders::{self, Protocol};
 use crate::sys::listen::{self, Options};
 use crate::sys::process::{self, Image};
@@ -44,6 +46,8 @@ pub struct Prepared {
     pub counters_to_read: Vec<OwnedFd>,
     pub control: UnixListener,
     pub started_at: u64,
+    /// What the operator should know, once there is a log.
+    pub notes: Vec<String>,
     socket: PathBuf,
     _lock: Flock<File>,
 }
@@ -54,8 +58,9 @@ impl Drop for Prepared {
     }
 }
 
-/// Does all that a start needs, and nothing that a refusal would have to undo.
-pub fn prepare(start: &Start) -> Result<(Prepared, Vec<Slot>), Refusal> {
+/// Does all that a start needs, and nothing that a refusal would have to undo;
+/// `passed` is what systemd opened for us.
+pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Vec<Slot>), Refusal> {
     let config = &start.config;
     let slot_count = match config.daemon.workers {
         Workers::Auto => process::usable_cpus().min(64),
@@ -64,15 +69,17 @@ pub fn prepare(start: &Start) -> Result<(Prepared, Vec<Slot>), Refusal> {
     check_descriptors(config, slot_count)?;
     let account = account(config)?;
     let lock = lock(&start.control_socket)?;
-    for listener in &config.listeners {
-        probe(listener)?;
+    let assignment = activation::assign(start, slot_count, &passed)?;
+    for (index, listener) in config.listeners.iter().enumerate() {
+        probe(index, listener, &assignment)?;
     }
     let control = bind_control(&start.control_socket, account)?;
     let layout = Layout::of(config);
-    let slots = (0..slot_count)
+    let mut slots = (0..slot_count)
         .map(|slot| Ok(Slot::new(slot, Region::create("evenkeel-counters", layout.word_count())?)))
         .collect::<std::io::Result<Vec<Slot>>>()
         .map_err(Refusal::of_system)?;
+    activation::give(config, &assignment, passed, &mut slots)?;
     let counters_to_read = slots.iter().map(Slot::counters_to_read).collect::<std::io::Result<Vec<_>>>();
     let json = serde_json::to_vec(config).expect("a configuration is plain data");
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
@@ -84,6 +91,7 @@ pub fn prepare(start: &Start) -> Result<(Prepared, Vec<Slot>), Refusal> {
         counters_to_read: counters_to_read.map_err(Refusal::of_system)?,
         control,
         started_at: now.map_or(0, |time| time.as_secs()),
+        notes: assignment.notes,
         socket: start.control_socket.clone(),
         _lock: lock,
     };
@@ -189,14 +197,18 @@ fn bind_control(path: &Path, account: Option<Account>) -> Result<UnixListener, R
 
 /// Whether somebody else listens here already. A bind with SO_REUSEPORT would
 /// succeed beside our own user's sockets and share the port silently.
-fn probe(listener: &Listener) -> Result<(), Refusal> {
+fn probe(index: usize, listener: &Listener, assignment: &Assignment) -> Result<(), Refusal> {
     let options = Options {
         interface: listener.interface.clone(),
         transparent: listener.transparent,
         freebind: listener.freebind,
         ..Options::default()
     };
-    for &address in &listener.bind {
+    for (number, &address) in listener.bind.iter().enumerate() {
+        // systemd listens here, for us.
+        if assignment.has(index, number) {
+            continue;
+        }
         let Err(error) = patiently(|| listen::probe_tcp(address, &options)) else { continue };
         let facts = holders::gather(address, Protocol::Tcp, &options);
         let errno = error.raw_os_error().unwrap_or(0);

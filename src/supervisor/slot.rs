@@ -24,6 +24,8 @@ pub struct Slot {
     number: usize,
     counters: Region,
     held: Vec<(Place, OwnedFd)>,
+    /// Places whose sockets systemd holds as well, beyond our end.
+    kept: Vec<Place>,
     process: Option<Process>,
 }
 
@@ -35,7 +37,7 @@ struct Process {
 
 impl Slot {
     pub fn new(number: usize, counters: Region) -> Slot {
-        Slot { number, counters, held: Vec::new(), process: None }
+        Slot { number, counters, held: Vec::new(), kept: Vec::new(), process: None }
     }
 
     /// Read-only descriptors of its counters.
@@ -72,6 +74,7 @@ impl Slot {
             slot_count: prepared.slot_count,
             generation: FIRST_GENERATION,
             account: prepared.account,
+            kept: self.kept.clone(),
         };
         let readable = prepared.counters_to_read.iter().map(AsFd::as_fd);
         let fds: Vec<BorrowedFd> =
@@ -130,6 +133,12 @@ impl Slot {
                 self.kill();
             }
         }
+    }
+
+    /// Keeps what systemd opened for it, before its first worker.
+    pub fn adopt(&mut self, sockets: Vec<(Place, OwnedFd)>) {
+        self.kept = sockets.iter().map(|(place, _)| *place).collect();
+        self.held = sockets;
     }
 
     /// The daemon leaves and the queues are served: nobody needs them more.

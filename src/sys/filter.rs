@@ -25,6 +25,26 @@ pub fn refuse_new_handshakes(listener: impl AsFd) -> io::Result<()> {
     attach(listener, &program)
 }
 
+/// Takes a filter away that an earlier process left on the socket; one without
+/// is left as it is.
+pub fn remove(listener: impl AsFd) -> io::Result<()> {
+    let unused: libc::c_int = 0;
+    // SAFETY: the kernel reads an int, which lives through the call.
+    let result = unsafe {
+        libc::setsockopt(
+            listener.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_DETACH_FILTER,
+            (&raw const unused).cast(),
+            size_of::<libc::c_int>() as u32,
+        )
+    };
+    match super::check(result) {
+        Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
+        _ => Ok(()),
+    }
+}
+
 fn op(code: u32, jump_true: u8, jump_false: u8, k: u32) -> libc::sock_filter {
     libc::sock_filter { code: code as u16, jt: jump_true, jf: jump_false, k }
 }

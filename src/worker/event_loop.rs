@@ -48,6 +48,8 @@ struct Loop<'a> {
     poll: Poll,
     channel: Channel,
     listeners: Listeners,
+    /// Places whose sockets outlive the daemon.
+    kept: Vec<Place>,
     sessions: Sessions<'a>,
     session_limit: usize,
     leave: Option<Leave>,
@@ -93,6 +95,7 @@ impl<'a> Loop<'a> {
             poll: Poll::new().ok()?,
             channel,
             listeners: Listeners::default(),
+            kept: born.kept.clone(),
             sessions: Sessions::new(context, clock::coarse()),
             session_limit,
             leave: None,
@@ -277,6 +280,8 @@ impl<'a> Loop<'a> {
         if self.leave.is_some() {
             return;
         }
+        // A filter there would keep the next daemon's clients out.
+        self.listeners.let_go(self.poll.registry(), &self.kept);
         for (_, socket) in self.listeners.sockets() {
             if let Err(error) = filter::refuse_new_handshakes(socket) {
                 warn!(%error, "new handshakes cannot be kept out");

@@ -82,6 +82,16 @@ impl Listeners {
         }
     }
 
+    /// Leaves sockets at these places, with their queues, to whoever holds them
+    /// as well.
+    pub fn let_go(&mut self, registry: &Registry, places: &[Place]) {
+        for entry in &mut self.entries {
+            if let Some(kept) = entry.take_if(|entry| places.contains(&entry.place)) {
+                let _ = registry.deregister(&mut SourceFd(&kept.socket.as_raw_fd()));
+            }
+        }
+    }
+
     /// Remembers an event.
     pub fn handle_ready(&mut self, index: usize) {
         if let Some(Some(entry)) = self.entries.get_mut(index) {

@@ -35,6 +35,9 @@ fn main() {
         a_restart_with_a_socket_unit_refuses_nobody needs ["a machine"],
         a_stopped_supervisor_is_replaced_by_the_watchdog needs ["a machine"],
         too_few_lines_in_the_socket_unit_are_refused_with_their_number needs ["a machine"],
+        the_root_drop_in_keeps_the_supervisor_root_alone needs ["a machine"],
+        a_port_in_use_is_said_in_words_by_the_hardened_unit needs ["a machine"],
+        a_leave_by_the_control_socket_is_followed_by_a_start needs ["a machine"],
         a_wrong_configuration_is_not_tried_again needs ["a machine"],
     ])
 }
@@ -278,6 +281,10 @@ fn sockets_for_another_process_are_left_alone() {
     assert!(!daemon.log().contains("systemd"), "{}", daemon.log());
 }
 
+fn oom_score(pid: u32) -> String {
+    fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).expect("a living process").trim().to_string()
+}
+
 fn try_exchange(address: SocketAddr) -> std::io::Result<()> {
     let mut client = TcpStream::connect_timeout(&address, Duration::from_secs(20))?;
     client.set_read_timeout(Some(Duration::from_secs(20)))?;
@@ -308,7 +315,10 @@ fn the_unit_starts_and_stops_within_the_drain_timeout() {
         assert_eq!(line("CapEff:"), "CapEff:\t0000000000000000");
         assert_eq!(line("CapAmb:"), "CapAmb:\t0000000000000000");
         assert_eq!(line("Seccomp:"), "Seccomp:\t2");
+        assert_eq!(oom_score(pid), "0", "a child dies before the supervisor does");
     }
+    // Where the host lets nobody lower it, systemd passes over that.
+    println!("oom_score_adj of the supervisor: {}", oom_score(supervisor));
     let limits = fs::read_to_string(format!("/proc/{supervisor}/limits")).expect("a living process");
     println!("{}", limits.lines().find(|line| line.starts_with("Max open files")).unwrap_or(""));
     let mut session = connect(local(80));
@@ -444,4 +454,55 @@ fn a_wrong_configuration_is_not_tried_again() {
         ("78".into(), "0".into())
     );
     assert!(machine.log().contains("evenkeel.toml:2:11"), "{}", machine.log());
+}
+
+fn the_root_drop_in_keeps_the_supervisor_root_alone() {
+    let config = format!("[daemon]\nworkers = 2\nhang_timeout = \"300ms\"\nuser = \"nobody\"\n{FRONT}");
+    let drop_in = fs::read_to_string("systemd/drop-ins/root.conf").expect("the drop-in");
+    let machine = Machine::boot(&[
+        ("/etc/evenkeel/evenkeel.toml", &config),
+        ("/etc/systemd/system/evenkeel.service.d/root.conf", &drop_in),
+    ]);
+    machine.systemctl(&["start", "evenkeel"]);
+    let uid = |pid: u32| {
+        let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("a living process");
+        text.lines().find(|line| line.starts_with("Uid:")).unwrap_or("").to_string()
+    };
+    let supervisor = machine.supervisor();
+    assert_eq!(uid(supervisor), "Uid:\t0\t0\t0\t0");
+    let children = support::daemon::children_of(supervisor);
+    assert_eq!(children.len(), 3);
+    assert!(children.iter().all(|&pid| uid(pid) == "Uid:\t65534\t65534\t65534\t65534"));
+    // It can still end what belongs to another user.
+    let worker = children[0];
+    signal(worker, Signal::SIGSTOP);
+    eventually("the hung worker is replaced", || !support::daemon::runs(worker));
+    try_exchange(local(8080)).expect("served");
+}
+
+fn a_port_in_use_is_said_in_words_by_the_hardened_unit() {
+    let machine =
+        Machine::boot(&[("/etc/evenkeel/evenkeel.toml", &format!("[daemon]\nworkers = 2\n{FRONT}"))]);
+    let holder = TcpListener::bind("127.0.0.1:8080").expect("a free port");
+    machine.systemctl(&["start", "--no-block", "evenkeel"]);
+    eventually("it is said", || machine.log().contains("127.0.0.1:8080/tcp"));
+    println!("{}", machine.log());
+    // It heals by itself: each start tries again.
+    drop(holder);
+    machine.wait_for(Duration::from_secs(20), "ActiveState", "active");
+}
+
+fn a_leave_by_the_control_socket_is_followed_by_a_start() {
+    let machine =
+        Machine::boot(&[("/etc/evenkeel/evenkeel.toml", &format!("[daemon]\nworkers = 2\n{FRONT}"))]);
+    machine.systemctl(&["start", "evenkeel"]);
+    let before = machine.supervisor();
+    let begin = Instant::now();
+    assert!(machine.run(&["evenkeel", "drain"]).status.success());
+    eventually("another supervisor", || {
+        let now = machine.supervisor();
+        now != 0 && now != before
+    });
+    println!("an idle daemon left and came back within {:?}", begin.elapsed());
+    assert_eq!(machine.property("NRestarts"), "1");
 }

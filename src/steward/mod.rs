@@ -83,6 +83,7 @@ fn serve(channel: Channel) -> Result<(), String> {
         return Err("the supervisor did not begin with a birth".into());
     };
     process::set_name("ek-steward");
+    process::leave_oom_protection();
     let mut fds = fds.into_iter();
     let mut next = || fds.next().ok_or("the birth came with too few descriptors");
     let config = shared::read_sealed(next()?).map_err(|e| e.to_string())?;

@@ -125,6 +125,35 @@ mod tests {
     use std::net::{TcpListener, UdpSocket};
 
     #[test]
+    fn an_adopted_datagram_socket_can_no_longer_be_stolen() {
+        // As systemd opens one: SO_REUSEADDR set.
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, Type::DGRAM, None).unwrap();
+        socket.set_reuse_address(true).unwrap();
+        socket.set_reuse_port(true).unwrap();
+        socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+        let fd = OwnedFd::from(socket);
+        let Kind::Udp(bound) = kind_of(&fd) else { panic!("not UDP") };
+        crate::sys::listen::adopt_udp(&fd, bound.address, &crate::sys::listen::Options::default()).unwrap();
+        let socket = SockRef::from(&fd);
+        assert!(!socket.reuse_address().unwrap() && socket.reuse_port().unwrap());
+        assert!(socket.nonblocking().unwrap());
+        assert_eq!(fcntl(&fd, FcntlArg::F_GETFD).unwrap(), FdFlag::FD_CLOEXEC.bits());
+    }
+
+    #[test]
+    fn an_adopted_listener_takes_handshakes_whatever_was_left_on_it() {
+        use std::net::TcpStream;
+        use std::time::Duration;
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        crate::sys::filter::refuse_new_handshakes(&listener).unwrap();
+        assert!(TcpStream::connect_timeout(&address, Duration::from_millis(50)).is_err());
+        let fd = OwnedFd::from(listener);
+        crate::sys::listen::adopt_tcp(&fd, address, &crate::sys::listen::Options::default()).unwrap();
+        assert!(TcpStream::connect_timeout(&address, Duration::from_secs(10)).is_ok());
+    }
+
+    #[test]
     fn a_listener_a_datagram_socket_and_a_file_are_told_apart() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();

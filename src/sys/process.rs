@@ -72,6 +72,18 @@ pub fn set_no_new_privileges() -> io::Result<()> {
     Ok(())
 }
 
+/// Gives up the protection from the kernel's out-of-memory killer that was
+/// inherited from a protected parent: if one must die, a child that is
+/// replaced. Best effort.
+pub fn leave_oom_protection() {
+    const SCORE: &str = "/proc/self/oom_score_adj";
+    let score = std::fs::read_to_string(SCORE).ok().and_then(|text| text.trim().parse::<i32>().ok());
+    if score.is_some_and(|score| score < 0) {
+        // Raising one's own score needs no privilege (proc(5)).
+        let _ = std::fs::write(SCORE, "0");
+    }
+}
+
 /// Raises the limit of open files as far as it may go; answers the limit.
 pub fn raise_file_limit() -> io::Result<u64> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;

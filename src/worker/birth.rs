@@ -50,6 +50,7 @@ impl Born {
             return Err(Failure::new("the supervisor did not begin with a birth"));
         };
         process::set_name(&format!("ek-worker-{slot}"));
+        process::leave_oom_protection();
         let mut fds = fds.into_iter();
         let mut next = || fds.next().ok_or_else(|| Failure::new("the birth came with too few descriptors"));
         let config = read_config(next()?)?;

@@ -33,6 +33,7 @@ fn main() {
         sockets_for_another_process_are_left_alone,
         the_unit_starts_and_stops_within_the_drain_timeout needs ["a machine"],
         a_restart_with_a_socket_unit_refuses_nobody needs ["a machine"],
+        a_killed_supervisor_is_replaced_at_once needs ["a machine"],
         a_stopped_supervisor_is_replaced_by_the_watchdog needs ["a machine"],
         too_few_lines_in_the_socket_unit_are_refused_with_their_number needs ["a machine"],
         the_root_drop_in_keeps_the_supervisor_root_alone needs ["a machine"],
@@ -404,7 +405,15 @@ fn a_restart_with_a_socket_unit_refuses_nobody() {
     assert_eq!(machine.property("NRestarts"), "0");
 }
 
+fn a_killed_supervisor_is_replaced_at_once() {
+    a_supervisor_is_replaced(Signal::SIGKILL, Duration::from_secs(4));
+}
+
 fn a_stopped_supervisor_is_replaced_by_the_watchdog() {
+    a_supervisor_is_replaced(Signal::SIGSTOP, Duration::from_secs(8));
+}
+
+fn a_supervisor_is_replaced(by: Signal, limit: Duration) {
     let machine = socket_machine("[Service]\nWatchdogSec=2s\n", 2);
     machine.systemctl(&["start", "evenkeel.socket", "evenkeel.service"]);
     let before = machine.supervisor();
@@ -412,7 +421,7 @@ fn a_stopped_supervisor_is_replaced_by_the_watchdog() {
     let (served, errors) = under_traffic(|served| {
         traffic_goes_on(served);
         let begin = Instant::now();
-        signal(before, Signal::SIGSTOP);
+        signal(before, by);
         within(Duration::from_secs(15), "a new supervisor", || {
             let now = machine.supervisor();
             now != 0 && now != before && machine.property("ActiveState") == "active"
@@ -422,7 +431,7 @@ fn a_stopped_supervisor_is_replaced_by_the_watchdog() {
     });
     println!("replaced after {took:?}; {served} sessions, {} of them broken", errors.len());
     assert_eq!(machine.property("NRestarts"), "1");
-    assert!(took < Duration::from_secs(8), "{took:?}");
+    assert!(took < limit, "{took:?}");
     let refused = errors.iter().filter(|error| {
         matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::TimedOut | ErrorKind::WouldBlock)
     });

@@ -22,7 +22,7 @@ use crate::counters::{Counters, Process};
 use crate::relay::CloseReason;
 use crate::sys::channel::Channel;
 use crate::sys::clock::{self, Millis};
-use crate::sys::{filter, handshakes, process};
+use crate::sys::{handshakes, process};
 
 /// Connections that one socket may bring in one turn.
 const ACCEPT_BUDGET: usize = 64;
@@ -282,10 +282,8 @@ impl<'a> Loop<'a> {
         }
         // A filter there would keep the next daemon's clients out.
         self.listeners.let_go(self.poll.registry(), &self.kept);
-        for (_, socket) in self.listeners.sockets() {
-            if let Err(error) = filter::refuse_new_handshakes(socket) {
-                warn!(%error, "new handshakes cannot be kept out");
-            }
+        if let Err(error) = self.listeners.keep_out() {
+            warn!(%error, "new handshakes cannot be kept out");
         }
         self.leave = Some(Leave::begin(now, limit));
     }

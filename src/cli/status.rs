@@ -110,7 +110,8 @@ fn describe_flows(out: &mut String, flows: &Flows, dropped: &BTreeMap<String, u6
         "  datagrams in {datagrams_in}  out {datagrams_out}  flows moved {moved}  ports in quarantine {quarantined} (cut {quarantine_cut})"
     );
     if !dropped.is_empty() {
-        let dropped: Vec<String> = dropped.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
+        let dropped: Vec<String> =
+            dropped.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
         let _ = writeln!(out, "  dropped: {}", dropped.join("  "));
     }
 }

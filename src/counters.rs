@@ -171,6 +171,41 @@ impl<'a> Counters<'a> {
         Cell(&self.words[first + server * SERVER_WORDS + which as usize])
     }
 
+    /// Adds what another region has counted, listener by listener and server by
+    /// server of the same name. Gauges stay out: what a process held when it
+    /// ended is in nobody's hands.
+    pub fn add_all(&self, own: &Config, from: &Counters, other: &Config) {
+        for which in [Process::Accepted, Process::AcceptPauses] {
+            self.process(which).add(from.process(which).get());
+        }
+        for (index, listener) in own.listeners.iter().enumerate() {
+            let Some(old) = other.listeners.iter().position(|l| l.name == listener.name) else { continue };
+            use OfListener::{BytesIn, BytesOut, Connections};
+            for which in [Connections, BytesIn, BytesOut] {
+                self.listener(index, which).add(from.listener(old, which).get());
+            }
+            for reason in CloseReason::ALL {
+                self.ended(index, reason).add(from.ended(old, reason).get());
+            }
+            // Not the kernel's drops: those are the sockets' own, and the
+            // sockets live on.
+            use OfFlows::{DatagramsIn, DatagramsOut, Moved, OffloadFailures, QuarantineCut};
+            for which in [DatagramsIn, DatagramsOut, Moved, OffloadFailures, QuarantineCut] {
+                self.flows(index, which).add(from.flows(old, which).get());
+            }
+            for reason in DropReason::ALL {
+                self.dropped(index, reason).add(from.dropped(old, reason).get());
+            }
+        }
+        let servers = servers_of(other);
+        for (index, name) in servers_of(own).into_iter().enumerate() {
+            let Some(old) = servers.iter().position(|old| *old == name) else { continue };
+            for which in [OfServer::Connections, OfServer::Failures] {
+                self.server(index, which).add(from.server(old, which).get());
+            }
+        }
+    }
+
     /// Called by a slot's new worker: what the last one held is lost with it,
     /// so that accepted = active + ended by some reason, always.
     pub fn begin_life(&self, layout: &Layout) {
@@ -186,6 +221,14 @@ impl<'a> Counters<'a> {
         self.process(Process::Active).set(0);
         self.process(Process::LoopLag).set(0);
     }
+}
+
+/// Upstream and address of every server, in the order of their numbers.
+fn servers_of(config: &Config) -> Vec<(&str, String)> {
+    let servers = config.upstreams.iter().flat_map(|upstream| {
+        upstream.servers.iter().map(|server| (upstream.name.as_str(), server.address.to_string()))
+    });
+    servers.collect()
 }
 
 /// One counter.

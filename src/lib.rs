@@ -23,6 +23,8 @@ pub mod deadline;
 pub mod doctor;
 pub mod explain;
 pub mod flow;
+pub mod handover;
+pub mod loadgen;
 pub mod logging;
 pub mod relay;
 pub mod slab;

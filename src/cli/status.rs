@@ -12,7 +12,7 @@ use crate::spread::{Circumstances, Verdict};
 
 /// Prints what the daemon says.
 pub fn run(socket: &Path, json: bool) -> ExitCode {
-    let answer = match ask::ask(socket, "status") {
+    let answer = match ask::ask(socket, &serde_json::json!({"command": "status"})) {
         Ok(mut answer) => answer["status"].take(),
         Err(code) => return code,
     };

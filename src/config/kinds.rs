@@ -313,6 +313,13 @@ fn socket_address(text: &str, example: &str) -> Result<SocketAddr, Wrong> {
     if host.parse::<std::net::Ipv6Addr>().is_ok() {
         return Err(Wrong::new("is not an address", format!("write IPv6 in brackets: \"[{host}]:{port}\"")));
     }
+    if let Some((address, interface)) = host.split_once('%')
+        && interface.trim_end_matches(']').parse::<u32>().is_err()
+    {
+        let name = interface.trim_end_matches(']');
+        let help = format!("write \"{address}]:{port}\" and interface = \"{name}\"");
+        return Err(Wrong::new("names an interface in the address", help));
+    }
     let in_brackets = host.starts_with('[') && host.ends_with(']');
     if in_brackets || host.parse::<std::net::IpAddr>().is_ok() {
         return Err(Wrong::new("has a wrong port", "a port is a number from 1 to 65535"));

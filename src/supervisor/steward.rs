@@ -3,17 +3,21 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::process::Child;
+use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use tracing::warn;
 
-use super::Start;
-use super::prepare::{FIRST_GENERATION, Prepared};
+use super::generation::Generation;
+use super::prepare::Prepared;
 use crate::control::{self, FromSteward, StewardBirth, ToSteward};
 use crate::supervision::Backoff;
 use crate::sys::channel::Channel;
 use crate::sys::clock::{self, Millis};
+
+/// How long an ending steward may take, in milliseconds.
+const PATIENCE: Millis = 1_000;
 
 /// The steward's place.
 #[derive(Debug, Default)]
@@ -35,7 +39,8 @@ impl Steward {
     pub fn start(
         &mut self,
         prepared: &Prepared,
-        start: &Start,
+        generation: &Generation,
+        config_path: &str,
         registry: &Registry,
         token: Token,
     ) -> io::Result<()> {
@@ -47,22 +52,18 @@ impl Steward {
         let process = self.process.insert(Process { child, channel: ours, since: clock::coarse() });
         let birth = StewardBirth {
             account: prepared.account,
-            slot_count: prepared.slot_count,
-            generation: FIRST_GENERATION,
             supervisor_pid: std::process::id(),
-            config_path: start.config_path.clone(),
+            config_path: config_path.to_string(),
             started_at: prepared.started_at,
         };
-        let readable = prepared.counters_to_read.iter().map(AsFd::as_fd);
-        let fds: Vec<BorrowedFd> =
-            [prepared.config.as_fd(), prepared.control.as_fd()].into_iter().chain(readable).collect();
+        let fds = [generation.sealed.as_fd(), prepared.control.as_fd()];
         control::send(&process.channel, &ToSteward::Birth(birth), &fds)
     }
 
     /// Tells it something; false where it is not there to hear it.
-    pub fn send(&mut self, message: &ToSteward) -> bool {
+    pub fn send(&mut self, message: &ToSteward, fds: &[BorrowedFd]) -> bool {
         let Some(process) = &mut self.process else { return false };
-        match control::send(&process.channel, message, &[]) {
+        match control::send(&process.channel, message, fds) {
             Ok(()) => true,
             Err(error) => {
                 warn!(%error, "the steward takes no messages: killed");
@@ -114,11 +115,15 @@ impl Steward {
         self.due_at
     }
 
-    /// Ends it.
+    /// Ends it: it may finish the answers that it owes.
     pub fn end(&mut self) {
-        if let Some(mut process) = self.process.take() {
-            let _ = process.child.kill();
-            let _ = process.child.wait();
+        let Some(Process { mut child, channel, .. }) = self.process.take() else { return };
+        drop(channel);
+        let deadline = clock::coarse() + PATIENCE;
+        while matches!(child.try_wait(), Ok(None)) && clock::coarse() < deadline {
+            std::thread::sleep(Duration::from_millis(2));
         }
+        let _ = child.kill();
+        let _ = child.wait();
     }
 }

@@ -14,6 +14,7 @@ pub mod holders;
 pub mod host;
 pub mod isolated;
 pub mod listen;
+pub mod notify;
 pub mod process;
 pub mod shared;
 pub mod signals;

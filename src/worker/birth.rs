@@ -17,6 +17,7 @@ use crate::explain::{self, BindFailure};
 use crate::logging;
 use crate::sys::accounts::{self, Account};
 use crate::sys::channel::Channel;
+use crate::sys::filter;
 use crate::sys::holders::{self, Protocol};
 use crate::sys::listen::{self, MulticastInterface, Options, Share};
 use crate::sys::process;
@@ -101,7 +102,10 @@ fn complete(
         for address in 0..listener.bind.len() {
             let place = Place { listener: listener_index, address };
             let socket = match given.remove(&place) {
-                Some(socket) => socket,
+                Some(socket) => {
+                    adopt(listener, address, share, &socket)?;
+                    socket
+                }
                 None => {
                     opened.push(sockets.len());
                     open(listener, address, share)?
@@ -137,14 +141,9 @@ fn open(listener: &Listener, address: usize, share: Share) -> Result<OwnedFd, Fa
         let text = format!("listener \"{}\": {}", listener.name, told.text);
         Failure { text, advice: told.advice, exit_code: told.exit_code }
     })?;
-    if listener.mode == Mode::Udp {
-        return Ok(socket);
+    if listener.mode == Mode::Tcp {
+        set_tcp_options(listener, &socket)?;
     }
-    // Set once here, inherited by every connection that is accepted.
-    let tcp = TcpOptions { keepalive: listener.tcp.keepalive, user_timeout: listener.tcp.user_timeout };
-    tcp.apply(&socket).map_err(|e| {
-        Failure::new(format!("listener \"{}\": {}: {e}", listener.name, listener.bind[address]))
-    })?;
     Ok(socket)
 }
 
@@ -154,6 +153,35 @@ fn join_on(interface: Option<&config::MulticastInterface>) -> MulticastInterface
         Some(config::MulticastInterface::Name(name)) => MulticastInterface::Name(name.clone()),
         Some(config::MulticastInterface::Address(address)) => MulticastInterface::Address(*address),
     }
+}
+
+/// A socket of an earlier worker: its options may be those of an earlier
+/// configuration.
+fn adopt(listener: &Listener, address: usize, share: Share, socket: &OwnedFd) -> Result<(), Failure> {
+    let failure = |what: &str, error: std::io::Error| {
+        Failure::new(format!("listener \"{}\": a kept socket {what}: {error}", listener.name))
+    };
+    let bind = listener.bind[address];
+    match listener.mode {
+        Mode::Tcp => {
+            let backlog = i32::try_from(listener.backlog).unwrap_or(i32::MAX);
+            let socket = socket2::SockRef::from(socket);
+            socket.listen(backlog).map_err(|error| failure("does not listen", error))?;
+        }
+        // Another number of slots makes another share of the group.
+        Mode::Udp if listen::is_group(bind) && listener.udp.multicast == Multicast::Partition => {
+            filter::take_share(socket, bind.is_ipv6(), share.index, share.count)
+                .map_err(|error| failure("takes no share of its group", error))?;
+        }
+        Mode::Udp => {}
+    }
+    if listener.mode == Mode::Tcp { set_tcp_options(listener, socket) } else { Ok(()) }
+}
+
+/// Set once on the listener, inherited by every connection that it accepts.
+fn set_tcp_options(listener: &Listener, socket: &OwnedFd) -> Result<(), Failure> {
+    let tcp = TcpOptions { keepalive: listener.tcp.keepalive, user_timeout: listener.tcp.user_timeout };
+    tcp.apply(socket).map_err(|e| Failure::new(format!("listener \"{}\": {e}", listener.name)))
 }
 
 /// What `sys::listen` is to be told for a listener.

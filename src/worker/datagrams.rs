@@ -248,6 +248,13 @@ impl<'a> Datagrams<'a> {
         self.flows.begin_leave();
     }
 
+    /// Another worker reads the sockets from now on. The flows that there are
+    /// still bring their replies, until they are idle.
+    pub fn stop_receiving(&mut self, registry: &Registry) {
+        self.fronts.stop(registry);
+        self.begin_leave();
+    }
+
     /// Flows that a leave waits for: those with a server. What the worker
     /// answers by itself, it can stop answering.
     pub fn len(&self) -> usize {

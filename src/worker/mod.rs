@@ -13,6 +13,7 @@
 mod birth;
 mod datagrams;
 mod event_loop;
+mod handover;
 mod leave;
 mod listeners;
 mod sessions;

@@ -86,12 +86,15 @@ fn missing_network() -> Option<String> {
     (!status.success()).then(|| "this host allows no network namespace".to_string())
 }
 
+/// Why a test cannot run here; `root` stands for the right to be two users.
 fn missing_program(needs: &[&str]) -> Option<String> {
     let paths = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
-    let found =
-        |name: &&&str| paths.split(':').any(|folder| std::path::Path::new(folder).join(name).exists());
-    let missing = needs.iter().find(|name| !found(name))?;
-    Some(format!("{missing} is not installed"))
+    let installed =
+        |name: &str| paths.split(':').any(|folder| std::path::Path::new(folder).join(name).exists());
+    needs.iter().find_map(|&need| match need {
+        "root" => (!nix::unistd::geteuid().is_root()).then(|| "only root has a second user".to_string()),
+        program => (!installed(program)).then(|| format!("{program} is not installed")),
+    })
 }
 
 fn in_own_process(name: &str) -> Result<(), Failed> {

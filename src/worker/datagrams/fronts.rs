@@ -63,6 +63,14 @@ impl Fronts {
         }
     }
 
+    /// Reads none of them any more; they are still there to send by.
+    pub fn stop(&mut self, registry: &Registry) {
+        for front in self.entries.iter_mut().flatten() {
+            let _ = registry.deregister(&mut SourceFd(&front.socket.as_raw_fd()));
+            front.ready = false;
+        }
+    }
+
     /// Whether the kernel joins datagrams here, and so on flows' sockets.
     pub fn joins(&self) -> bool {
         self.joins

@@ -38,6 +38,7 @@ fn main() {
         services_answer_by_themselves,
         flows_go_on_while_the_daemon_leaves,
         a_daemon_without_flows_leaves_at_once,
+        reloads_lose_no_answer,
         a_second_signal_leaves_nobody_behind,
         servers_are_told_the_client_in_front_of_every_datagram,
         a_flow_ends_after_its_replies,
@@ -501,6 +502,36 @@ fn a_daemon_without_flows_leaves_at_once() {
     let mut daemon = forward(2, "", &[server]);
     daemon.signal(Signal::SIGTERM);
     assert!(daemon.wait(Duration::from_secs(5)).success());
+}
+
+/// One worker takes up the very sockets of another: what waits there is
+/// answered, and answers that are under way still arrive.
+fn reloads_lose_no_answer() {
+    let (server, _) = named_server("127.0.0.1:0", "");
+    let daemon = forward(3, "", &[server]);
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let stop = &stop;
+        for _ in 0..4 {
+            scope.spawn(move || {
+                let clients: Vec<UdpSocket> = (0..10).map(|_| client("127.0.0.1:0")).collect();
+                let mut count = 0u32;
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    for socket in &clients {
+                        count += 1;
+                        assert_eq!(ask(socket, front(), &count.to_be_bytes()), count.to_be_bytes());
+                    }
+                }
+            });
+        }
+        for _ in 0..5 {
+            let socket = daemon.socket();
+            let out = support::daemon::evenkeel(&["reload", "--socket", socket.to_str().unwrap()]);
+            assert!(out.status.success(), "{out:?}");
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    assert!(daemon.listener("front").dropped.is_empty(), "{:?}", daemon.listener("front").dropped);
 }
 
 fn a_second_signal_leaves_nobody_behind() {

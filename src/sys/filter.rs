@@ -4,7 +4,8 @@
 //! listener that leaves: it drops a segment that has SYN and not ACK; the
 //! handshakes that the kernel has already answered still complete, and what
 //! waits in the accept queue stays. `take_share` divides a multicast group
-//! among sockets that each get all of it. `take_nothing` is for a socket that
+//! among sockets that each get all of it. `take_all` is for one that gets copies
+//! again. `take_nothing` is for a socket that
 //! only holds its port. A filter belongs to the socket, so every holder of it
 //! is affected, and it outlives the process that set it.
 
@@ -58,6 +59,26 @@ pub fn take_share(socket: impl AsFd, v6: bool, index: u32, count: u32) -> io::Re
         op(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
     ]);
     attach(socket, &program)
+}
+
+/// The socket has no filter any more.
+pub fn take_all(socket: impl AsFd) -> io::Result<()> {
+    let nothing: libc::c_int = 0;
+    // SAFETY: needed because no library of ours detaches filters. The kernel
+    // reads one int, which lives through the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_DETACH_FILTER,
+            (&raw const nothing).cast(),
+            size_of::<libc::c_int>() as u32,
+        )
+    };
+    match super::check(result) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        result => result.map(drop),
+    }
 }
 
 /// The socket queues nothing any more.

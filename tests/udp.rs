@@ -510,8 +510,9 @@ fn reloads_lose_no_answer() {
     let (server, _) = named_server("127.0.0.1:0", "");
     let daemon = forward(3, "", &[server]);
     let stop = std::sync::atomic::AtomicBool::new(false);
+    let asked = std::sync::atomic::AtomicU64::new(0);
     std::thread::scope(|scope| {
-        let stop = &stop;
+        let (stop, asked) = (&stop, &asked);
         for _ in 0..4 {
             scope.spawn(move || {
                 let clients: Vec<UdpSocket> = (0..10).map(|_| client("127.0.0.1:0")).collect();
@@ -522,6 +523,7 @@ fn reloads_lose_no_answer() {
                         assert_eq!(ask(socket, front(), &count.to_be_bytes()), count.to_be_bytes());
                     }
                 }
+                asked.fetch_add(u64::from(count), std::sync::atomic::Ordering::Relaxed);
             });
         }
         for _ in 0..5 {
@@ -531,7 +533,12 @@ fn reloads_lose_no_answer() {
         }
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
     });
-    assert!(daemon.listener("front").dropped.is_empty(), "{:?}", daemon.listener("front").dropped);
+    let listener = daemon.listener("front");
+    assert!(listener.dropped.is_empty(), "{:?}", listener.dropped);
+    // Nothing that was counted is forgotten with the worker that counted it.
+    let (asked, flows) = (asked.into_inner(), listener.flows.unwrap());
+    assert_eq!((flows.datagrams_in, flows.datagrams_out), (asked, asked));
+    assert!(flows.opened >= 40);
 }
 
 fn a_second_signal_leaves_nobody_behind() {

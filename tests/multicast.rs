@@ -10,9 +10,9 @@ use std::time::Duration;
 use evenkeel::sys::listen::{self, MulticastInterface, Options};
 use nix::sys::signal::Signal;
 use socket2::SockRef;
-use support::daemon::{Daemon, signal};
+use support::daemon::{Daemon, evenkeel, signal};
 use support::datagrams::{Seen, let_pass, receive, udp_server};
-use support::eventually;
+use support::{eventually, within};
 
 fn main() {
     support::run(tests![
@@ -20,6 +20,7 @@ fn main() {
         partition_works_for_ipv6_groups needs ["ip"],
         copy_gives_each_datagram_to_every_worker,
         a_killed_worker_costs_no_datagram_and_doubles_none,
+        another_number_of_workers_divides_the_group_anew,
         several_programs_of_one_host_get_the_same_group,
         a_reply_to_a_group_comes_from_an_address_of_the_host,
         a_wildcard_listener_takes_no_group_that_others_joined,
@@ -157,6 +158,40 @@ fn a_killed_worker_costs_no_datagram_and_doubles_none() {
         each_came(&seen, what, 2 * SOURCES, 1);
     }
     assert_eq!(daemon.listener("group").active_per_slot, slots, "the shares are as they were");
+}
+
+/// A command, once no worker that was replaced before is left.
+fn change(daemon: &Daemon, arguments: &[&str]) {
+    let socket = daemon.socket();
+    let all = [arguments, &["--socket", socket.to_str().unwrap()]].concat();
+    within(Duration::from_secs(20), "the change is made", || {
+        let out = evenkeel(&all);
+        let busy = String::from_utf8_lossy(&out.stderr).contains("another change is under way");
+        assert!(busy || out.status.success(), "{out:?}");
+        !busy
+    });
+}
+
+fn another_number_of_workers_divides_the_group_anew() {
+    let (server, seen) = udp_server("127.0.0.1:0", |_| None);
+    let daemon = Daemon::ready(&config(2, "", server));
+    let sources = sources();
+    for (round, count) in ["4", "3", "1", "2"].into_iter().enumerate() {
+        change(&daemon, &["scale", count]);
+        let what = format!("scaled {round}");
+        send_all(&sources, GROUP, &what, 2);
+        each_came(&seen, &what, 2 * SOURCES, 1);
+    }
+    // To copies and back, by the file.
+    let path = daemon.folder().join("evenkeel.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    for (what, multicast, often) in [("copies", "copy", 2), ("shares", "partition", 1)] {
+        let text = text.replace("[listener.udp]", &format!("[listener.udp]\nmulticast = \"{multicast}\""));
+        std::fs::write(&path, text).unwrap();
+        change(&daemon, &["reload"]);
+        send_all(&sources, GROUP, what, 2);
+        each_came(&seen, what, 2 * SOURCES, often);
+    }
 }
 
 fn several_programs_of_one_host_get_the_same_group() {

@@ -38,6 +38,7 @@ fn main() {
         services_answer_by_themselves,
         flows_go_on_while_the_daemon_leaves,
         a_daemon_without_flows_leaves_at_once,
+        reloads_lose_no_answer,
         a_second_signal_leaves_nobody_behind,
         servers_are_told_the_client_in_front_of_every_datagram,
         a_flow_ends_after_its_replies,
@@ -45,7 +46,7 @@ fn main() {
         balancing_is_by_flow_and_weight,
         tcp_clients_keep_their_server_by_source_hash,
         a_name_server_loses_no_answer needs ["dnsperf", "nsd"],
-        iperf_sees_no_loss needs ["iperf3"],
+        iperf_loses_nothing_but_at_full_buffers needs ["iperf3"],
     ])
 }
 
@@ -503,6 +504,43 @@ fn a_daemon_without_flows_leaves_at_once() {
     assert!(daemon.wait(Duration::from_secs(5)).success());
 }
 
+/// One worker takes up the very sockets of another: what waits there is
+/// answered, and answers that are under way still arrive.
+fn reloads_lose_no_answer() {
+    let (server, _) = named_server("127.0.0.1:0", "");
+    let daemon = forward(3, "", &[server]);
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let asked = std::sync::atomic::AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let (stop, asked) = (&stop, &asked);
+        for _ in 0..4 {
+            scope.spawn(move || {
+                let clients: Vec<UdpSocket> = (0..10).map(|_| client("127.0.0.1:0")).collect();
+                let mut count = 0u32;
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    for socket in &clients {
+                        count += 1;
+                        assert_eq!(ask(socket, front(), &count.to_be_bytes()), count.to_be_bytes());
+                    }
+                }
+                asked.fetch_add(u64::from(count), std::sync::atomic::Ordering::Relaxed);
+            });
+        }
+        for _ in 0..5 {
+            let socket = daemon.socket();
+            let out = support::daemon::evenkeel(&["reload", "--socket", socket.to_str().unwrap()]);
+            assert!(out.status.success(), "{out:?}");
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    let listener = daemon.listener("front");
+    assert!(listener.dropped.is_empty(), "{:?}", listener.dropped);
+    // Nothing that was counted is forgotten with the worker that counted it.
+    let (asked, flows) = (asked.into_inner(), listener.flows.unwrap());
+    assert_eq!((flows.datagrams_in, flows.datagrams_out), (asked, asked));
+    assert!(flows.opened >= 40);
+}
+
 fn a_second_signal_leaves_nobody_behind() {
     let (server, _) = named_server("127.0.0.1:0", "");
     for _ in 0..5 {
@@ -658,7 +696,19 @@ fn a_name_server_loses_no_answer() {
     assert!(daemon.listener("front").flows.unwrap().finished > 1000);
 }
 
-fn iperf_sees_no_loss() {
+/// Datagrams that the kernel dropped at full receive buffers, in this network.
+fn full_buffers() -> u64 {
+    let text = fs::read_to_string("/proc/net/snmp").unwrap();
+    let rows: Vec<Vec<&str>> = text
+        .lines()
+        .filter(|line| line.starts_with("Udp:"))
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    let column = rows[0].iter().position(|name| *name == "RcvbufErrors").unwrap();
+    rows[1][column].parse().unwrap()
+}
+
+fn iperf_loses_nothing_but_at_full_buffers() {
     let mut server =
         Command::new("iperf3").args(["-s", "-1", "-p", "5201"]).stdout(Stdio::null()).spawn().unwrap();
     let text = format!(
@@ -666,7 +716,7 @@ fn iperf_sees_no_loss() {
          [[listener]]\nname = \"control\"\nmode = \"tcp\"\nupstream = \"back\"\nbind = \"127.0.0.1:5300\"\n\
          [[upstream]]\nname = \"back\"\n[[upstream.server]]\naddress = \"127.0.0.1:5201\"\n"
     );
-    let _daemon = Daemon::ready(&text);
+    let daemon = Daemon::ready(&text);
     let out = Command::new("iperf3")
         .args(["-c", "127.0.0.1", "-p", "5300", "-u", "-b", "50M", "-l", "1200", "-t", "3", "-J"])
         .output()
@@ -676,7 +726,10 @@ fn iperf_sees_no_loss() {
     let report: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
     let sum = &report["end"]["sum"];
     assert!(sum["packets"].as_u64().is_some_and(|packets| packets > 10_000), "{report}");
-    assert_eq!(sum["lost_packets"], 0, "{sum}");
+    // Receivers that get no CPU lose some, at a full buffer; nobody else may.
+    let lost = sum["lost_packets"].as_u64().expect("a number");
+    assert!(lost <= full_buffers(), "{} at full buffers, {sum}", full_buffers());
+    assert_eq!(daemon.listener("front").dropped.get("to_server"), None);
 }
 
 #[track_caller]

@@ -334,6 +334,19 @@ impl Flows {
         self.deadlines.next()
     }
 
+    /// Silence ends a flow after so many milliseconds at the latest, also the
+    /// flows that there are.
+    pub fn shorten_idle_timeout(&mut self, at_most: u64, now: u64) {
+        for book in &mut self.books {
+            book.limits.idle_timeout = book.limits.idle_timeout.min(at_most);
+        }
+        for key in self.slab.keys() {
+            let flow = self.slab.get(key).expect("the key is fresh");
+            let idle_timeout = self.books[usize::from(flow.key.listener)].limits.idle_timeout;
+            self.deadlines.set(key.index, flow.last.saturating_add(idle_timeout).max(now));
+        }
+    }
+
     /// No new flows from now on.
     pub fn begin_leave(&mut self) {
         self.leaving = true;

@@ -103,6 +103,21 @@ fn a_flow_without_datagrams_expires_and_one_with_them_does_not() {
 }
 
 #[test]
+fn a_shorter_idle_timeout_holds_for_the_flows_that_there_are() {
+    let mut flows = flows(10, 0);
+    let silent = open(&mut flows, 1, 0);
+    let busy = open(&mut flows, 2, 0);
+    flows.handle_reply(busy, 500);
+    flows.shorten_idle_timeout(200, 510);
+    let (mut due, mut fired) = (Vec::new(), Vec::new());
+    flows.expire(550, &mut due, &mut fired);
+    assert_eq!(due, [silent]);
+    due.clear();
+    flows.expire(740, &mut due, &mut fired);
+    assert_eq!(due, [busy]);
+}
+
+#[test]
 fn a_failed_server_is_left_at_the_next_datagram() {
     let mut flows = flows(10, 0);
     let key = open(&mut flows, 1, 0);

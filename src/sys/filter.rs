@@ -3,8 +3,9 @@
 //! `refuse_new_handshakes` is for a TCP listener that leaves: it drops a segment
 //! that has SYN and not ACK; the handshakes that the kernel has already answered
 //! still complete, and what waits in the accept queue stays. `take_share` divides
-//! a multicast group among sockets that each get all of it. `take_nothing` is for
-//! a socket that only holds its port. A filter belongs to the socket, so every
+//! a multicast group among sockets that each get all of it. `take_all` is for
+//! one that gets copies again, `take_nothing` for a socket that only holds its
+//! port. A filter belongs to the socket, so every
 //! holder of it is affected, and it outlives the process that set it.
 //!
 //! Some kernels want CAP_NET_ADMIN for a filter on a TCP socket (6.18.44 does,
@@ -130,6 +131,26 @@ pub fn take_share(socket: impl AsFd, v6: bool, index: u32, count: u32) -> io::Re
         op(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
     ]);
     attach(socket, &program)
+}
+
+/// The socket has no filter any more.
+pub fn take_all(socket: impl AsFd) -> io::Result<()> {
+    let nothing: libc::c_int = 0;
+    // SAFETY: needed because no library of ours detaches filters. The kernel
+    // reads one int, which lives through the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_DETACH_FILTER,
+            (&raw const nothing).cast(),
+            size_of::<libc::c_int>() as u32,
+        )
+    };
+    match super::check(result) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        result => result.map(drop),
+    }
 }
 
 /// The socket queues nothing any more.

@@ -192,6 +192,9 @@ fn adopt(listener: &Listener, address: usize, share: Share, socket: &OwnedFd) ->
             filter::take_share(socket, bind.is_ipv6(), share.index, share.count)
                 .map_err(|error| failure("takes no share of its group", error))?;
         }
+        Mode::Udp if listen::is_group(bind) => {
+            filter::take_all(socket).map_err(|error| failure("keeps its share of its group", error))?;
+        }
         Mode::Udp => {}
     }
     if listener.mode == Mode::Tcp { set_tcp_options(listener, socket) } else { Ok(()) }

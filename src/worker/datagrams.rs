@@ -46,6 +46,10 @@ const PLACES: usize = 64;
 const PLACE_BYTES: usize = 1 << 16;
 /// Receives that one front may have in one turn.
 const FRONT_BUDGET: usize = 4;
+/// How long a flow may be silent, in milliseconds, whose client is served by
+/// another worker by now: as long as a resolver waits for an answer
+/// (resolv.conf(5)). What a server goes on sending is passed on.
+const LINGER: Millis = 5_000;
 /// How often the kernel's own drops are looked at, in milliseconds.
 const LOOK_EVERY: Millis = 250;
 
@@ -250,9 +254,10 @@ impl<'a> Datagrams<'a> {
 
     /// Another worker reads the sockets from now on. The flows that there are
     /// still bring their replies, until they are idle.
-    pub fn stop_receiving(&mut self, registry: &Registry) {
+    pub fn stop_receiving(&mut self, registry: &Registry, now: Millis) {
         self.fronts.stop(registry);
         self.begin_leave();
+        self.flows.shorten_idle_timeout(LINGER, now);
     }
 
     /// Flows that a leave waits for: those with a server. What the worker

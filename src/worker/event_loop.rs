@@ -342,7 +342,7 @@ impl<'a> Loop<'a> {
     /// have any more is accepted first.
     fn begin_handover(&mut self, fds: Vec<OwnedFd>, removed: &[Place], limit: Option<Millis>, now: Millis) {
         self.listeners.close_all_but(self.poll.registry(), removed);
-        self.datagrams.stop_receiving(self.poll.registry());
+        self.datagrams.stop_receiving(self.poll.registry(), now);
         if !self.listeners.is_empty() {
             self.begin_leave(now, limit);
         }

@@ -109,13 +109,14 @@ impl Daemon {
         text
     }
 
-    /// Its status; a steward that is just being replaced is waited for.
+    /// Its status; a steward that is just being replaced, or was not told of
+    /// the workers yet, is waited for.
     #[track_caller]
     pub fn status(&self) -> Status {
         let mut answer = None;
         eventually("an answer to status", || {
             answer = self.ask("status").ok();
-            answer.is_some()
+            answer.as_ref().is_some_and(|answer| answer["status"]["workers"] != json!([]))
         });
         serde_json::from_value(answer.expect("waited for")["status"].take()).expect("a status document")
     }

@@ -27,6 +27,9 @@ const INSIDE: &str = "EVENKEEL_TEST_INSIDE";
 /// No test takes longer; one that does hangs.
 const TEST_LIMIT: Duration = Duration::from_secs(180);
 
+/// Stands among the needed programs for the right to load eBPF programs.
+const EBPF: &str = "ebpf";
+
 /// A test's name, its body, and the programs that it needs.
 pub struct Test {
     pub name: &'static str,
@@ -87,10 +90,15 @@ fn missing_network() -> Option<String> {
 
 fn missing_program(needs: &[&str]) -> Option<String> {
     let paths = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
-    let found =
-        |name: &&&str| paths.split(':').any(|folder| std::path::Path::new(folder).join(name).exists());
+    let found = |name: &&&str| match **name {
+        EBPF => evenkeel::sys::bpf::is_permitted(),
+        name => paths.split(':').any(|folder| std::path::Path::new(folder).join(name).exists()),
+    };
     let missing = needs.iter().find(|name| !found(name))?;
-    Some(format!("{missing} is not installed"))
+    Some(match *missing {
+        EBPF => "this user may load no eBPF program (CAP_BPF)".into(),
+        missing => format!("{missing} is not installed"),
+    })
 }
 
 fn in_own_process(name: &str) -> Result<(), Failed> {

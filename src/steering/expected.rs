@@ -1,0 +1,51 @@
+//! What each slot should have got, when the table has changed meanwhile.
+//!
+//! A plain sum: what came while a table stood, times that table's shares. The
+//! supervisor keeps it, one a listener; whoever shows the spread asks it with
+//! the count of now.
+
+use serde::{Deserialize, Serialize};
+
+/// What came before the shares that stand now, and these.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Expected {
+    due: Vec<f64>,
+    total: u64,
+    shares: Vec<f64>,
+}
+
+impl Expected {
+    /// Nothing has come yet.
+    pub fn new(shares: Vec<f64>) -> Expected {
+        Expected { due: vec![0.0; shares.len()], total: 0, shares }
+    }
+
+    /// From now on, with so many counted, other shares hold.
+    pub fn handle_change(&mut self, total: u64, shares: Vec<f64>) {
+        self.due = self.at(total);
+        self.total = total;
+        self.shares = shares;
+    }
+
+    /// What each slot should have of so many.
+    pub fn at(&self, total: u64) -> Vec<f64> {
+        let since = total.saturating_sub(self.total) as f64;
+        self.due.iter().zip(&self.shares).map(|(due, share)| due + since * share).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spread::Spread;
+
+    #[test]
+    fn a_time_without_a_slot_is_not_held_against_the_spread() {
+        let mut expected = Expected::new(vec![0.5, 0.5]);
+        expected.handle_change(1000, vec![1.0, 0.0]);
+        expected.handle_change(3000, vec![0.5, 0.5]);
+        assert_eq!(expected.at(4000), [3000.0, 1000.0]);
+        assert!(Spread::weighted(&[3010, 990], &expected.at(4000)).p_value > 0.5);
+        assert!(Spread::equal(&[3010, 990]).p_value < 1e-6);
+    }
+}

@@ -60,6 +60,7 @@ pub(super) fn file(t: &mut Table) -> File {
 fn daemon(t: &mut Table) -> Daemon {
     Daemon {
         workers: t.read("workers", "auto", workers),
+        pin_workers: t.read("pin_workers", false, boolean),
         user: t.optional("user", account).map(At::into_value),
         group: t.optional("group", account).map(At::into_value),
         control_socket: t.optional("control_socket", socket_path).map(At::into_value),
@@ -76,10 +77,12 @@ fn log(t: &mut Table) -> Log {
 fn listener(t: &mut Table, upstreams: &[&str]) -> ReadListener {
     let (name, at) = required_name(t);
     let bind = t.required_list("bind", "\"0.0.0.0:8080\"", bind_address);
+    let mode = t.required("mode", "\"tcp\"", word).map_or(super::Mode::Tcp, At::into_value);
     let listener = Listener {
         bind: bind.iter().map(|bind| bind.value).collect(),
-        mode: t.required("mode", "\"tcp\"", word).map_or(super::Mode::Tcp, At::into_value),
+        mode,
         target: target(t, &name, at, upstreams),
+        steering: t.read("steering", "hash", steering(mode)),
         backlog: t.read("backlog", 4096, number(1..=65_535)),
         receive_buffer: t.read("receive_buffer", "auto", auto_or_size(BUFFER_BYTES)),
         send_buffer: t.read("send_buffer", "auto", auto_or_size(BUFFER_BYTES)),

@@ -3,7 +3,7 @@
 //! One table an enum, read both ways; it must be in the order that messages
 //! list the words in.
 
-use super::{Balance, Format, Level, Mode, Service};
+use super::{Balance, Format, Level, Mode, Service, Steering};
 
 /// An enum whose values have words.
 pub trait Word: Copy + PartialEq + 'static {
@@ -35,6 +35,16 @@ impl Word for Mode {
     const WORDS: &'static [(&'static str, Self)] = &[("tcp", Self::Tcp)];
 }
 
+impl Word for Steering {
+    const WORDS: &'static [(&'static str, Self)] = &[
+        ("hash", Self::Hash),
+        ("cpu", Self::Cpu),
+        ("source", Self::Source),
+        ("random", Self::Random),
+        ("load-aware", Self::LoadAware),
+    ];
+}
+
 impl Word for Service {
     const WORDS: &'static [(&'static str, Self)] =
         &[("echo", Self::Echo), ("identify", Self::Identify), ("discard", Self::Discard)];
@@ -63,6 +73,7 @@ mod tests {
         words_are_those_of_json::<Format>();
         words_are_those_of_json::<Mode>();
         words_are_those_of_json::<Service>();
+        words_are_those_of_json::<Steering>();
         words_are_those_of_json::<Balance>();
     }
 }

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{self, Word};
 use crate::logging;
+use crate::steering::Expected;
 use crate::sys::accounts::Account;
 use crate::sys::channel::{Channel, MAX_FDS};
 
@@ -31,9 +32,10 @@ pub struct Place {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToWorker {
     /// Who it is. Descriptors: the configuration (sealed JSON), its own
-    /// counters, then the counters of all slots to read.
+    /// counters, with `tells_load` the page of loads, then the counters of all
+    /// slots to read.
     #[allow(missing_docs)]
-    Birth { slot: usize, slot_count: usize, generation: u64, account: Option<Account> },
+    Birth { slot: usize, slot_count: usize, generation: u64, account: Option<Account>, tells_load: bool },
     /// Sockets that its slot has already, one descriptor a place.
     Sockets(Vec<Place>),
     /// Open what was not given, give up privileges, accept.
@@ -74,6 +76,9 @@ pub enum ToSteward {
     Birth(StewardBirth),
     /// What the workers do now.
     Workers(Vec<WorkerState>),
+    /// How a listener is steered, and what its slots should have got.
+    #[allow(missing_docs)]
+    Steering { listener: usize, active: String, expected: Expected },
     /// The answer to its request: an error's text, or `None`.
     #[allow(missing_docs)]
     Answer { id: u64, error: Option<String> },

@@ -27,6 +27,11 @@ impl Expected {
         self.shares = shares;
     }
 
+    /// The part of what comes now that each slot should get.
+    pub fn shares(&self) -> &[f64] {
+        &self.shares
+    }
+
     /// What each slot should have of so many.
     pub fn at(&self, total: u64) -> Vec<f64> {
         let since = total.saturating_sub(self.total) as f64;

@@ -25,6 +25,9 @@ pub const PAGE_BYTES: usize = TABLE + BUCKET_COUNT;
 /// In a slot's line of the loads: its sessions. The program counts what it
 /// steers there, the worker puts it right at the end of each turn.
 pub const SESSIONS: usize = 0;
+/// The most that it says there: beyond that begins what `program` adds for
+/// slots that are slow or stuck.
+pub const MOST_SESSIONS: usize = (1 << 28) - 1;
 /// When the turn began that the worker is in, in ticks; 0 between turns.
 pub const TURN_SINCE: usize = 4;
 /// Until when the slot counts as slow, in ticks; 0 = it is not.

@@ -24,6 +24,7 @@ use tracing::{error, warn};
 use crate::config::Config;
 use crate::control::{self, FromSteward, Request, StewardBirth, ToSteward, WorkerState};
 use crate::counters::Layout;
+use crate::steering::Expected;
 use crate::sys::channel::Channel;
 use crate::sys::shared::{self, Region};
 use crate::sys::{accounts, process, signals};
@@ -36,6 +37,8 @@ struct Knowledge {
     layout: Layout,
     regions: Vec<Region>,
     workers: Mutex<Vec<WorkerState>>,
+    /// By listener: the mechanism in force, and what slots should have got.
+    steering: Mutex<HashMap<usize, (String, Expected)>>,
     channel: Channel,
     pending: Mutex<Pending>,
 }
@@ -90,8 +93,10 @@ fn serve(channel: Channel) -> Result<(), String> {
     let _log = control::start_log(&config.log, "steward");
     let layout = Layout::of(&config);
     let workers = Mutex::new(Vec::new());
+    let steering = Mutex::new(HashMap::new());
     let pending = Mutex::new(Pending::default());
-    let knowledge = Arc::new(Knowledge { birth, config, layout, regions, workers, channel, pending });
+    let knowledge =
+        Arc::new(Knowledge { birth, config, layout, regions, workers, steering, channel, pending });
     control::send(&knowledge.channel, &FromSteward::Ready, &[]).map_err(|e| e.to_string())?;
     let answering = Arc::clone(&knowledge);
     std::thread::spawn(move || control_socket::serve(&listener, &answering));
@@ -105,6 +110,10 @@ fn listen_to_supervisor(knowledge: &Knowledge) -> Result<(), String> {
             Ok(None) => return Ok(()),
             Ok(Some((ToSteward::Workers(workers), _))) => {
                 *knowledge.workers.lock().expect("no thread panics with it") = workers;
+            }
+            Ok(Some((ToSteward::Steering { listener, active, expected }, _))) => {
+                let mut steering = knowledge.steering.lock().expect("no thread panics with it");
+                steering.insert(listener, (active, expected));
             }
             Ok(Some((ToSteward::Answer { id, error }, _))) => {
                 let waiting = knowledge.pending.lock().expect("no thread panics with it").waiting.remove(&id);

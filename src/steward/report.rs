@@ -9,6 +9,7 @@ use crate::control::status::{Listener, Server, Status, Upstream, Worker};
 use crate::counters::{Counters, OfListener, OfServer, Process};
 use crate::relay::CloseReason;
 use crate::spread::Spread;
+use crate::steering::Expected;
 
 /// What runs now.
 pub fn status(knowledge: &Knowledge) -> Status {
@@ -55,19 +56,27 @@ fn listener(knowledge: &Knowledge, index: usize, slots: &[Counters]) -> Listener
         .map(|reason| (reason.name().to_string(), slots.iter().map(|s| s.ended(index, reason).get()).sum()))
         .filter(|(_, count)| *count > 0)
         .collect::<BTreeMap<String, u64>>();
+    let connections = per_slot(OfListener::Connections);
+    let steering = knowledge.steering.lock().expect("no thread panics with it").get(&index).cloned();
+    // Where nothing was told yet, as the kernel's hash would.
+    let (active, expected) = steering
+        .unwrap_or_else(|| ("hash".to_string(), Expected::new(vec![1.0 / slots.len() as f64; slots.len()])));
+    let expected_per_slot = expected.at(connections.iter().sum());
     Listener {
         name: config.name.clone(),
         mode: config.mode.word().into(),
         bind: config.bind.iter().map(ToString::to_string).collect(),
-        steering: "hash".into(),
-        steering_active: "hash".into(),
+        steering: config.steering.word().into(),
+        steering_active: active,
         connections: sum(OfListener::Connections),
         active: sum(OfListener::Active),
         bytes_in: sum(OfListener::BytesIn),
         bytes_out: sum(OfListener::BytesOut),
         ended,
         active_per_slot: per_slot(OfListener::Active),
-        spread: Spread::equal(&per_slot(OfListener::Connections)),
+        spread: Spread::weighted(&connections, &expected_per_slot),
+        shares: expected.shares().to_vec(),
+        expected_per_slot,
     }
 }
 

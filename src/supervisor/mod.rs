@@ -9,6 +9,7 @@
 mod leave;
 mod prepare;
 mod slot;
+mod steering;
 mod steward;
 
 use std::io;
@@ -30,6 +31,7 @@ use crate::sys::signals::Signals;
 use leave::Leave;
 use prepare::Prepared;
 use slot::Slot;
+use steering::Steering;
 use steward::Steward;
 
 /// What `evenkeel run` was asked to run.
@@ -78,6 +80,7 @@ struct Supervisor {
     slots: Vec<Slot>,
     steward: Steward,
     supervision: Supervision,
+    steering: Steering,
     leave: Option<Leave>,
     /// Set when the daemon is over.
     end: Option<ExitCode>,
@@ -89,10 +92,12 @@ struct Supervisor {
 pub fn run(start: Start) -> Result<ExitCode, Refusal> {
     // Before anything is started: a signal that comes early waits.
     let signals = Signals::block(&HANDLED).map_err(Refusal::of_system)?;
-    let (prepared, slots) = prepare::prepare(&start)?;
+    let (mut prepared, slots) = prepare::prepare(&start)?;
     let _log = crate::control::start_log(&start.config.log, "supervisor");
     crate::sys::process::set_name("ek-supervisor");
     let supervision = Supervision::new(slots.len());
+    let steering = Steering::prepare(&start.config, slots.len());
+    prepared.loads = steering.loads().transpose().map_err(Refusal::of_system)?;
     let poll = Poll::new().map_err(Refusal::of_system)?;
     let fd = signals.as_fd().as_raw_fd();
     poll.registry().register(&mut SourceFd(&fd), SIGNALS, Interest::READABLE).map_err(Refusal::of_system)?;
@@ -104,6 +109,7 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         slots,
         steward: Steward::default(),
         supervision,
+        steering,
         leave: None,
         end: None,
         announced: false,
@@ -147,6 +153,7 @@ impl Supervisor {
             self.handle_signals()?;
             self.step(Event::Tick)?;
             self.handle_leave_deadline();
+            self.steering.update(clock::coarse(), &self.supervision, &self.slots);
             if self.steward.is_due(clock::coarse()) {
                 self.start_steward();
             }
@@ -158,7 +165,8 @@ impl Supervisor {
 
     fn next_wake(&self) -> Option<Millis> {
         let leave = self.leave.as_ref().and_then(Leave::kill_at);
-        [self.supervision.next_deadline(), self.steward.due_at(), leave].into_iter().flatten().min()
+        let steering = self.steering.next_deadline(clock::coarse());
+        [self.supervision.next_deadline(), self.steward.due_at(), leave, steering].into_iter().flatten().min()
     }
 
     /// Lets supervision decide, and does what it says.
@@ -231,7 +239,10 @@ impl Supervisor {
 
     fn handle_worker(&mut self, slot: usize, message: FromWorker, fds: Vec<OwnedFd>) -> Result<(), Refusal> {
         match message {
-            FromWorker::Sockets(places) => self.slots[slot].hold(places, fds),
+            FromWorker::Sockets(places) => {
+                self.slots[slot].hold(places, fds);
+                self.steering.handle_sockets(&self.slots[slot]);
+            }
             FromWorker::Opened => self.step(Event::Opened(slot))?,
             FromWorker::Ready => {
                 info!(slot, pid = self.slots[slot].pid(), "worker ready");
@@ -264,6 +275,11 @@ impl Supervisor {
 
     fn reap(&mut self) -> Result<(), Refusal> {
         for slot in 0..self.slots.len() {
+            if let Some(is_stopped) = self.slots[slot].try_stop() {
+                let what = if is_stopped { "stopped: it gets nothing new" } else { "continued" };
+                warn!(slot, "worker {what}");
+                self.steering.handle_stop(slot, is_stopped);
+            }
             let Some(status) = self.slots[slot].try_wait() else { continue };
             // Its last words came before its end.
             self.read_slot(slot)?;
@@ -326,6 +342,7 @@ impl Supervisor {
             self.steward.handle_failure(now);
         }
         self.told.clear();
+        self.steering.forget_told();
         self.tell_steward();
     }
 
@@ -366,6 +383,8 @@ impl Supervisor {
         if states != self.told && self.steward.send(&ToSteward::Workers(states.clone())) {
             self.told = states;
         }
+        let steward = &mut self.steward;
+        self.steering.tell(|message| steward.send(message));
     }
 
     fn state(&self, slot: usize) -> WorkerState {

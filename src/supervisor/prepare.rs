@@ -38,6 +38,8 @@ pub struct Prepared {
     pub slot_count: usize,
     /// Every slot's counters, to read.
     pub counters_to_read: Vec<OwnedFd>,
+    /// Where workers tell their loads, if anything is steered by them.
+    pub loads: Option<OwnedFd>,
     pub control: UnixListener,
     pub started_at: u64,
     socket: PathBuf,
@@ -78,6 +80,7 @@ pub fn prepare(start: &Start) -> Result<(Prepared, Vec<Slot>), Refusal> {
         account,
         slot_count,
         counters_to_read: counters_to_read.map_err(Refusal::of_system)?,
+        loads: None,
         control,
         started_at: now.map_or(0, |time| time.as_secs()),
         socket: start.control_socket.clone(),

@@ -15,6 +15,7 @@ use super::prepare::{FIRST_GENERATION, Prepared};
 use crate::control::{self, FromWorker, Place, ToWorker};
 use crate::sys::channel::Channel;
 use crate::sys::clock::Millis;
+use crate::sys::process;
 use crate::sys::shared::Region;
 
 /// A worker's place.
@@ -42,6 +43,21 @@ impl Slot {
         self.counters.read_only_fd()
     }
 
+    /// Its counters, to read.
+    pub fn counters(&self) -> &Region {
+        &self.counters
+    }
+
+    /// Its number.
+    pub fn number(&self) -> usize {
+        self.number
+    }
+
+    /// The sockets that are held for it.
+    pub fn sockets(&self) -> impl Iterator<Item = (Place, BorrowedFd<'_>)> {
+        self.held.iter().map(|(place, socket)| (*place, socket.as_fd()))
+    }
+
     /// Its process, 0 where it is empty.
     pub fn pid(&self) -> u32 {
         self.process.as_ref().map_or(0, |process| process.child.id())
@@ -66,10 +82,12 @@ impl Slot {
             slot_count: prepared.slot_count,
             generation: FIRST_GENERATION,
             account: prepared.account,
+            tells_load: prepared.loads.is_some(),
         };
         let readable = prepared.counters_to_read.iter().map(AsFd::as_fd);
-        let fds: Vec<BorrowedFd> =
-            [prepared.config.as_fd(), self.counters.as_fd()].into_iter().chain(readable).collect();
+        let loads = prepared.loads.iter().map(AsFd::as_fd);
+        let own = [prepared.config.as_fd(), self.counters.as_fd()].into_iter().chain(loads);
+        let fds: Vec<BorrowedFd> = own.chain(readable).collect();
         control::send(channel, &birth, &fds)?;
         let held: Vec<(Place, BorrowedFd)> =
             self.held.iter().map(|(place, fd)| (*place, fd.as_fd())).collect();
@@ -163,6 +181,13 @@ impl Slot {
         if let Some(process) = &mut self.process {
             let _ = process.child.kill();
         }
+    }
+
+    /// Whether its process was stopped (SIGSTOP) or went on since the last
+    /// call.
+    pub fn try_stop(&mut self) -> Option<bool> {
+        let pid = self.process.as_ref()?.child.id();
+        process::try_stop(pid)
     }
 
     /// How its process ended, if it has.

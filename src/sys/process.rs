@@ -11,6 +11,7 @@ use std::process::{Child, Command, Stdio};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 
 use super::channel::Channel;
@@ -53,6 +54,17 @@ pub fn inherited_channel() -> io::Result<Channel> {
     let null = File::open("/dev/null")?;
     nix::unistd::dup2_stdin(&null)?;
     Ok(Channel::from_fd(channel))
+}
+
+/// Whether a child was stopped or continued by a signal since the last call;
+/// `None` where neither is news. Does not take notice of its end.
+pub fn try_stop(pid: u32) -> Option<bool> {
+    let flags = WaitPidFlag::WSTOPPED | WaitPidFlag::WCONTINUED | WaitPidFlag::WNOHANG;
+    match waitid(Id::Pid(Pid::from_raw(pid as i32)), flags) {
+        Ok(WaitStatus::Stopped(..)) => Some(true),
+        Ok(WaitStatus::Continued(_)) => Some(false),
+        _ => None,
+    }
 }
 
 /// Sets the name that ps and top show, at most 15 bytes.

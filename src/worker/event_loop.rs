@@ -16,7 +16,9 @@ use tracing::{error, info, warn};
 use super::birth::Born;
 use super::leave::{Leave, Step};
 use super::listeners::{self, Accepted, Listeners, PAUSE};
+use super::load::Load;
 use super::sessions::{Context, Sessions};
+use super::test_hook::Busy;
 use crate::control::{self, FromWorker, Place, ToWorker};
 use crate::counters::{Counters, Process};
 use crate::relay::CloseReason;
@@ -50,6 +52,8 @@ struct Loop<'a> {
     listeners: Listeners,
     sessions: Sessions<'a>,
     session_limit: usize,
+    load: Option<&'a Load>,
+    busy: Busy,
     leave: Option<Leave>,
     /// The supervisor is gone; at this time the worker begins to leave.
     orphaned_until: Option<Millis>,
@@ -93,6 +97,8 @@ impl<'a> Loop<'a> {
             listeners: Listeners::default(),
             sessions: Sessions::new(context, clock::coarse()),
             session_limit,
+            load: born.load.as_ref(),
+            busy: Busy::of_slot(born.slot),
             leave: None,
             orphaned_until: None,
             is_orphan: false,
@@ -130,7 +136,11 @@ impl<'a> Loop<'a> {
                 result => result?,
             }
             let now = clock::coarse();
+            if let Some(load) = self.load {
+                load.begin_turn(now);
+            }
             for event in &events {
+                self.busy.burn();
                 match event.token() {
                     CHANNEL => self.handle_channel(now),
                     token if token.0 & SPECIAL != 0 => {
@@ -150,6 +160,9 @@ impl<'a> Loop<'a> {
                 return Ok(());
             }
             self.publish_lag(now);
+            if let Some(load) = self.load {
+                load.end_turn(now, clock::coarse(), self.sessions.len());
+            }
         }
     }
 

@@ -14,7 +14,9 @@ mod birth;
 mod event_loop;
 mod leave;
 mod listeners;
+mod load;
 mod sessions;
+mod test_hook;
 
 use std::process::ExitCode;
 

@@ -46,7 +46,7 @@ pub const STUCK_TICKS: u32 = 8;
 /// Milliseconds of the monotonic clock in ticks; never 0, which means "none".
 /// They wrap after 52 days; differences are what counts.
 pub fn ticks(now: u64) -> u32 {
-    ((u128::from(now) * 1_000_000 >> TICK_SHIFT) as u32).max(1)
+    (((u128::from(now) * 1_000_000) >> TICK_SHIFT) as u32).max(1)
 }
 
 /// Whether a slot counts as slow.

@@ -183,7 +183,7 @@ mod tests {
         let mut left = BUCKET_COUNT - floors.iter().sum::<usize>();
         let mut kept = 0;
         for slot in 0..weights.len() {
-            let fraction = weights[slot] as usize * BUCKET_COUNT % sum > 0;
+            let fraction = !(weights[slot] as usize * BUCKET_COUNT).is_multiple_of(sum);
             let mut may_keep = floors[slot];
             if fraction && have[slot] > floors[slot] && left > 0 {
                 may_keep += 1;

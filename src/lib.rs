@@ -22,6 +22,7 @@ pub mod counters;
 pub mod deadline;
 pub mod doctor;
 pub mod explain;
+pub mod handover;
 pub mod logging;
 pub mod relay;
 pub mod slab;

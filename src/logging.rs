@@ -9,6 +9,7 @@ use std::fmt::{self, Write as _};
 use std::io;
 use std::str::FromStr;
 
+use serde_json::Value;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
@@ -74,7 +75,10 @@ where
             Shape::Text => {
                 write!(out, "{} {}: {}", name(level), self.role, fields.message)?;
                 for (key, value) in &fields.others {
-                    write!(out, " {key}={value}")?;
+                    match value {
+                        Value::String(text) => write!(out, " {key}={text}")?,
+                        other => write!(out, " {key}={other}")?,
+                    }
                 }
                 writeln!(out)
             }
@@ -86,9 +90,9 @@ where
                 object.insert("process".into(), self.role.as_str().into());
                 object.insert("message".into(), fields.message.into());
                 for (key, value) in fields.others {
-                    object.insert(key.into(), value.into());
+                    object.insert(key.into(), value);
                 }
-                writeln!(out, "{}", serde_json::Value::Object(object))
+                writeln!(out, "{}", Value::Object(object))
             }
         }
     }
@@ -97,7 +101,7 @@ where
 #[derive(Default)]
 struct Fields {
     message: String,
-    others: Vec<(&'static str, String)>,
+    others: Vec<(&'static str, Value)>,
 }
 
 impl Visit for Fields {
@@ -108,12 +112,20 @@ impl Visit for Fields {
         let text: String = text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
         match field.name() {
             "message" => self.message = text,
-            name => self.others.push((name, text)),
+            name => self.others.push((name, text.into())),
         }
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
         self.record_debug(field, &format_args!("{value}"));
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.others.push((field.name(), value.into()));
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.others.push((field.name(), value.into()));
     }
 }
 

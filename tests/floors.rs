@@ -26,6 +26,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("deadline", 1),
     ("slab", 1),
     ("explain", 1),
+    ("handover", 1),
     ("sys", 0),
     ("units", 0),
     ("logging", 0),

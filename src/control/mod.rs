@@ -38,8 +38,22 @@ pub enum ToWorker {
     Birth { slot: usize, slot_count: usize, generation: u64, account: Option<Account>, tells_load: bool },
     /// Sockets that its slot has already, one descriptor a place.
     Sockets(Vec<Place>),
-    /// Open what was not given, give up privileges, accept.
+    /// Open what was not given, and give up privileges.
     Begin,
+    /// Accept.
+    Serve,
+    /// Pass every session to the worker at the other end of this descriptor
+    /// and leave; what cannot be passed is finished within the limit. The
+    /// sockets of these places are in no configuration any more: what waits
+    /// in their queues is accepted first.
+    #[allow(missing_docs)]
+    HandOver { removed: Vec<Place>, limit: Option<u64> },
+    /// Take what the worker at the other end of this descriptor passes.
+    TakeOver,
+    /// Pass so many sessions to the worker at the other end of this
+    /// descriptor, and serve on.
+    #[allow(missing_docs)]
+    Share { count: usize },
     /// A neighbour slot is empty: accept for it too. One descriptor a place.
     #[allow(missing_docs)]
     Lend { slot: usize, places: Vec<Place> },
@@ -66,6 +80,19 @@ pub enum FromWorker {
     /// It cannot work: what to tell the operator, and the exit code.
     #[allow(missing_docs)]
     Failed { text: String, advice: String, exit_code: u8 },
+}
+
+/// Between two workers, while sessions move.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum PeerMessage {
+    /// A bundle: its memory, then the sessions' sockets.
+    #[allow(missing_docs)]
+    Sessions { count: usize },
+    /// The bundle was taken but for these, by their place in it.
+    #[allow(missing_docs)]
+    Taken { refused: Vec<usize> },
+    /// Nothing more will come.
+    Done,
 }
 
 /// From the supervisor to the steward.

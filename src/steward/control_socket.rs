@@ -53,11 +53,14 @@ fn converse(stream: &UnixStream, knowledge: &Knowledge) -> io::Result<()> {
     stream.set_write_timeout(Some(PATIENCE))?;
     let mut buffer = Vec::new();
     while let Some(line) = read_line(stream, &mut buffer)? {
+        knowledge.busy.fetch_add(1, Ordering::AcqRel);
         let reply = match serde_json::from_slice::<Value>(&line) {
             Ok(request) => handle(&request, knowledge),
             Err(error) => json!({"error": format!("not a JSON object: {error}")}),
         };
-        answer(stream, &reply)?;
+        let answered = answer(stream, &reply);
+        knowledge.busy.fetch_sub(1, Ordering::AcqRel);
+        answered?;
     }
     Ok(())
 }

@@ -15,7 +15,9 @@ mod report;
 use std::collections::HashMap;
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use nix::sys::signal::Signal;
@@ -29,6 +31,9 @@ use crate::sys::channel::Channel;
 use crate::sys::shared::{self, Region};
 use crate::sys::{accounts, process, signals};
 
+/// How long a steward without a supervisor goes on answering what was asked.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
 /// What all threads of the steward know.
 #[derive(Debug)]
 struct Knowledge {
@@ -41,6 +46,8 @@ struct Knowledge {
     steering: Mutex<HashMap<usize, (String, Expected)>>,
     channel: Channel,
     pending: Mutex<Pending>,
+    /// Requests that are being answered.
+    busy: AtomicUsize,
 }
 
 /// Requests that the supervisor has not answered.
@@ -95,12 +102,19 @@ fn serve(channel: Channel) -> Result<(), String> {
     let workers = Mutex::new(Vec::new());
     let steering = Mutex::new(HashMap::new());
     let pending = Mutex::new(Pending::default());
+    let busy = AtomicUsize::new(0);
     let knowledge =
-        Arc::new(Knowledge { birth, config, layout, regions, workers, steering, channel, pending });
+        Arc::new(Knowledge { birth, config, layout, regions, workers, steering, channel, pending, busy });
     control::send(&knowledge.channel, &FromSteward::Ready, &[]).map_err(|e| e.to_string())?;
     let answering = Arc::clone(&knowledge);
     std::thread::spawn(move || control_socket::serve(&listener, &answering));
-    listen_to_supervisor(&knowledge)
+    listen_to_supervisor(&knowledge)?;
+    // Who asked for the end is still to be told that it was done.
+    let deadline = Instant::now() + LAST_WORDS;
+    while knowledge.busy.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
 }
 
 /// Until the supervisor ends.

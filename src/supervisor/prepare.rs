@@ -28,6 +28,10 @@ pub const FIRST_GENERATION: u64 = 1;
 /// Descriptors of a worker that are no session's, roughly.
 const RESERVED_FILES: u64 = 128;
 
+/// How often an address in use is tried again, and how long after.
+const PROBES: usize = 10;
+const PROBE_AGAIN: std::time::Duration = std::time::Duration::from_millis(50);
+
 /// What every process is started with.
 #[derive(Debug)]
 pub struct Prepared {
@@ -196,7 +200,7 @@ fn probe(listener: &Listener) -> Result<(), Refusal> {
         ..Options::default()
     };
     for &address in &listener.bind {
-        let Err(error) = listen::probe_tcp(address, &options) else { continue };
+        let Err(error) = patiently(|| listen::probe_tcp(address, &options)) else { continue };
         let facts = holders::gather(address, Protocol::Tcp, &options);
         let errno = error.raw_os_error().unwrap_or(0);
         let failure = BindFailure::probe(address, errno, Protocol::Tcp, &options, facts);
@@ -205,4 +209,15 @@ fn probe(listener: &Listener) -> Result<(), Refusal> {
         return Err(Refusal { text, advice: told.advice, exit_code: told.exit_code });
     }
     Ok(())
+}
+
+/// Tries again for a while: whoever held the address may be just ending.
+fn patiently(probe: impl Fn() -> std::io::Result<()>) -> std::io::Result<()> {
+    for _ in 0..PROBES {
+        match probe() {
+            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => std::thread::sleep(PROBE_AGAIN),
+            decided => return decided,
+        }
+    }
+    probe()
 }

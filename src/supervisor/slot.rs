@@ -92,7 +92,8 @@ impl Slot {
         let held: Vec<(Place, BorrowedFd)> =
             self.held.iter().map(|(place, fd)| (*place, fd.as_fd())).collect();
         control::send_sockets(channel, &held, ToWorker::Sockets)?;
-        control::send(channel, &ToWorker::Begin, &[])
+        control::send(channel, &ToWorker::Begin, &[])?;
+        control::send(channel, &ToWorker::Serve, &[])
     }
 
     fn channel(&self) -> Option<&Channel> {

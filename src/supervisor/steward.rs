@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::process::Child;
+use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
@@ -14,6 +15,9 @@ use crate::control::{self, FromSteward, StewardBirth, ToSteward};
 use crate::supervision::Backoff;
 use crate::sys::channel::Channel;
 use crate::sys::clock::{self, Millis};
+
+/// How long an ending steward may take, in milliseconds.
+const PATIENCE: Millis = 1_000;
 
 /// The steward's place.
 #[derive(Debug, Default)]
@@ -114,11 +118,15 @@ impl Steward {
         self.due_at
     }
 
-    /// Ends it.
+    /// Ends it: it may finish the answers that it owes.
     pub fn end(&mut self) {
-        if let Some(mut process) = self.process.take() {
-            let _ = process.child.kill();
-            let _ = process.child.wait();
+        let Some(Process { mut child, channel, .. }) = self.process.take() else { return };
+        drop(channel);
+        let deadline = clock::coarse() + PATIENCE;
+        while matches!(child.try_wait(), Ok(None)) && clock::coarse() < deadline {
+            std::thread::sleep(Duration::from_millis(2));
         }
+        let _ = child.kill();
+        let _ = child.wait();
     }
 }

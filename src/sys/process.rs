@@ -50,6 +50,9 @@ impl Image {
 /// standard input becomes /dev/null.
 pub fn inherited_channel() -> io::Result<Channel> {
     let stdin = io::stdin();
+    if socket2::SockRef::from(&stdin).r#type().ok() != Some(socket2::Type::SEQPACKET) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "standard input is no channel"));
+    }
     let channel: OwnedFd = std::os::fd::AsFd::as_fd(&stdin).try_clone_to_owned()?;
     let null = File::open("/dev/null")?;
     nix::unistd::dup2_stdin(&null)?;

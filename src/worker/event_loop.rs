@@ -14,6 +14,7 @@ use mio::{Events, Interest, Poll, Token};
 use tracing::{error, info, warn};
 
 use super::birth::Born;
+use super::handover::{Progress, Receiver, Sender};
 use super::leave::{Leave, Step};
 use super::listeners::{self, Accepted, Listeners, PAUSE};
 use super::load::Load;
@@ -36,6 +37,9 @@ const RESERVED_FILES: u64 = 64;
 const SPECIAL: usize = 1 << 63;
 const CHANNEL: Token = Token(SPECIAL);
 
+/// Channels to other workers, from here on by a running number.
+const FIRST_PEER: usize = 1 << 32;
+
 /// The token of a listening socket.
 pub fn listener_token(index: usize) -> Token {
     Token(SPECIAL | (index + 1))
@@ -44,6 +48,13 @@ pub fn listener_token(index: usize) -> Token {
 /// The number of a special token.
 pub fn special_number(token: Token) -> usize {
     token.0 & !SPECIAL
+}
+
+/// Sessions on their way out.
+struct Outgoing {
+    sender: Sender,
+    /// The worker leaves afterwards, and has so long for what cannot move.
+    then_leave: Option<Option<Millis>>,
 }
 
 struct Loop<'a> {
@@ -55,6 +66,11 @@ struct Loop<'a> {
     load: Option<&'a Load>,
     busy: Busy,
     leave: Option<Leave>,
+    /// Its slot's sockets, until the supervisor says `Serve`.
+    unserved: Vec<(Place, OwnedFd)>,
+    sender: Option<Outgoing>,
+    receivers: Vec<(Token, Receiver)>,
+    peer_count: usize,
     /// The supervisor is gone; at this time the worker begins to leave.
     orphaned_until: Option<Millis>,
     is_orphan: bool,
@@ -100,22 +116,33 @@ impl<'a> Loop<'a> {
             load: born.load.as_ref(),
             busy: Busy::of_slot(born.slot),
             leave: None,
+            unserved: sockets,
+            sender: None,
+            receivers: Vec::new(),
+            peer_count: 0,
             orphaned_until: None,
             is_orphan: false,
             paused_before: false,
         };
-        state.begin(sockets).inspect_err(|error| error!(%error, "cannot begin")).ok()
+        state.begin().inspect_err(|error| error!(%error, "cannot begin")).ok()
     }
 
-    fn begin(mut self, sockets: Vec<(Place, OwnedFd)>) -> io::Result<Loop<'a>> {
-        for (place, socket) in sockets {
-            self.listeners.add(self.poll.registry(), place, socket, None)?;
-        }
+    fn begin(self) -> io::Result<Loop<'a>> {
         self.channel.set_nonblocking()?;
         let channel = self.channel.as_fd().as_raw_fd();
         self.poll.registry().register(&mut SourceFd(&channel), CHANNEL, Interest::READABLE)?;
-        self.tell(&FromWorker::Ready);
         Ok(self)
+    }
+
+    /// The supervisor lets it accept.
+    fn begin_serving(&mut self) {
+        for (place, socket) in std::mem::take(&mut self.unserved) {
+            if let Err(error) = self.listeners.add(self.poll.registry(), place, socket, None) {
+                error!(%error, "a listener cannot be polled");
+                std::process::exit(1);
+            }
+        }
+        self.tell(&FromWorker::Ready);
     }
 
     fn tell(&self, message: &FromWorker) {
@@ -143,6 +170,9 @@ impl<'a> Loop<'a> {
                 self.busy.burn();
                 match event.token() {
                     CHANNEL => self.handle_channel(now),
+                    token if token.0 & SPECIAL != 0 && special_number(token) >= FIRST_PEER => {
+                        self.handle_peer(token, now);
+                    }
                     token if token.0 & SPECIAL != 0 => {
                         self.listeners.handle_ready(listeners::index_of(token))
                     }
@@ -156,6 +186,7 @@ impl<'a> Loop<'a> {
                 self.listeners.end_pause();
             }
             self.accept(now);
+            self.drive_handover(now);
             if self.handle_leave(now) {
                 return Ok(());
             }
@@ -173,7 +204,8 @@ impl<'a> Loop<'a> {
             return Some(now);
         }
         let leave = self.leave.as_ref().and_then(Leave::next_deadline);
-        [self.sessions.next_deadline(), self.listeners.pause_end(), leave, self.orphaned_until]
+        let handover = self.sender.as_ref().map(|outgoing| outgoing.sender.next_deadline());
+        [handover, self.sessions.next_deadline(), self.listeners.pause_end(), leave, self.orphaned_until]
             .into_iter()
             .flatten()
             .min()
@@ -247,6 +279,10 @@ impl<'a> Loop<'a> {
             },
             ToWorker::Recall { slot } => self.listeners.give_back(self.poll.registry(), slot),
             ToWorker::Drain { limit } => self.begin_leave(now, limit),
+            ToWorker::Serve => self.begin_serving(),
+            ToWorker::HandOver { removed, limit } => self.begin_handover(fds, &removed, limit, now),
+            ToWorker::Share { count } => self.begin_sending(fds, count, None, now),
+            ToWorker::TakeOver => self.begin_receiving(fds),
             ToWorker::Birth { .. } | ToWorker::Sockets(_) | ToWorker::Begin => {
                 warn!("a message of the birth came late");
             }
@@ -262,6 +298,78 @@ impl<'a> Loop<'a> {
             if let Err(error) = self.listeners.add(self.poll.registry(), place, socket, Some(slot)) {
                 warn!(%error, "a lent socket could not be polled");
             }
+        }
+    }
+
+    /// Its successor gets everything. What waits in queues that nobody will
+    /// have any more is accepted first.
+    fn begin_handover(&mut self, fds: Vec<OwnedFd>, removed: &[Place], limit: Option<Millis>, now: Millis) {
+        self.listeners.close_all_but(self.poll.registry(), removed);
+        if !self.listeners.is_empty() {
+            self.begin_leave(now, limit);
+        }
+        self.begin_sending(fds, usize::MAX, Some(limit), now);
+    }
+
+    fn begin_sending(
+        &mut self,
+        fds: Vec<OwnedFd>,
+        count: usize,
+        then_leave: Option<Option<Millis>>,
+        now: Millis,
+    ) {
+        let token = self.peer_token();
+        let channel = fds.into_iter().next().map(Channel::from_fd);
+        let sender = channel.map(|channel| Sender::new(channel, self.poll.registry(), token, count));
+        match (sender, self.sender.is_some()) {
+            (Some(Ok(sender)), false) => self.sender = Some(Outgoing { sender, then_leave }),
+            _ => {
+                warn!("sessions cannot be handed over");
+                if let Some(limit) = then_leave {
+                    self.begin_leave(now, limit);
+                }
+            }
+        }
+    }
+
+    fn begin_receiving(&mut self, fds: Vec<OwnedFd>) {
+        let token = self.peer_token();
+        let Some(channel) = fds.into_iter().next().map(Channel::from_fd) else { return };
+        match Receiver::new(channel, self.poll.registry(), token) {
+            Ok(receiver) => self.receivers.push((token, receiver)),
+            Err(error) => warn!(%error, "sessions cannot be taken over"),
+        }
+    }
+
+    fn peer_token(&mut self) -> Token {
+        self.peer_count += 1;
+        Token(SPECIAL | (FIRST_PEER + self.peer_count))
+    }
+
+    fn handle_peer(&mut self, token: Token, now: Millis) {
+        let Some(index) = self.receivers.iter().position(|(own, _)| *own == token) else { return };
+        let receiver = &mut self.receivers[index].1;
+        if !receiver.step(&mut self.sessions, self.poll.registry(), self.session_limit, now) {
+            self.receivers.swap_remove(index);
+        }
+    }
+
+    /// Sends on, once no queue is to be served first.
+    fn drive_handover(&mut self, now: Millis) {
+        let Some(outgoing) = &mut self.sender else { return };
+        if outgoing.then_leave.is_some() && !self.listeners.is_empty() {
+            return;
+        }
+        let progress = outgoing.sender.step(&mut self.sessions, self.poll.registry(), now);
+        let moved = match progress {
+            Progress::Waiting => return,
+            Progress::Done { moved } | Progress::Failed { moved } => moved,
+        };
+        let then_leave = self.sender.take().and_then(|outgoing| outgoing.then_leave);
+        let left = self.sessions.len();
+        info!("{moved} sessions handed over, {left} left");
+        if let Some(limit) = then_leave {
+            self.leave = Some(Leave::finishing(now, limit));
         }
     }
 
@@ -291,6 +399,9 @@ impl<'a> Loop<'a> {
 
     /// Moves the leave on; true where the worker is done.
     fn handle_leave(&mut self, now: Millis) -> bool {
+        if self.sender.is_some() && self.listeners.is_empty() {
+            return false;
+        }
         if self.orphaned_until.is_some_and(|until| until <= now) {
             let limit = self.sessions.context().config.daemon.drain_timeout;
             self.begin_leave(now, Some(limit.as_millis() as u64));

@@ -12,6 +12,7 @@
 
 mod birth;
 mod event_loop;
+mod handover;
 mod leave;
 mod listeners;
 mod load;

@@ -176,8 +176,12 @@ impl Drop for Daemon {
         let children = self.children();
         let _ = self.child.kill();
         let _ = self.child.wait();
-        for pid in children {
-            let _ = kill(Pid::from_raw(pid as i32), Signal::SIGKILL);
+        for pid in &children {
+            let _ = kill(Pid::from_raw(*pid as i32), Signal::SIGKILL);
+        }
+        let deadline = std::time::Instant::now() + Duration::from_secs(5);
+        while children.iter().any(|&pid| runs(pid)) && std::time::Instant::now() < deadline {
+            std::thread::park_timeout(Duration::from_millis(2));
         }
         if std::thread::panicking() {
             eprintln!("--- the daemon's log\n{}", self.log());

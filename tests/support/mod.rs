@@ -27,9 +27,6 @@ const INSIDE: &str = "EVENKEEL_TEST_INSIDE";
 /// No test takes longer; one that does hangs.
 const TEST_LIMIT: Duration = Duration::from_secs(180);
 
-/// Stands among the needed programs for the right to load eBPF programs.
-const EBPF: &str = "ebpf";
-
 /// A test's name, its body, and the programs that it needs.
 pub struct Test {
     pub name: &'static str,
@@ -88,16 +85,17 @@ fn missing_network() -> Option<String> {
     (!status.success()).then(|| "this host allows no network namespace".to_string())
 }
 
+/// Why a test cannot run here; `root` stands for the right to be two users,
+/// `ebpf` for that to load programs.
 fn missing_program(needs: &[&str]) -> Option<String> {
     let paths = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
-    let found = |name: &&&str| match **name {
-        EBPF => evenkeel::sys::bpf::is_permitted(),
-        name => paths.split(':').any(|folder| std::path::Path::new(folder).join(name).exists()),
-    };
-    let missing = needs.iter().find(|name| !found(name))?;
-    Some(match *missing {
-        EBPF => "this user may load no eBPF program (CAP_BPF)".into(),
-        missing => format!("{missing} is not installed"),
+    let installed =
+        |name: &str| paths.split(':').any(|folder| std::path::Path::new(folder).join(name).exists());
+    needs.iter().find_map(|&need| match need {
+        "root" => (!nix::unistd::geteuid().is_root()).then(|| "only root has a second user".to_string()),
+        "ebpf" => (!evenkeel::sys::bpf::is_permitted())
+            .then(|| "this user may load no eBPF program (CAP_BPF)".to_string()),
+        program => (!installed(program)).then(|| format!("{program} is not installed")),
     })
 }
 

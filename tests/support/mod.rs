@@ -26,6 +26,8 @@ use libtest_mimic::{Arguments, Failed, Trial};
 const INSIDE: &str = "EVENKEEL_TEST_INSIDE";
 /// No test takes longer; one that does hangs.
 const TEST_LIMIT: Duration = Duration::from_secs(180);
+/// Nor a bench.
+const BENCH_LIMIT: Duration = Duration::from_secs(1200);
 
 /// A test's name, its body, and the programs that it needs.
 pub struct Test {
@@ -49,7 +51,12 @@ pub fn run(tests: Vec<Test>) {
     if let Ok(name) = std::env::var(INSIDE) {
         return run_inside(&tests, &name);
     }
-    let arguments = Arguments::from_args();
+    let mut arguments = Arguments::from_args();
+    let is_bench = arguments.bench;
+    if is_bench {
+        // One at a time, or they would measure each other.
+        arguments.test_threads = Some(1);
+    }
     let no_network = missing_network();
     let trials = tests.into_iter().map(|test| {
         let missing = no_network.clone().or_else(|| missing_program(test.needs));
@@ -58,7 +65,8 @@ pub fn run(tests: Vec<Test>) {
             Some(reason) => {
                 Trial::test(format!("{name} SKIPPED: {reason}"), || Ok(())).with_ignored_flag(true)
             }
-            None => Trial::test(name, move || in_own_process(name)),
+            None if is_bench => Trial::bench(name, move |_| in_own_process(name, BENCH_LIMIT).map(|()| None)),
+            None => Trial::test(name, move || in_own_process(name, TEST_LIMIT)),
         }
     });
     libtest_mimic::run(&arguments, trials.collect()).exit();
@@ -99,7 +107,7 @@ fn missing_program(needs: &[&str]) -> Option<String> {
     })
 }
 
-fn in_own_process(name: &str) -> Result<(), Failed> {
+fn in_own_process(name: &str, limit: Duration) -> Result<(), Failed> {
     let mut child = Command::new(std::env::current_exe()?)
         .env(INSIDE, name)
         .stdin(Stdio::null())
@@ -118,14 +126,14 @@ fn in_own_process(name: &str) -> Result<(), Failed> {
         let _ = out.read_to_string(&mut text);
         text
     });
-    let deadline = Instant::now() + TEST_LIMIT;
+    let deadline = Instant::now() + limit;
     let status = loop {
         if let Some(status) = child.try_wait()? {
             break status;
         }
         if Instant::now() > deadline {
             let _ = child.kill();
-            return Err(format!("no end after {} s", TEST_LIMIT.as_secs()).into());
+            return Err(format!("no end after {} s", limit.as_secs()).into());
         }
         std::thread::park_timeout(Duration::from_millis(10));
     };

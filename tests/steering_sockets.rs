@@ -259,6 +259,14 @@ fn two_choices_take_the_less_loaded_and_avoid_the_slow_and_the_stuck() {
     reset();
     let now = || page::ticks(evenkeel::sys::clock::coarse());
     group.load(2, page::SLOW_UNTIL).store(now().wrapping_add(60_000), Relaxed);
+    group.load(2, page::SLOW_LEVEL).store(2 << page::SLOW_SHIFT, Relaxed);
+    avoided(&group.connect(400));
+    reset();
+    // The others are not quite as slow.
+    for slot in [0, 1, 3] {
+        group.load(slot, page::SLOW_UNTIL).store(now().wrapping_add(60_000), Relaxed);
+        group.load(slot, page::SLOW_LEVEL).store(1 << page::SLOW_SHIFT, Relaxed);
+    }
     avoided(&group.connect(400));
     group.load(2, page::SLOW_UNTIL).store(now().wrapping_sub(10), Relaxed);
     group.load(2, page::TURN_SINCE).store(now().wrapping_sub(100), Relaxed);
@@ -267,7 +275,7 @@ fn two_choices_take_the_less_loaded_and_avoid_the_slow_and_the_stuck() {
     // Stuck is worse than slow, slow worse than full.
     reset();
     for slot in [0, 1, 3] {
-        group.load(slot, page::SLOW_UNTIL).store(now().wrapping_add(60_000), Relaxed);
+        group.load(slot, page::SLOW_LEVEL).store(15 << page::SLOW_SHIFT, Relaxed);
     }
     avoided(&group.connect(400));
     group.load(2, page::TURN_SINCE).store(0, Relaxed);

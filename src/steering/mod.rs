@@ -8,7 +8,8 @@
 //! alike; `table` says which slot has which bucket, and changes by as few
 //! buckets as can be; `policy` says how large a part each slot is due;
 //! `program` and `classic` are the same for the kernel's two machines, as
-//! instructions; `page` is the memory that the program reads; `expected` is
+//! instructions; `page` is the memory that the program reads, `slowness` what a worker says
+//! there of itself; `expected` is
 //! what the slots should have got, for judging the spread. The supervisor owns
 //! one table a listener; docs/STEERING.md has the promises.
 
@@ -18,6 +19,7 @@ pub mod expected;
 pub mod page;
 pub mod policy;
 pub mod program;
+pub mod slowness;
 pub mod table;
 
 pub use bucket::{bucket, source_bucket};

@@ -27,11 +27,16 @@ pub const PAGE_BYTES: usize = TABLE + BUCKET_COUNT;
 pub const SESSIONS: usize = 0;
 /// The most that it says there: beyond that begins what `program` adds for
 /// slots that are slow or stuck.
-pub const MOST_SESSIONS: usize = (1 << 28) - 1;
+pub const MOST_SESSIONS: usize = (1 << SLOW_SHIFT) - 1;
 /// When the turn began that the worker is in, in ticks; 0 between turns.
 pub const TURN_SINCE: usize = 4;
 /// Until when the slot counts as slow, in ticks; 0 = it is not.
 pub const SLOW_UNTIL: usize = 8;
+/// How slow it is then: `slowness` shifted by `SLOW_SHIFT`, to be added to the
+/// sessions.
+pub const SLOW_LEVEL: usize = 12;
+/// Above every count of sessions.
+pub const SLOW_SHIFT: u32 = 25;
 /// The length of a slot's line, as a shift.
 pub const LINE_SHIFT: usize = 6;
 /// The length of the page of loads.
@@ -60,18 +65,6 @@ pub fn is_stuck(turn_since: u32, now: u32) -> bool {
     turn_since != 0 && age >= STUCK_TICKS as i32
 }
 
-/// A turn of so many milliseconds makes a slot slow.
-pub const SLOW_TURN: u64 = 20;
-/// The longest time that one turn makes it so.
-const LONGEST_SLOW: u64 = 10_000;
-
-/// For how many milliseconds a slot is avoided after a turn of this length: a
-/// hundred times as long as it kept others waiting, so that finding out again
-/// costs clients a hundredth at the most.
-pub fn slow_for(turn: u64) -> Option<u64> {
-    (turn >= SLOW_TURN).then(|| (turn * 100).min(LONGEST_SLOW))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -93,12 +86,5 @@ mod tests {
         );
         // The worker's clock may be a little ahead of the one that is compared.
         assert!(!is_stuck(now + 1, now));
-    }
-
-    #[test]
-    fn a_slow_turn_is_avoided_a_hundred_times_as_long_and_not_for_ever() {
-        assert_eq!(slow_for(19), None);
-        assert_eq!(slow_for(50), Some(5_000));
-        assert_eq!(slow_for(60_000), Some(10_000));
     }
 }

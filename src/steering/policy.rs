@@ -23,8 +23,8 @@ pub struct SlotView {
     pub is_stopped: bool,
     /// It finishes what it has and takes nothing new.
     pub is_leaving: bool,
-    /// It keeps its clients waiting; only with `load-aware`.
-    pub is_slow: bool,
+    /// How long it keeps its clients waiting; only with `load-aware`.
+    pub slow_level: u32,
 }
 
 /// A slot without a worker keeps its part of the connections for so many
@@ -42,12 +42,14 @@ pub const EASED: u32 = 1;
 /// The weights of all slots; all zero where nobody is there.
 pub fn weights(traffic: Traffic, slots: &[SlotView]) -> Vec<u32> {
     let present: Vec<bool> = slots.iter().map(|slot| is_present(traffic, slot)).collect();
-    // Where most are slow it is the daemon that has too much to do, and to
-    // take work from one would only hand it to the next.
-    let present_count = present.iter().filter(|is| **is).count();
-    let slow_count = slots.iter().zip(&present).filter(|(slot, is)| **is && slot.is_slow).count();
-    let ease = slow_count * 2 <= present_count;
-    let weight = |(slot, is): (&SlotView, &bool)| match (*is, slot.is_slow && ease) {
+    // Slower than the middle one: never more than half. Where most are slow it
+    // is the daemon that has too much to do, and to take work from one would
+    // only hand it to the next.
+    let here = slots.iter().zip(&present).filter(|(_, is)| **is);
+    let mut levels: Vec<u32> = here.map(|(slot, _)| slot.slow_level).collect();
+    levels.sort_unstable();
+    let middle = levels.get(levels.len().saturating_sub(1) / 2).copied().unwrap_or(0);
+    let weight = |(slot, is): (&SlotView, &bool)| match (*is, slot.slow_level > middle) {
         (false, _) => 0,
         (true, true) => EASED,
         (true, false) => FULL,
@@ -78,7 +80,7 @@ pub fn patience(traffic: Traffic) -> u64 {
 mod tests {
     use super::*;
 
-    const HERE: SlotView = SlotView { away_for: None, is_stopped: false, is_leaving: false, is_slow: false };
+    const HERE: SlotView = SlotView { away_for: None, is_stopped: false, is_leaving: false, slow_level: 0 };
 
     #[test]
     fn a_crashed_slot_keeps_its_flows_and_soon_loses_its_connections() {
@@ -99,10 +101,13 @@ mod tests {
 
     #[test]
     fn slow_slots_are_eased_unless_most_are_slow() {
-        let slow = SlotView { is_slow: true, ..HERE };
+        let slow = SlotView { slow_level: 3, ..HERE };
         assert_eq!(weights(Traffic::Connections, &[slow, slow, HERE, HERE]), [EASED, EASED, FULL, FULL]);
         assert_eq!(weights(Traffic::Connections, &[slow, slow, slow, HERE]), [FULL; 4]);
-        let gone = SlotView { away_for: Some(1000), is_slow: true, ..HERE };
+        // A hiccup of one of the others does not make it as bad as these.
+        let hiccup = SlotView { slow_level: 1, ..HERE };
+        assert_eq!(weights(Traffic::Connections, &[slow, slow, hiccup, HERE]), [EASED, EASED, FULL, FULL]);
+        let gone = SlotView { away_for: Some(1000), slow_level: 9, ..HERE };
         assert_eq!(weights(Traffic::Connections, &[gone, slow, HERE, HERE]), [0, EASED, FULL, FULL]);
     }
 }

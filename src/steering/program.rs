@@ -9,9 +9,10 @@ use std::os::fd::BorrowedFd;
 
 use super::bucket::{FOLD, LAST_MULTIPLIER, MULTIPLIER};
 use super::page::{
-    LINE_SHIFT, PICK, ROW_MASK, ROW_SHIFT, SEED, SESSIONS, SLOW_UNTIL, STUCK_TICKS, TABLE, TICK_SHIFT,
-    TURN_SINCE,
+    LINE_SHIFT, PICK, ROW_MASK, ROW_SHIFT, SEED, SESSIONS, SLOW_LEVEL, SLOW_SHIFT, SLOW_UNTIL, STUCK_TICKS,
+    TABLE, TICK_SHIFT, TURN_SINCE,
 };
+use super::slowness::MOST;
 use super::table::BUCKET_COUNT;
 use super::{MAX_SLOTS, Pick};
 use crate::sys::bpf::assembler::Register::{Fp, R0, R1, R2, R3, R4, R5, R6, R7, R8, R9};
@@ -34,9 +35,8 @@ const SECOND: i16 = -4;
 
 const BUCKET_MASK: i32 = BUCKET_COUNT as i32 - 1;
 const SLOT_MASK: i32 = MAX_SLOTS as i32 - 1;
-/// Above every count of sessions: slow is worse than full, stuck than slow.
-const SLOW: i32 = 1 << 28;
-const STUCK: i32 = 1 << 29;
+/// Above every level of slowness, as these are above every count of sessions.
+const STUCK: i32 = (MOST as i32 + 1) << SLOW_SHIFT;
 
 /// The program's instructions for one address: its sockets, its listener's
 /// page, the daemon's loads.
@@ -174,8 +174,8 @@ fn two_choices(program: Assembler, loads: BorrowedFd) -> Assembler {
         .store_word(Fp, SECOND, R1)
 }
 
-/// A register = how loaded a slot is: as `page::is_stuck` and `is_slow` say,
-/// then its sessions.
+/// A register = how loaded a slot is: whether `page::is_stuck`, then how slow
+/// where `page::is_slow`, then its sessions.
 fn load(program: Assembler, place: i16, to: Register, labels: [&'static str; 2]) -> Assembler {
     let [slow, end] = labels;
     program
@@ -195,7 +195,8 @@ fn load(program: Assembler, place: i16, to: Register, labels: [&'static str; 2])
         .jeq(R2, 0, end)
         .sub_r(R2, R9)
         .jsle(R2, 0, end)
-        .or(to, SLOW)
+        .load_word(R2, R1, SLOW_LEVEL as i16)
+        .or_r(to, R2)
         .label(end)
 }
 

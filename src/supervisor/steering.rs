@@ -27,7 +27,7 @@ use crate::config::{Config, Listener, Mode, Steering as Asked, Word};
 use crate::control::ToSteward;
 use crate::counters::{Counters, Layout, OfListener};
 use crate::steering::policy::{self, SlotView, Traffic};
-use crate::steering::{Expected, MAX_SLOTS, Pick, Table, page};
+use crate::steering::{Expected, MAX_SLOTS, Pick, Table, page, slowness};
 use crate::supervision::{Phase, Supervision};
 use crate::sys::bpf::Page;
 use crate::sys::clock::Millis;
@@ -82,7 +82,11 @@ impl Steering {
         let cpus = process::usable_cpu_numbers();
         let plan = |listener: &Listener| Plan {
             pick: pick(listener),
-            traffic: traffic(listener.mode),
+            // At random there are no flows that a slot could keep.
+            traffic: match listener.steering {
+                Asked::Random => Traffic::Connections,
+                _ => traffic(listener.mode),
+            },
             seed: random_seed(),
             cpus: cpus.clone(),
         };
@@ -174,19 +178,24 @@ impl Steering {
             away_for: self.away_since[slot].map(|since| now.saturating_sub(since)),
             is_stopped: self.stopped[slot],
             is_leaving: matches!(phase, Phase::Draining | Phase::Gone),
-            is_slow: self.is_slow(slot, now),
+            slow_level: self.slow_level(slot, now),
         }
     }
 
-    /// Whether its worker said so, or has been in one turn for too long to.
-    fn is_slow(&self, slot: usize, now: Millis) -> bool {
-        let Some(loads) = &self.loads else { return false };
+    /// What its worker said of itself; the highest where it has been in one
+    /// turn for too long to say anything.
+    fn slow_level(&self, slot: usize, now: Millis) -> u32 {
+        let Some(loads) = &self.loads else { return 0 };
         let field = |field| loads.word((slot << page::LINE_SHIFT) + field).load(Relaxed);
         let now_ticks = page::ticks(now);
         let turn_since = field(page::TURN_SINCE);
-        page::is_slow(field(page::SLOW_UNTIL), now_ticks)
-            || (page::is_stuck(turn_since, now_ticks)
-                && u64::from(now_ticks.wrapping_sub(turn_since)) >= page::SLOW_TURN)
+        let is_stuck = page::is_stuck(turn_since, now_ticks)
+            && u64::from(now_ticks.wrapping_sub(turn_since)) >= slowness::SLOW_TURN;
+        match page::is_slow(field(page::SLOW_UNTIL), now_ticks) {
+            _ if is_stuck => slowness::MOST,
+            true => field(page::SLOW_LEVEL) >> page::SLOW_SHIFT,
+            false => 0,
+        }
     }
 
     /// When `update` is to be called again at the latest.

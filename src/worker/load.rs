@@ -11,6 +11,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use crate::steering::page;
+use crate::steering::slowness::Slowness;
 use crate::sys::bpf::Page;
 use crate::sys::clock::Millis;
 
@@ -19,14 +20,14 @@ use crate::sys::clock::Millis;
 pub struct Load {
     page: Page,
     slot: usize,
-    slow_until: Cell<Millis>,
+    slowness: Cell<Slowness>,
 }
 
 impl Load {
     /// Maps the page; begins without any load.
     pub fn open(fd: OwnedFd, slot: usize) -> io::Result<Load> {
-        let load = Load { page: Page::open(fd, page::LOADS_BYTES)?, slot, slow_until: Cell::new(0) };
-        for field in [page::SESSIONS, page::TURN_SINCE, page::SLOW_UNTIL] {
+        let load = Load { page: Page::open(fd, page::LOADS_BYTES)?, slot, slowness: Cell::default() };
+        for field in [page::SESSIONS, page::TURN_SINCE, page::SLOW_UNTIL, page::SLOW_LEVEL] {
             load.field(field).store(0, Relaxed);
         }
         Ok(load)
@@ -39,13 +40,12 @@ impl Load {
 
     /// It has done what there was, and has so many sessions.
     pub fn end_turn(&self, began: Millis, now: Millis, sessions: usize) {
-        if let Some(time) = page::slow_for(now.saturating_sub(began)) {
-            let until = self.slow_until.get().max(now + time);
-            self.slow_until.set(until);
-            self.field(page::SLOW_UNTIL).store(page::ticks(until), Relaxed);
-        } else if self.slow_until.get() != 0 && self.slow_until.get() <= now {
-            self.slow_until.set(0);
-            self.field(page::SLOW_UNTIL).store(0, Relaxed);
+        let mut slowness = self.slowness.get();
+        if slowness.handle_turn(now.saturating_sub(began), now) {
+            self.slowness.set(slowness);
+            let (until, level) = slowness.told().map_or((0, 0), |(until, level)| (page::ticks(until), level));
+            self.field(page::SLOW_LEVEL).store(level << page::SLOW_SHIFT, Relaxed);
+            self.field(page::SLOW_UNTIL).store(until, Relaxed);
         }
         self.field(page::SESSIONS).store(sessions.min(page::MOST_SESSIONS) as u32, Relaxed);
         self.field(page::TURN_SINCE).store(0, Relaxed);

@@ -20,7 +20,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use evenkeel::sys::isolated::{self, Network};
-use libtest_mimic::{Arguments, Failed, Trial};
+use libtest_mimic::{Arguments, Failed, Measurement, Trial};
 
 /// Set for the process that runs one test.
 const INSIDE: &str = "EVENKEEL_TEST_INSIDE";
@@ -65,8 +65,8 @@ pub fn run(tests: Vec<Test>) {
             Some(reason) => {
                 Trial::test(format!("{name} SKIPPED: {reason}"), || Ok(())).with_ignored_flag(true)
             }
-            None if is_bench => Trial::bench(name, move |_| in_own_process(name, BENCH_LIMIT).map(|()| None)),
-            None => Trial::test(name, move || in_own_process(name, TEST_LIMIT)),
+            None if is_bench => Trial::bench(name, move |_| in_own_process(name, BENCH_LIMIT).map(Some)),
+            None => Trial::test(name, move || in_own_process(name, TEST_LIMIT).map(drop)),
         }
     });
     libtest_mimic::run(&arguments, trials.collect()).exit();
@@ -107,7 +107,8 @@ fn missing_program(needs: &[&str]) -> Option<String> {
     })
 }
 
-fn in_own_process(name: &str, limit: Duration) -> Result<(), Failed> {
+fn in_own_process(name: &str, limit: Duration) -> Result<Measurement, Failed> {
+    let begin = Instant::now();
     let mut child = Command::new(std::env::current_exe()?)
         .env(INSIDE, name)
         .stdin(Stdio::null())
@@ -142,7 +143,8 @@ fn in_own_process(name: &str, limit: Duration) -> Result<(), Failed> {
     let text = text.join().unwrap_or_default();
     if status.success() {
         let _ = std::io::stderr().write_all(printed.as_bytes());
-        Ok(())
+        let avg = begin.elapsed().as_nanos() as u64;
+        Ok(Measurement { avg, variance: 0 })
     } else {
         Err(format!("{status}\n{printed}{text}").into())
     }

@@ -1,14 +1,15 @@
 //! What steering brings and costs, on the real daemon in a network of its own.
 //!
 //! ```text
-//! cargo bench --bench steering                 all three parts
+//! cargo bench --bench steering                 all parts
 //! cargo bench --bench steering -- busy_workers one of them
 //! ```
 //! `busy_workers`: time from connect(2) to the first byte with two of four
 //! workers kept busy, `hash` and `load-aware` in turn. `open_connections`: how
 //! even 200 long-lived connections lie. `cost_per_accept`: CPU time a
 //! connection of the workers and of the whole machine, each way against the
-//! kernel's own hash in turn, and the program's own run time.
+//! kernel's own hash in turn, and the program's own run time. `time_to_load`:
+//! maps and program of one address.
 
 #[path = "../tests/support/mod.rs"]
 mod support;
@@ -16,9 +17,11 @@ mod support;
 use std::fs;
 use std::io::Read;
 use std::net::TcpStream;
+use std::os::fd::AsFd;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use evenkeel::steering::{page, program};
 use evenkeel::sys::bpf;
 use socket2::SockRef;
 use support::daemon::Daemon;
@@ -30,6 +33,7 @@ fn main() {
         busy_workers needs ["ebpf"],
         open_connections needs ["ebpf"],
         cost_per_accept needs ["ebpf"],
+        time_to_load needs ["ebpf"],
     ])
 }
 
@@ -214,6 +218,24 @@ fn cost_per_accept() {
             println!("{:<13} program {p:.0} ns a run ({p0:.0} to {p1:.0})", "");
         }
     }
+}
+
+fn time_to_load() {
+    let mut length = 0;
+    let mut times: Vec<f64> = (0..101)
+        .map(|_| {
+            let begin = Instant::now();
+            let sockets = bpf::SocketArray::create(64).expect("an array");
+            let page = bpf::Page::create(page::PAGE_BYTES).expect("a page");
+            let loads = bpf::Page::create(page::LOADS_BYTES).expect("a page");
+            let code = program::program(sockets.as_fd(), page.as_fd(), loads.as_fd());
+            length = code.len();
+            let _program = bpf::Program::load(&code).expect("the verifier takes it");
+            begin.elapsed().as_secs_f64() * 1000.0
+        })
+        .collect();
+    let (median, least, most) = median_and_range(&mut times);
+    println!("{length} instructions, made and loaded in {median:.2} ms ({least:.2} to {most:.2})");
 }
 
 /// So many connections, from four threads.

@@ -329,7 +329,9 @@ fn without_the_right_hash_is_the_kernels_and_still_leaves_out_who_is_away() {
     signal(pid, Signal::SIGSTOP);
     wait_for_share(&daemon, 1, false);
     assert_eq!(active(&daemon), "cbpf");
-    assert_eq!(counts(3, 600)[1], 0);
+    let counts_without = counts(3, 600);
+    // 300 each, with a standard deviation of 12: by chance once in a million.
+    assert!(counts_without[1] == 0 && counts_without[0].abs_diff(300) < 60, "{counts_without:?}");
     signal(pid, Signal::SIGCONT);
     wait_for_share(&daemon, 1, true);
     eventually("the kernel's hash is back", || active(&daemon) == "hash");

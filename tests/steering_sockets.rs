@@ -28,6 +28,7 @@ fn main() {
         what_waits_at_a_closing_listener_moves_to_another needs ["ebpf"],
         a_program_that_is_wrong_is_refused_with_the_verifiers_words needs ["ebpf"],
         classic_programs_keep_a_source_and_leave_out_who_is_away,
+        classic_programs_spread_connections_evenly_and_sources_not_by_port,
         a_classic_program_steers_by_cpu,
         detaching_gives_the_group_back_to_the_kernel,
     ])
@@ -306,8 +307,8 @@ fn a_program_that_is_wrong_is_refused_with_the_verifiers_words() {
     assert!(error.to_string().contains("R5 !read_ok"), "{error}");
 }
 
-fn classic_group(slot_count: usize) -> (Vec<OwnedFd>, SocketAddr) {
-    let mut address: SocketAddr = "127.0.0.1:0".parse().unwrap();
+fn classic_group(address: &str, slot_count: usize) -> (Vec<OwnedFd>, SocketAddr) {
+    let mut address: SocketAddr = address.parse().unwrap();
     let sockets = (0..slot_count).map(|_| {
         let socket = listen::tcp(address, &Options::default()).unwrap();
         address = socket2::SockRef::from(&socket).local_addr().unwrap().as_socket().unwrap();
@@ -317,7 +318,7 @@ fn classic_group(slot_count: usize) -> (Vec<OwnedFd>, SocketAddr) {
 }
 
 fn slot_of(sockets: &[OwnedFd], from: IpAddr, to: SocketAddr) -> usize {
-    let client = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    let client = Socket::new(Domain::for_address(to), Type::STREAM, None).unwrap();
     client.bind(&SockAddr::from(SocketAddr::new(from, 0))).unwrap();
     client.connect(&SockAddr::from(to)).unwrap();
     client.set_linger(Some(Duration::ZERO)).unwrap();
@@ -331,7 +332,7 @@ fn slot_of(sockets: &[OwnedFd], from: IpAddr, to: SocketAddr) -> usize {
 }
 
 fn classic_programs_keep_a_source_and_leave_out_who_is_away() {
-    let (sockets, address) = classic_group(4);
+    let (sockets, address) = classic_group("127.0.0.1:0", 4);
     let attach = |live: &[bool]| {
         let request = classic::Request { pick: Pick::Source, is_ipv6: false, seed: SEED, live, cpus: &[0] };
         bpf::classic::attach(&sockets[2], &classic::program(&request).unwrap()).unwrap();
@@ -348,9 +349,34 @@ fn classic_programs_keep_a_source_and_leave_out_who_is_away() {
     }
 }
 
+/// Chi-square at p = 0.000001.
+fn classic_programs_spread_connections_evenly_and_sources_not_by_port() {
+    for address in ["127.0.0.1:0", "[::1]:0"] {
+        let (sockets, address) = classic_group(address, 4);
+        let counts = |pick| {
+            let request = classic::Request {
+                pick,
+                is_ipv6: address.is_ipv6(),
+                seed: SEED,
+                live: &[true; 4],
+                cpus: &[0],
+            };
+            bpf::classic::attach(&sockets[0], &classic::program(&request).unwrap()).unwrap();
+            let mut counts = vec![0; 4];
+            (0..600).for_each(|_| counts[slot_of(&sockets, address.ip(), address)] += 1);
+            counts
+        };
+        for pick in [Pick::Connection, Pick::Flow] {
+            let counts = counts(pick);
+            assert!(Spread::equal(&counts).p_value > 1e-6, "{address} {pick:?}: {counts:?}");
+        }
+        assert_eq!(counts(Pick::Source).iter().max(), Some(&600));
+    }
+}
+
 fn a_classic_program_steers_by_cpu() {
     let cpus = evenkeel::sys::process::usable_cpu_numbers();
-    let (sockets, address) = classic_group(2 * cpus.len());
+    let (sockets, address) = classic_group("127.0.0.1:0", 2 * cpus.len());
     let live = vec![true; 2 * cpus.len()];
     let request = classic::Request { pick: Pick::Cpu, is_ipv6: false, seed: SEED, live: &live, cpus: &cpus };
     bpf::classic::attach(&sockets[0], &classic::program(&request).unwrap()).unwrap();
@@ -363,7 +389,7 @@ fn a_classic_program_steers_by_cpu() {
 }
 
 fn detaching_gives_the_group_back_to_the_kernel() {
-    let (sockets, address) = classic_group(2);
+    let (sockets, address) = classic_group("127.0.0.1:0", 2);
     let request =
         classic::Request { pick: Pick::Source, is_ipv6: false, seed: SEED, live: &[true, false], cpus: &[0] };
     bpf::classic::attach(&sockets[0], &classic::program(&request).unwrap()).unwrap();

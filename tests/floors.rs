@@ -19,6 +19,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("config", 1),
     ("balance", 1),
     ("relay", 1),
+    ("flow", 1),
     ("supervision", 1),
     ("counters", 1),
     ("spread", 1),

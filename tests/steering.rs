@@ -39,7 +39,7 @@ fn main() {
 
 fn config(workers: usize, steering: &str) -> String {
     format!(
-        "[daemon]\nworkers = {workers}\npin_workers = {}\n[[listener]]\nname = \"front\"\nmode = \"tcp\"\n\
+        "[daemon]\nworkers = {workers}\nhang_timeout = \"1m\"\npin_workers = {}\n[[listener]]\nname = \"front\"\nmode = \"tcp\"\n\
          bind = \"127.0.0.1:8080\"\nservice = \"identify\"\nsteering = \"{steering}\"\n",
         steering == "cpu"
     )

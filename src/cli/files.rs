@@ -15,7 +15,7 @@ const DEMO_NAME: &str = "config/demo.toml";
 const SYSTEM_FILE: &str = "/etc/evenkeel/evenkeel.toml";
 
 /// Where a configuration comes from.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Source {
     /// A file.
     File(PathBuf),
@@ -74,6 +74,19 @@ impl Source {
             ExitCode::from(EXIT_CONFIG)
         })
     }
+
+    /// The same for a reload: what is wrong comes back as a text.
+    pub fn load_quietly(&self) -> Result<Config, String> {
+        let (text, name) = match self {
+            Source::Demo => (DEMO.to_string(), DEMO_NAME.to_string()),
+            Source::File(path) => {
+                let text =
+                    fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+                (text, path.display().to_string())
+            }
+        };
+        config::load(&name, &text).map(|loaded| loaded.config).map_err(|problems| problems.to_string())
+    }
 }
 
 /// The control socket of a daemon with this configuration.
@@ -88,7 +101,12 @@ pub fn socket(named: Option<&Path>) -> PathBuf {
     named.map(Path::to_path_buf).or_else(from_environment).unwrap_or_else(default_socket)
 }
 
-/// This user's default.
+/// This user's default; in a unit, the folder that systemd made for it.
 pub fn default_socket() -> PathBuf {
+    let of_unit = std::env::var("RUNTIME_DIRECTORY").unwrap_or_default();
+    // systemd.exec(5): several are joined by colons.
+    if let Some(folder) = of_unit.split(':').next().filter(|folder| !folder.is_empty()) {
+        return Path::new(folder).join("control.sock");
+    }
     client::default_socket(accounts::current_uid(), std::env::var("XDG_RUNTIME_DIR").ok().as_deref())
 }

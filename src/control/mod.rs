@@ -8,6 +8,7 @@ pub mod client;
 pub mod status;
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use serde::de::DeserializeOwned;
@@ -15,7 +16,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{self, Word};
 use crate::logging;
-use crate::steering::Expected;
 use crate::sys::accounts::Account;
 use crate::sys::channel::{Channel, MAX_FDS};
 
@@ -28,14 +28,34 @@ pub struct Place {
     pub address: usize,
 }
 
+/// What makes two sockets the same, whatever number a configuration gives
+/// them.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct SocketId {
+    /// The address, as bound.
+    pub address: SocketAddr,
+    /// UDP, else TCP.
+    pub udp: bool,
+    /// SO_BINDTODEVICE.
+    pub interface: Option<String>,
+}
+
 /// From the supervisor to a worker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToWorker {
     /// Who it is. Descriptors: the configuration (sealed JSON), its own
     /// counters, with `tells_load` the page of loads, then the counters of all
-    /// slots to read.
+    /// slots to read. What is `outliving` is open elsewhere too, and who waits
+    /// there is served after the daemon's end.
     #[allow(missing_docs)]
-    Birth { slot: usize, slot_count: usize, generation: u64, account: Option<Account>, tells_load: bool },
+    Birth {
+        slot: usize,
+        slot_count: usize,
+        generation: u64,
+        account: Option<Account>,
+        outliving: Vec<Place>,
+        tells_load: bool,
+    },
     /// Sockets that its slot has already, one descriptor a place.
     Sockets(Vec<Place>),
     /// Open what was not given, and give up privileges.
@@ -60,6 +80,8 @@ pub enum ToWorker {
     /// That slot is filled again.
     #[allow(missing_docs)]
     Recall { slot: usize },
+    /// Turn once: the beat of that turn is the answer.
+    Ask,
     /// Leave gracefully; after so many milliseconds (`None` = no limit) what
     /// is left is reset.
     #[allow(missing_docs)]
@@ -75,8 +97,11 @@ pub enum FromWorker {
     Opened,
     /// It accepts on every listener.
     Ready,
-    /// Its listeners are closed and their queues served.
+    /// The listeners that it was to close are closed, their queues served.
     QueuesClosed,
+    /// What could move has moved to another worker.
+    #[allow(missing_docs)]
+    HandedOver { moved: usize, left: usize },
     /// It cannot work: what to tell the operator, and the exit code.
     #[allow(missing_docs)]
     Failed { text: String, advice: String, exit_code: u8 },
@@ -98,17 +123,21 @@ pub enum PeerMessage {
 /// From the supervisor to the steward.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToSteward {
-    /// Descriptors: the configuration, the control listener, then the counters
-    /// of all slots to read.
+    /// Descriptors: the present configuration and the control listener.
     Birth(StewardBirth),
+    /// Where the counters are. Descriptors: so many configurations, the
+    /// present one first, then the counters of each table.
+    #[allow(missing_docs)]
+    Tables { generation: u64, config_count: usize, tables: Vec<Table> },
     /// What the workers do now.
     Workers(Vec<WorkerState>),
-    /// How a listener is steered, and what its slots should have got.
+    /// How the listener of this name is steered from now on, and the part of
+    /// what comes that each slot is due.
     #[allow(missing_docs)]
-    Steering { listener: usize, active: String, expected: Expected },
-    /// The answer to its request: an error's text, or `None`.
+    Steering { listener: String, active: String, shares: Vec<f64> },
+    /// The answer to its request.
     #[allow(missing_docs)]
-    Answer { id: u64, error: Option<String> },
+    Answer { id: u64, answer: Result<String, String> },
 }
 
 /// What a steward is told when it starts.
@@ -116,16 +145,21 @@ pub enum ToSteward {
 pub struct StewardBirth {
     /// The account that it takes.
     pub account: Option<Account>,
-    /// How many slots there are.
-    pub slot_count: usize,
-    /// The generation of the configuration.
-    pub generation: u64,
     /// The supervisor's process.
     pub supervisor_pid: u32,
     /// Where the configuration was read; "embedded demo" where it was not.
     pub config_path: String,
     /// When the daemon started, seconds since 1970.
     pub started_at: u64,
+}
+
+/// Some of a slot's counters. What a slot has counted is the sum of its tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Table {
+    /// The slot.
+    pub slot: usize,
+    /// Which of the configurations says how they are laid out.
+    pub config: usize,
 }
 
 /// One worker as `status` shows it.
@@ -137,7 +171,7 @@ pub struct WorkerState {
     pub pid: u32,
     /// The generation that it serves.
     pub generation: u64,
-    /// `starting`, `ready`, `draining` or `backoff`.
+    /// `starting`, `ready`, `draining`, `hung` or `backoff`.
     pub state: String,
     /// How often the slot's worker was replaced.
     pub restarts: u64,
@@ -162,6 +196,13 @@ pub enum Request {
     Drain,
     /// Leave at once.
     Stop,
+    /// Read the file again and bring it into force.
+    #[allow(missing_docs)]
+    Reload { dry_run: bool },
+    /// So many workers from now on.
+    Scale(usize),
+    /// Move sessions until the workers have equally many.
+    Rebalance,
 }
 
 /// Starts the log of a process as the configuration has it.

@@ -87,7 +87,7 @@ fn restore_half(half: &HalfSnapshot, kept: &[u8]) -> Option<Half> {
     let nobody_waits = half.to.is_none() || half.state == HalfState::Ended;
     let sane = (MIN_READ_BITS..=MAX_READ_BITS).contains(&half.read_bits)
         && kept.len() <= MAX_READ
-        && !(nobody_waits && !kept.is_empty());
+        && (kept.is_empty() || !nobody_waits);
     sane.then(|| Half {
         from: half.from,
         to: half.to,

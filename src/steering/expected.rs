@@ -1,13 +1,11 @@
 //! What each slot should have got, when the table has changed meanwhile.
 //!
 //! A plain sum: what came while a table stood, times that table's shares. The
-//! supervisor keeps it, one a listener; whoever shows the spread asks it with
-//! the count of now.
-
-use serde::{Deserialize, Serialize};
+//! steward keeps it, one a listener; a new steward takes what was counted
+//! before it for what should have been.
 
 /// What came before the shares that stand now, and these.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Expected {
     due: Vec<f64>,
     total: u64,
@@ -20,9 +18,21 @@ impl Expected {
         Expected { due: vec![0.0; shares.len()], total: 0, shares }
     }
 
+    /// So much has come already; how it should have fallen is not known.
+    pub fn resume(counts: &[u64], shares: Vec<f64>) -> Expected {
+        Expected { due: counts.iter().map(|count| *count as f64).collect(), total: counts.iter().sum(), shares }
+    }
+
     /// From now on, with so many counted, other shares hold.
     pub fn handle_change(&mut self, total: u64, shares: Vec<f64>) {
         self.due = self.at(total);
+        // What a slot should have got that was given up counts for the last
+        // one, as what it did get.
+        let given_up: f64 = self.due.iter().skip(shares.len()).sum();
+        self.due.resize(shares.len(), 0.0);
+        if let Some(last) = self.due.last_mut() {
+            *last += given_up;
+        }
         self.total = total;
         self.shares = shares;
     }

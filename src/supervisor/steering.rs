@@ -14,6 +14,7 @@
 
 mod groups;
 
+use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::io;
@@ -22,17 +23,17 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use tracing::{debug, info, warn};
 
+use super::generation::Generation;
 use super::slot::Slot;
 use crate::config::{Config, Listener, Mode, Steering as Asked, Word};
-use crate::control::ToSteward;
-use crate::counters::{Counters, Layout, OfListener};
+use crate::control::{SocketId, ToSteward};
 use crate::steering::policy::{self, SlotView, Traffic};
-use crate::steering::{Expected, MAX_SLOTS, Pick, Table, page, slowness};
+use crate::steering::{MAX_SLOTS, Pick, Table, page, slowness};
 use crate::supervision::{Phase, Supervision};
 use crate::sys::bpf::Page;
 use crate::sys::clock::Millis;
 use crate::sys::process;
-use groups::Groups;
+use groups::Group;
 
 /// How often slots are looked at that may be slow, in milliseconds.
 const LOOK_EVERY: Millis = 100;
@@ -42,9 +43,13 @@ const NO_EBPF: &str = "EVENKEEL_NO_EBPF";
 /// All listeners' steering.
 #[derive(Debug)]
 pub struct Steering {
-    layout: Layout,
+    /// Of which generation the listeners are.
+    generation: u64,
     listeners: Vec<Steered>,
-    /// Where workers tell their loads; only where a table goes by them.
+    /// By socket and not by listener: a socket stays in its array for life,
+    /// whatever a reload makes of its listener.
+    groups: HashMap<SocketId, Group>,
+    /// Where workers tell their loads; `None` without eBPF.
     loads: Option<Page>,
     away_since: Vec<Option<Millis>>,
     stopped: Vec<bool>,
@@ -53,13 +58,12 @@ pub struct Steering {
 /// One listener's.
 #[derive(Debug)]
 struct Steered {
-    place: usize,
     name: String,
-    groups: Groups,
+    ids: Vec<SocketId>,
     plan: Plan,
     weights: Vec<u32>,
     table: Table,
-    expected: Expected,
+    active: &'static str,
     /// The weights are not in force yet.
     is_due: bool,
     /// The steward knows all this.
@@ -77,91 +81,81 @@ pub struct Plan {
 }
 
 impl Steering {
-    /// Maps and programs for every address, as far as this process may.
-    pub fn prepare(config: &Config, slot_count: usize) -> Steering {
-        let cpus = process::usable_cpu_numbers();
-        let plan = |listener: &Listener| Plan {
-            pick: pick(listener),
-            // At random there are no flows that a slot could keep.
-            traffic: match listener.steering {
-                Asked::Random => Traffic::Connections,
-                _ => traffic(listener.mode),
-            },
-            seed: random_seed(),
-            cpus: cpus.clone(),
-        };
-        let plans: Vec<Plan> = config.listeners.iter().map(plan).collect();
-        let tables = groups_with_tables(config, &plans);
-        if let Err(error) = &tables {
-            say_what_is_missing(config, error);
+    /// Finds out what this process may, and says what is missing.
+    pub fn prepare(generation: &Generation) -> Steering {
+        let loads = groups::try_all(std::env::var_os(NO_EBPF).is_some().then_some(NO_EBPF));
+        if let Err(error) = &loads {
+            say_what_is_missing(&generation.config, error);
         }
-        let (loads, groups) = match tables {
-            Ok((loads, groups)) => (Some(loads), groups),
-            Err(_) => (None, config.listeners.iter().map(|_| Groups::classic()).collect()),
+        let mut steering = Steering {
+            generation: generation.number,
+            listeners: Vec::new(),
+            groups: HashMap::new(),
+            loads: loads.ok(),
+            away_since: Vec::new(),
+            stopped: Vec::new(),
         };
-        let loads = loads.filter(|_| plans.iter().any(|plan| plan.pick == Pick::TwoChoices));
-        let listeners = config.listeners.iter().zip(groups).zip(plans).enumerate();
-        let listeners = listeners.map(|(place, ((listener, groups), plan))| {
-            let weights = vec![policy::FULL; slot_count];
-            let table = plan.first_table(&weights);
-            let expected = Expected::new(table.shares(slot_count));
-            Steered {
-                place,
-                name: listener.name.clone(),
-                groups,
-                plan,
-                weights,
-                table,
-                expected,
-                is_due: true,
-                is_told: false,
-            }
-        });
-        Steering {
-            layout: Layout::of(config),
-            listeners: listeners.collect(),
-            loads,
-            away_since: vec![None; slot_count],
-            stopped: vec![false; slot_count],
-        }
+        steering.adopt(generation);
+        steering
     }
 
-    /// The page into which workers write their loads, if any table asks.
+    /// The listeners of a generation. Those that were there before and are
+    /// steered as before keep their table and seed.
+    fn adopt(&mut self, generation: &Generation) {
+        self.generation = generation.number;
+        let cpus = process::usable_cpu_numbers();
+        let mut before = std::mem::take(&mut self.listeners);
+        let places = generation.places();
+        for (number, listener) in generation.config.listeners.iter().enumerate() {
+            let own = places.iter().filter(|(place, id)| place.listener == number && !is_group(id));
+            let ids: Vec<SocketId> = own.map(|(_, id)| id.clone()).collect();
+            let plan =
+                Plan { pick: pick(listener), traffic: traffic(listener), seed: random_seed(), cpus: cpus.clone() };
+            let kept = before.iter().position(|old| old.name == listener.name && old.plan.pick == plan.pick);
+            self.listeners.push(match kept {
+                Some(at) => Steered { ids, is_due: true, ..before.swap_remove(at) },
+                None => Steered::new(listener, ids, plan, generation.slot_count()),
+            });
+        }
+        let known: Vec<&SocketId> = self.listeners.iter().flat_map(|steered| &steered.ids).collect();
+        self.groups.retain(|id, _| known.contains(&id));
+    }
+
+    /// The page into which workers write their loads, where that can be.
     pub fn loads(&self) -> Option<io::Result<OwnedFd>> {
         self.loads.as_ref().map(|loads| loads.as_fd().try_clone_to_owned())
     }
 
-    /// A slot has sockets that it had not.
-    pub fn handle_sockets(&mut self, slot: &Slot) {
-        for (place, socket) in slot.sockets() {
-            let Some(steered) = self.listeners.get_mut(place.listener) else { continue };
-            if let Err(error) = steered.groups.put(place.address, slot.number(), socket) {
-                warn!(listener = steered.name, %error, "the table cannot be used: steering without it");
-                steered.groups = Groups::classic();
-            }
-            steered.is_due = true;
+    /// A slot's process was stopped or goes on.
+    pub fn handle_stop(&mut self, slot: usize, is_stopped: bool) {
+        if let Some(stopped) = self.stopped.get_mut(slot) {
+            *stopped = is_stopped;
         }
     }
 
-    /// A slot's process was stopped or goes on.
-    pub fn handle_stop(&mut self, slot: usize, is_stopped: bool) {
-        self.stopped[slot] = is_stopped;
-    }
-
-    /// Writes what changed since the last call.
-    pub fn update(&mut self, now: Millis, supervision: &Supervision, slots: &[Slot]) {
+    /// Takes in what became of sockets and slots since the last call, and
+    /// writes what changed.
+    pub fn update(&mut self, now: Millis, supervision: &Supervision, slots: &[Slot], generation: &Generation) {
+        if self.generation != generation.number {
+            self.adopt(generation);
+        }
+        let slots = &slots[..slots.len().min(supervision.slot_count())];
+        self.away_since.resize(slots.len(), None);
+        self.stopped.resize(slots.len(), false);
         let views: Vec<SlotView> = (0..slots.len()).map(|slot| self.view(slot, now, supervision)).collect();
         for steered in &mut self.listeners {
+            for id in &steered.ids {
+                let group = self.groups.entry(id.clone()).or_insert_with(|| Group::new(self.loads.as_ref()));
+                steered.is_due |= group.take_in(id, slots);
+            }
             let mut weights = policy::weights(steered.plan.traffic, &views);
             if steered.plan.pick != Pick::TwoChoices {
                 // Slowness is nothing that the others go by.
                 weights.iter_mut().filter(|weight| **weight > 0).for_each(|weight| *weight = policy::FULL);
             }
-            if weights == steered.weights && !steered.is_due {
-                continue;
+            if !weights.is_empty() && (weights != steered.weights || steered.is_due) {
+                steered.apply(weights, &mut self.groups, slots);
             }
-            let total = total(steered.place, slots, &self.layout);
-            steered.apply(weights, total, slots);
         }
     }
 
@@ -204,7 +198,8 @@ impl Steering {
         let fences = patience.flat_map(|patience| {
             self.away_since.iter().flatten().map(move |since| since + patience).filter(|at| *at > now)
         });
-        let look = self.loads.is_some().then_some(now + LOOK_EVERY);
+        let by_load = |steered: &Steered| steered.plan.pick == Pick::TwoChoices;
+        let look = (self.loads.is_some() && self.listeners.iter().any(by_load)).then_some(now + LOOK_EVERY);
         fences.chain(look).min()
     }
 
@@ -216,25 +211,36 @@ impl Steering {
     /// Tells the steward what it does not know; `send` answers whether it
     /// heard.
     pub fn tell(&mut self, mut send: impl FnMut(&ToSteward) -> bool) {
-        for steered in self.listeners.iter_mut().filter(|steered| !steered.is_told) {
-            let active = steered.groups.active().to_string();
-            let expected = steered.expected.clone();
-            steered.is_told = send(&ToSteward::Steering { listener: steered.place, active, expected });
+        for steered in self.listeners.iter_mut().filter(|steered| !steered.is_told && !steered.is_due) {
+            steered.is_told = send(&ToSteward::Steering {
+                listener: steered.name.clone(),
+                active: steered.active.to_string(),
+                shares: steered.table.shares(steered.weights.len()),
+            });
         }
     }
 }
 
 impl Steered {
-    fn apply(&mut self, weights: Vec<u32>, total: u64, slots: &[Slot]) {
+    fn new(listener: &Listener, ids: Vec<SocketId>, plan: Plan, slot_count: usize) -> Steered {
+        let weights = vec![policy::FULL; slot_count];
+        let table = plan.first_table(&weights);
+        let name = listener.name.clone();
+        Steered { name, ids, plan, weights, table, active: "hash", is_due: true, is_told: false }
+    }
+
+    fn apply(&mut self, weights: Vec<u32>, groups: &mut HashMap<SocketId, Group>, slots: &[Slot]) {
         debug!(listener = self.name, ?weights, "steering changes");
         self.table = self.plan.next_table(&self.table, &weights);
         self.weights = weights;
-        if let Err(error) = self.groups.write(self.place, &self.plan, &self.table, &self.weights, slots) {
-            warn!(listener = self.name, %error, "classic BPF could not be attached: the kernel's hash steers");
+        self.active = "hash";
+        for id in &self.ids {
+            let Some(group) = groups.get_mut(id) else { continue };
+            if let Err(error) = group.write(id, &self.plan, &self.table, &self.weights, slots) {
+                warn!(listener = self.name, %error, "no program could be attached: the kernel's hash steers");
+            }
+            self.active = group.active();
         }
-        // Without the table a slot that is away may get something, and a
-        // hash over all gives equal parts.
-        self.expected.handle_change(total, self.table.shares(self.weights.len()));
         self.is_due = false;
         self.is_told = false;
     }
@@ -265,38 +271,34 @@ impl Plan {
 }
 
 fn pick(listener: &Listener) -> Pick {
-    match (listener.steering, traffic(listener.mode)) {
-        (Asked::Hash, Traffic::Connections) => Pick::Connection,
-        (Asked::LoadAware, Traffic::Connections) => Pick::TwoChoices,
+    match (listener.steering, listener.mode) {
+        (Asked::Hash, Mode::Tcp) => Pick::Connection,
+        (Asked::LoadAware, Mode::Tcp) => Pick::TwoChoices,
         // Chosen anew for every datagram: by the table alone, or a flow would
         // be torn apart.
-        (Asked::Hash | Asked::LoadAware, Traffic::Flows) => Pick::Flow,
+        (Asked::Hash | Asked::LoadAware, Mode::Udp) => Pick::Flow,
         (Asked::Source, _) => Pick::Source,
         (Asked::Random, _) => Pick::Random,
         (Asked::Cpu, _) => Pick::Cpu,
     }
 }
 
-fn traffic(mode: Mode) -> Traffic {
-    match mode {
-        Mode::Tcp => Traffic::Connections,
+fn traffic(listener: &Listener) -> Traffic {
+    match (listener.mode, listener.steering) {
+        // At random there are no flows that a slot could keep.
+        (Mode::Tcp, _) | (Mode::Udp, Asked::Random) => Traffic::Connections,
+        (Mode::Udp, _) => Traffic::Flows,
     }
+}
+
+/// A multicast group's sockets get every datagram; a filter divides them.
+fn is_group(id: &SocketId) -> bool {
+    id.address.ip().is_multicast()
 }
 
 /// From the system's randomness, by way of the standard library's hash keys.
 fn random_seed() -> u32 {
     RandomState::new().build_hasher().finish() as u32
-}
-
-fn groups_with_tables(config: &Config, plans: &[Plan]) -> io::Result<(Page, Vec<Groups>)> {
-    if std::env::var_os(NO_EBPF).is_some() {
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("{NO_EBPF} is set")));
-    }
-    let loads = Page::create(page::LOADS_BYTES)?;
-    let groups = config.listeners.iter().zip(plans);
-    let groups = groups.map(|(listener, plan)| Groups::with_table(listener.bind.len(), plan, &loads));
-    let groups = groups.collect::<io::Result<Vec<_>>>()?;
-    Ok((loads, groups))
 }
 
 /// Once, with what would help.
@@ -323,10 +325,4 @@ fn say_what_is_missing(config: &Config, error: &io::Error) {
         let asked = asked.join(", ");
         warn!("steering without eBPF ({error}): {asked} by classic BPF or the kernel's hash; {help}");
     }
-}
-
-/// What a listener has counted over all slots.
-fn total(listener: usize, slots: &[Slot], layout: &Layout) -> u64 {
-    let counters = slots.iter().filter_map(|slot| Counters::over(slot.counters().words(), layout));
-    counters.map(|counters| counters.listener(listener, OfListener::Connections).get()).sum()
 }

@@ -21,8 +21,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{setsockopt, sockopt};
-use socket2::{Domain, InterfaceIndexOrAddress, SockAddr, Socket, Type};
+use socket2::{Domain, InterfaceIndexOrAddress, SockAddr, SockRef, Socket, Type};
 
+use crate::sys::filter;
 use crate::sys::holders::{Protocol, only_connections_remain};
 
 /// Seconds that TCP_DEFER_ACCEPT waits for the client's first bytes. The
@@ -79,6 +80,14 @@ pub enum MulticastInterface {
     Name(String),
     /// The interface that has this address; IPv4 only.
     Address(Ipv4Addr),
+}
+
+/// Which part of a group's datagrams a socket takes: `index` of `count`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct Share {
+    pub index: u32,
+    pub count: u32,
 }
 
 /// Which call failed while a socket was opened.
@@ -158,16 +167,18 @@ pub fn udp(address: SocketAddr, options: &Options) -> Result<OwnedFd, OpenError>
     at.option("SO_REUSEPORT", socket.set_reuse_port(true))?;
     at.before_bind(&socket, options)?;
     at.packet_info(&socket)?;
+    at.only_joined_groups(&socket)?;
     at.bind(&socket)?;
     Ok(socket.into())
 }
 
 /// Opens a UDP socket that is bound to a multicast group's address and has
 /// joined the group. Each socket of a group gets its own copy of every
-/// datagram; dividing them is the matter of a socket filter.
+/// datagram, or those of its `share`.
 pub fn multicast(
     group: SocketAddr,
     interface: &MulticastInterface,
+    share: Option<Share>,
     options: &Options,
 ) -> Result<OwnedFd, OpenError> {
     // A link-local IPv6 group is bound on one interface, and bind(2) wants
@@ -182,17 +193,46 @@ pub fn multicast(
     at.option("SO_REUSEPORT", socket.set_reuse_port(true))?;
     at.before_bind(&socket, options)?;
     at.packet_info(&socket)?;
-    // Only what this socket joined: the default hands a socket the datagrams
-    // of groups and interfaces that any other process joined.
-    match group {
-        SocketAddr::V4(_) => at.option("IP_MULTICAST_ALL", socket.set_multicast_all_v4(false))?,
-        SocketAddr::V6(_) => at.option("IPV6_MULTICAST_ALL", socket.set_multicast_all_v6(false))?,
+    at.only_joined_groups(&socket)?;
+    if let Some(Share { index, count }) = share {
+        // Before bind(2), or it would take everybody's share for a moment.
+        at.option("SO_ATTACH_FILTER", filter::take_share(&socket, group.is_ipv6(), index, count))?;
     }
     // To the group's address and not the wildcard: unicast datagrams and
     // other groups on this port then never reach the socket.
     at.bind(&socket)?;
     join(&socket, at.0, interface, index).map_err(|e| at.failed(Step::Join, e))?;
     Ok(socket.into())
+}
+
+/// Takes up a listening TCP socket that another process opened, as systemd
+/// does for a .socket unit: sets what may still be set after bind(2), and takes
+/// away what an earlier process left on it. Reuse options, the device and
+/// transparency are decided before bind(2), so they are the other's to set.
+pub fn adopt_tcp(socket: &OwnedFd, address: SocketAddr, options: &Options) -> Result<(), OpenError> {
+    let at = At(address);
+    at.option("SO_DETACH_FILTER", super::filter::remove(socket))?;
+    let socket = SockRef::from(socket);
+    at.common_of_adopted(&socket, options)?;
+    if options.fast_open {
+        at.option("TCP_FASTOPEN", set_tcp(&socket, libc::TCP_FASTOPEN, FAST_OPEN_QUEUE))?;
+    }
+    let seconds = if options.defer_accept { DEFER_ACCEPT_SECONDS } else { 0 };
+    at.option("TCP_DEFER_ACCEPT", set_tcp(&socket, libc::TCP_DEFER_ACCEPT, seconds))?;
+    // On a socket that listens already it sets the queue's length anew.
+    let backlog = i32::try_from(options.backlog).unwrap_or(i32::MAX);
+    socket.listen(backlog).map_err(|e| at.failed(Step::Listen, e))
+}
+
+/// The same for a unicast UDP socket.
+pub fn adopt_udp(socket: &OwnedFd, address: SocketAddr, options: &Options) -> Result<(), OpenError> {
+    let at = At(address);
+    at.option("SO_DETACH_FILTER", super::filter::remove(socket))?;
+    let socket = SockRef::from(socket);
+    // systemd sets it on every socket that it passes; see the table above.
+    at.option("SO_REUSEADDR", socket.set_reuse_address(false))?;
+    at.common_of_adopted(&socket, options)?;
+    at.packet_info(&socket)
 }
 
 /// Is this an address that `multicast` should open rather than `udp`?
@@ -301,6 +341,19 @@ impl At {
         Ok(())
     }
 
+    /// What both kinds are given after bind(2).
+    fn common_of_adopted(self, socket: &Socket, options: &Options) -> Result<(), OpenError> {
+        self.option("FD_CLOEXEC", socket.set_cloexec(true))?;
+        self.option("O_NONBLOCK", socket.set_nonblocking(true))?;
+        if let Some(bytes) = options.receive_buffer {
+            self.option("SO_RCVBUF", socket.set_recv_buffer_size(whole(bytes)))?;
+        }
+        if let Some(bytes) = options.send_buffer {
+            self.option("SO_SNDBUF", socket.set_send_buffer_size(whole(bytes)))?;
+        }
+        Ok(())
+    }
+
     /// Each datagram tells which address the client asked, so that the reply
     /// can leave from there; a wildcard listener would otherwise answer from
     /// whatever address the route prefers.
@@ -312,6 +365,16 @@ impl At {
             SocketAddr::V6(_) => {
                 self.option("IPV6_RECVPKTINFO", setsockopt(socket, sockopt::Ipv6RecvPacketInfo, &true))
             }
+        }
+    }
+
+    /// Only what this socket joined: the default hands a socket the datagrams
+    /// of groups and interfaces that any other process joined, and on the
+    /// wildcard address every worker would get a copy of each.
+    fn only_joined_groups(self, socket: &Socket) -> Result<(), OpenError> {
+        match self.0 {
+            SocketAddr::V4(_) => self.option("IP_MULTICAST_ALL", socket.set_multicast_all_v4(false)),
+            SocketAddr::V6(_) => self.option("IPV6_MULTICAST_ALL", socket.set_multicast_all_v6(false)),
         }
     }
 

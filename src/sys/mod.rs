@@ -6,14 +6,17 @@
 
 pub mod accounts;
 pub mod bpf;
+pub mod activation;
 pub mod channel;
 pub mod clock;
+pub mod datagram;
 pub mod filter;
 pub mod handshakes;
 pub mod holders;
 pub mod host;
 pub mod isolated;
 pub mod listen;
+pub mod notify;
 pub mod process;
 pub mod shared;
 pub mod signals;

@@ -116,7 +116,10 @@ pub fn read_sealed_up_to(fd: OwnedFd, most: usize) -> io::Result<Vec<u8>> {
     let file = File::from(fd);
     let length = file.metadata()?.len() as usize;
     if length > most {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{length} bytes where {most} may be")));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("{length} bytes where {most} may be"),
+        ));
     }
     let mut bytes = vec![0; length];
     // By position: the file offset is shared with every other holder.

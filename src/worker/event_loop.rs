@@ -14,18 +14,20 @@ use mio::{Events, Interest, Poll, Token};
 use tracing::{error, info, warn};
 
 use super::birth::Born;
+use super::datagrams::{self, Datagrams};
 use super::handover::{Progress, Receiver, Sender};
 use super::leave::{Leave, Step};
-use super::listeners::{self, Accepted, Listeners, PAUSE};
 use super::load::Load;
-use super::sessions::{Context, Sessions};
 use super::test_hook::Busy;
+use super::listeners::{self, Accepted, Listeners, PAUSE};
+use super::sessions::{Context, Sessions};
+use crate::config::Mode;
 use crate::control::{self, FromWorker, Place, ToWorker};
 use crate::counters::{Counters, Process};
 use crate::relay::CloseReason;
 use crate::sys::channel::Channel;
 use crate::sys::clock::{self, Millis};
-use crate::sys::{filter, handshakes, process};
+use crate::sys::{handshakes, process};
 
 /// Connections that one socket may bring in one turn.
 const ACCEPT_BUDGET: usize = 64;
@@ -34,7 +36,7 @@ const ACCEPT_BUDGET: usize = 64;
 const RESERVED_FILES: u64 = 64;
 
 /// Tokens of what is no session: the highest bit, which a packed key has not.
-const SPECIAL: usize = 1 << 63;
+pub const SPECIAL: usize = 1 << 63;
 const CHANNEL: Token = Token(SPECIAL);
 
 /// Channels to other workers, from here on by a running number.
@@ -61,13 +63,18 @@ struct Loop<'a> {
     poll: Poll,
     channel: Channel,
     listeners: Listeners,
+    /// Places whose sockets outlive the daemon.
+    outliving: Vec<Place>,
     sessions: Sessions<'a>,
+    datagrams: Datagrams<'a>,
     session_limit: usize,
     load: Option<&'a Load>,
     busy: Busy,
     leave: Option<Leave>,
     /// Its slot's sockets, until the supervisor says `Serve`.
     unserved: Vec<(Place, OwnedFd)>,
+    /// Those of them that another process had before.
+    kept: Vec<Place>,
     sender: Option<Outgoing>,
     receivers: Vec<(Token, Receiver)>,
     peer_count: usize,
@@ -75,6 +82,8 @@ struct Loop<'a> {
     orphaned_until: Option<Millis>,
     is_orphan: bool,
     paused_before: bool,
+    #[cfg(debug_assertions)]
+    hang: super::hang::Hang,
 }
 
 /// Serves until told to leave; the process's exit code.
@@ -105,24 +114,34 @@ impl<'a> Loop<'a> {
         };
         debug_assert_eq!(context.all.len(), born.slot_count);
         let reserved = RESERVED_FILES + born.slot_count as u64 + 2 * sockets.len() as u64;
+        let files = process::file_limit().saturating_sub(reserved);
+        let modes = |mode: Mode| context.config.listeners.iter().any(|listener| listener.mode == mode);
+        // Where both modes are served, flows have half of the descriptors.
+        let for_flows = if modes(Mode::Tcp) && modes(Mode::Udp) { files / 2 } else { files };
         // Two descriptors a session.
-        let session_limit = (process::file_limit().saturating_sub(reserved) / 2).max(1) as usize;
+        let for_sessions = if modes(Mode::Udp) { files - for_flows } else { files };
+        let session_limit = (for_sessions / 2).max(1) as usize;
         let state = Loop {
             poll: Poll::new().ok()?,
             channel,
             listeners: Listeners::default(),
+            datagrams: Datagrams::new(context.clone(), for_flows as usize, clock::coarse()),
+            outliving: born.outliving.clone(),
             sessions: Sessions::new(context, clock::coarse()),
             session_limit,
             load: born.load.as_ref(),
             busy: Busy::of_slot(born.slot),
             leave: None,
             unserved: sockets,
+            kept: born.kept.clone(),
             sender: None,
             receivers: Vec::new(),
             peer_count: 0,
             orphaned_until: None,
             is_orphan: false,
             paused_before: false,
+            #[cfg(debug_assertions)]
+            hang: super::hang::Hang::of_environment(born.slot),
         };
         state.begin().inspect_err(|error| error!(%error, "cannot begin")).ok()
     }
@@ -137,12 +156,21 @@ impl<'a> Loop<'a> {
     /// The supervisor lets it accept.
     fn begin_serving(&mut self) {
         for (place, socket) in std::mem::take(&mut self.unserved) {
-            if let Err(error) = self.listeners.add(self.poll.registry(), place, socket, None) {
+            let kept = self.kept.contains(&place);
+            if let Err(error) = self.add(place, socket, None, kept) {
                 error!(%error, "a listener cannot be polled");
                 std::process::exit(1);
             }
         }
         self.tell(&FromWorker::Ready);
+    }
+
+    fn add(&mut self, place: Place, socket: OwnedFd, lent_by: Option<usize>, kept: bool) -> io::Result<()> {
+        if self.datagrams.takes(place) {
+            self.datagrams.add(self.poll.registry(), place, socket, lent_by, kept)
+        } else {
+            self.listeners.add(self.poll.registry(), place, socket, lent_by)
+        }
     }
 
     fn tell(&self, message: &FromWorker) {
@@ -163,6 +191,7 @@ impl<'a> Loop<'a> {
                 result => result?,
             }
             let now = clock::coarse();
+            self.sessions.context().beat(now);
             if let Some(load) = self.load {
                 load.begin_turn(now);
             }
@@ -170,6 +199,7 @@ impl<'a> Loop<'a> {
                 self.busy.burn();
                 match event.token() {
                     CHANNEL => self.handle_channel(now),
+                    token if datagrams::is_token(token) => self.datagrams.handle_event(token),
                     token if token.0 & SPECIAL != 0 && special_number(token) >= FIRST_PEER => {
                         self.handle_peer(token, now);
                     }
@@ -182,6 +212,8 @@ impl<'a> Loop<'a> {
             let before = self.sessions.len();
             self.sessions.turn(now);
             self.sessions.handle_deadlines(self.poll.registry(), now);
+            self.datagrams.turn(self.poll.registry(), now);
+            self.datagrams.handle_deadlines(now);
             if self.sessions.len() < before {
                 self.listeners.end_pause();
             }
@@ -194,21 +226,34 @@ impl<'a> Loop<'a> {
             if let Some(load) = self.load {
                 load.end_turn(now, clock::coarse(), self.sessions.len());
             }
+            #[cfg(debug_assertions)]
+            self.hang.spin_if_told();
         }
     }
 
     /// When the loop has to run again though nothing happens; `now` where
     /// there is work left.
     fn next_wake(&self, now: Millis) -> Option<Millis> {
-        if self.sessions.has_work() || self.listeners.has_ready(now) {
+        if self.sessions.has_work() || self.datagrams.has_work() || self.listeners.has_ready(now) {
             return Some(now);
         }
         let leave = self.leave.as_ref().and_then(Leave::next_deadline);
-        let handover = self.sender.as_ref().map(|outgoing| outgoing.sender.next_deadline());
-        [handover, self.sessions.next_deadline(), self.listeners.pause_end(), leave, self.orphaned_until]
-            .into_iter()
-            .flatten()
-            .min()
+        let handover = self.sender.as_ref().and_then(|outgoing| {
+            let waits_for_queues = outgoing.then_leave.is_some() && !self.listeners.is_empty();
+            if waits_for_queues { None } else { Some(outgoing.sender.next_deadline(now)) }
+        });
+        let flows = self.datagrams.next_deadline();
+        [
+            handover,
+            flows,
+            self.sessions.next_deadline(),
+            self.listeners.pause_end(),
+            leave,
+            self.orphaned_until,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
     fn publish_lag(&self, since: Millis) {
@@ -277,7 +322,12 @@ impl<'a> Loop<'a> {
                 Ok(sockets) => self.handle_loan(slot, sockets),
                 Err(error) => warn!(%error, "a loan was refused"),
             },
-            ToWorker::Recall { slot } => self.listeners.give_back(self.poll.registry(), slot),
+            // Having been woken is the answer.
+            ToWorker::Ask => {}
+            ToWorker::Recall { slot } => {
+                self.listeners.give_back(self.poll.registry(), slot);
+                self.datagrams.give_back(self.poll.registry(), slot);
+            }
             ToWorker::Drain { limit } => self.begin_leave(now, limit),
             ToWorker::Serve => self.begin_serving(),
             ToWorker::HandOver { removed, limit } => self.begin_handover(fds, &removed, limit, now),
@@ -295,7 +345,7 @@ impl<'a> Loop<'a> {
             if place.listener >= self.sessions.context().config.listeners.len() {
                 continue;
             }
-            if let Err(error) = self.listeners.add(self.poll.registry(), place, socket, Some(slot)) {
+            if let Err(error) = self.add(place, socket, Some(slot), true) {
                 warn!(%error, "a lent socket could not be polled");
             }
         }
@@ -305,6 +355,7 @@ impl<'a> Loop<'a> {
     /// have any more is accepted first.
     fn begin_handover(&mut self, fds: Vec<OwnedFd>, removed: &[Place], limit: Option<Millis>, now: Millis) {
         self.listeners.close_all_but(self.poll.registry(), removed);
+        self.datagrams.stop_receiving(self.poll.registry());
         if !self.listeners.is_empty() {
             self.begin_leave(now, limit);
         }
@@ -366,8 +417,7 @@ impl<'a> Loop<'a> {
             Progress::Done { moved } | Progress::Failed { moved } => moved,
         };
         let then_leave = self.sender.take().and_then(|outgoing| outgoing.then_leave);
-        let left = self.sessions.len();
-        info!("{moved} sessions handed over, {left} left");
+        self.tell(&FromWorker::HandedOver { moved, left: self.sessions.len() });
         if let Some(limit) = then_leave {
             self.leave = Some(Leave::finishing(now, limit));
         }
@@ -389,11 +439,12 @@ impl<'a> Loop<'a> {
         if self.leave.is_some() {
             return;
         }
-        for (_, socket) in self.listeners.sockets() {
-            if let Err(error) = filter::refuse_new_handshakes(socket) {
-                warn!(%error, "new handshakes cannot be kept out");
-            }
+        // A filter there would keep the next daemon's clients out.
+        self.listeners.let_go(self.poll.registry(), &self.outliving);
+        if let Err(error) = self.listeners.keep_out() {
+            warn!(%error, "new handshakes cannot be kept out");
         }
+        self.datagrams.begin_leave();
         self.leave = Some(Leave::begin(now, limit));
     }
 
@@ -408,7 +459,7 @@ impl<'a> Loop<'a> {
         }
         loop {
             let Some(leave) = &mut self.leave else { return false };
-            match leave.step(now, self.sessions.len()) {
+            match leave.step(now, self.sessions.len() + self.datagrams.len()) {
                 Step::Wait => return false,
                 Step::Look => {
                     if handshakes::half_open(&self.ports()) == Some(false)
@@ -430,11 +481,16 @@ impl<'a> Loop<'a> {
                     self.tell(&FromWorker::QueuesClosed);
                     self.sessions.turn(now);
                 }
-                Step::Exit => return true,
+                Step::Exit => {
+                    self.datagrams.close_all(CloseReason::Drained, now);
+                    return true;
+                }
                 Step::GiveUp => {
                     let count = self.sessions.len();
-                    warn!("drain_timeout is over: {count} sessions are reset");
+                    let flows = self.datagrams.len();
+                    warn!("drain_timeout is over: {count} sessions are reset, {flows} flows ended");
                     self.sessions.close_all(CloseReason::Drained);
+                    self.datagrams.close_all(CloseReason::Drained, now);
                     return true;
                 }
             }

@@ -97,8 +97,8 @@ impl Sender {
     }
 
     /// When `step` is to be called at the latest.
-    pub fn next_deadline(&self) -> Millis {
-        self.since + PATIENCE + 1
+    pub fn next_deadline(&self, now: Millis) -> Millis {
+        if self.under_way.is_empty() { now } else { self.since + PATIENCE + 1 }
     }
 
     fn send(&self, sessions: &Sessions, parcels: Vec<Parcel>) -> std::io::Result<()> {

@@ -29,13 +29,16 @@ use crate::counters::{Counters, Layout, OfListener, OfServer, Process};
 use crate::deadline::Deadlines;
 use crate::relay::{CloseReason, Drive, End, MAX_READ, Readiness, Session, Side};
 use crate::slab::{Key, Slab};
-use crate::sys::clock::Millis;
+use crate::sys::clock::{self, Millis};
 use crate::sys::stream::{Stream, TcpOptions};
 pub use moving::Parcel;
 
 /// Bytes that one session may move each way in one turn, so that a busy one
 /// does not keep the others waiting.
 const BUDGET: usize = 1 << 20;
+/// After so many sessions a turn beats once more: with thousands in bulk it
+/// takes long without being stuck.
+const BEAT_EVERY: usize = 64;
 /// How often a session that waits for acknowledgements is looked at.
 const RESET_CHECK: Millis = 20;
 
@@ -51,8 +54,8 @@ impl End for Stream {
     }
 }
 
-/// Who this worker is, and what every session needs.
-#[derive(Debug)]
+/// Who this worker is, and what every session and flow needs.
+#[derive(Clone, Debug)]
 pub struct Context<'a> {
     pub slot: usize,
     pub generation: u64,
@@ -61,6 +64,20 @@ pub struct Context<'a> {
     pub counters: Counters<'a>,
     /// Every slot's counters.
     pub all: Vec<Counters<'a>>,
+}
+
+impl Context<'_> {
+    /// A balancer for each upstream.
+    pub fn balancers(&self, now: Millis) -> Vec<Balancer> {
+        let seed = (u64::from(std::process::id()) << 32) ^ now;
+        let upstreams = self.config.upstreams.iter();
+        upstreams.map(|upstream| Balancer::new(upstream, self.slot, self.all.len(), seed)).collect()
+    }
+
+    /// Shows the supervisor that the loop turns.
+    pub fn beat(&self, now: Millis) {
+        self.counters.process(Process::Beat).set(now);
+    }
 }
 
 /// All sessions of the worker.
@@ -111,9 +128,7 @@ enum Stage {
 
 impl<'a> Sessions<'a> {
     pub fn new(context: Context<'a>, now: Millis) -> Sessions<'a> {
-        let slots = context.all.len();
-        let balancers =
-            context.config.upstreams.iter().map(|u| Balancer::new(u, context.slot, slots)).collect();
+        let balancers = context.balancers(now);
         Sessions {
             context,
             slab: Slab::new(),
@@ -144,7 +159,7 @@ impl<'a> Sessions<'a> {
         registry: &Registry,
         listener: usize,
         client: Stream,
-        _peer: SocketAddr,
+        peer: SocketAddr,
         now: Millis,
     ) {
         let config = &self.context.config.listeners[listener];
@@ -180,7 +195,7 @@ impl<'a> Sessions<'a> {
         }
         match config.target {
             Target::Upstream(_) => {
-                let attempt = self.first_attempt(key, now);
+                let attempt = self.first_attempt(key, peer.ip(), now);
                 self.begin_connect(registry, key, attempt, now);
             }
             Target::Service(_) => {
@@ -241,7 +256,10 @@ impl<'a> Sessions<'a> {
 
     /// Drives each session that has something to do once.
     pub fn turn(&mut self, now: Millis) {
-        for key in std::mem::take(&mut self.queue) {
+        for (index, key) in std::mem::take(&mut self.queue).into_iter().enumerate() {
+            if index % BEAT_EVERY == BEAT_EVERY - 1 {
+                self.context.beat(clock::coarse());
+            }
             self.drive(key, now);
         }
     }

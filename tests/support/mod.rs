@@ -13,6 +13,8 @@
 #![allow(dead_code)]
 
 pub mod daemon;
+pub mod datagrams;
+pub mod machine;
 pub mod servers;
 
 use std::io::{Read, Write};
@@ -65,7 +67,9 @@ pub fn run(tests: Vec<Test>) {
             Some(reason) => {
                 Trial::test(format!("{name} SKIPPED: {reason}"), || Ok(())).with_ignored_flag(true)
             }
-            None if is_bench => Trial::bench(name, move |_| in_own_process(name, BENCH_LIMIT).map(Some)),
+            None if is_bench => {
+                Trial::bench(name, move |_| in_own_process(name, BENCH_LIMIT).map(Some))
+            }
             None => Trial::test(name, move || in_own_process(name, TEST_LIMIT).map(drop)),
         }
     });
@@ -94,12 +98,13 @@ fn missing_network() -> Option<String> {
 }
 
 /// Why a test cannot run here; `root` stands for the right to be two users,
-/// `ebpf` for that to load programs.
+/// `ebpf` for that to load programs, `a machine` for what it takes to boot a systemd.
 fn missing_program(needs: &[&str]) -> Option<String> {
     let paths = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
     let installed =
         |name: &str| paths.split(':').any(|folder| std::path::Path::new(folder).join(name).exists());
     needs.iter().find_map(|&need| match need {
+        "a machine" => machine::missing(),
         "root" => (!nix::unistd::geteuid().is_root()).then(|| "only root has a second user".to_string()),
         "ebpf" => (!evenkeel::sys::bpf::is_permitted())
             .then(|| "this user may load no eBPF program (CAP_BPF)".to_string()),

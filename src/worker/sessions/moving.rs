@@ -6,6 +6,7 @@
 //! the acknowledgement is out: never do two processes drive it.
 
 use std::io;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use mio::Registry;
@@ -115,7 +116,9 @@ impl Sessions<'_> {
             Target::Upstream(upstream) => &config.upstreams[upstream].servers[..],
             Target::Service(_) => &[],
         };
-        let find = |address: &String| servers.iter().position(|s| s.address.to_string() == *address).map(|i| i as u32);
+        let find = |address: &String| {
+            servers.iter().position(|s| s.address.to_string() == *address).map(|i| i as u32)
+        };
         let server_index = record.server.as_ref().and_then(find);
         if sockets.len() != record.socket_count() {
             return None;
@@ -129,7 +132,9 @@ impl Sessions<'_> {
                     return None;
                 }
                 let tried = tried.iter().filter_map(find).collect();
-                let attempt = Attempt { until, tried, failure };
+                let unknown = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+                let address = client.peer().ok().flatten().map_or(unknown, |peer| peer.ip());
+                let attempt = Attempt { client: address, until, tried, failure };
                 // Without its server in this configuration the connect that is
                 // under way is given up for the next one.
                 if server.is_some() && server_index.is_some() {

@@ -171,7 +171,9 @@ fn own_time() -> u64 {
 fn cost_per_accept() {
     const ROUNDS: usize = 7;
     const EACH: usize = 20_000;
-    let ways: [(&str, &str, &[(&str, &str)]); 6] = [
+    /// A name, what `steering` says, and the environment.
+    type Way<'a> = (&'a str, &'a str, &'a [(&'a str, &'a str)]);
+    let ways: [Way; 6] = [
         ("kernel hash", "hash", &[("EVENKEEL_NO_EBPF", "1")]),
         ("hash", "hash", &[]),
         ("source", "source", &[]),

@@ -14,7 +14,7 @@ use super::generation::Generation;
 use super::slot::Slot;
 use super::{Refusal, Start};
 use crate::config::{Config, Listener, Mode};
-use crate::control::Place;
+use crate::control::{Place, SocketId};
 use crate::sys::accounts;
 use crate::sys::activation::{self, Bound, Kind, Passed};
 use crate::sys::listen::{self, OpenError, Options};
@@ -69,6 +69,47 @@ pub fn give(
     Ok(())
 }
 
+/// Refuses a change of the running daemon after which nobody would serve a
+/// socket of systemd's: it stays open, and whoever is steered to it waits.
+pub fn check_change(slots: &[Slot], config: &Config, slot_count: usize) -> Result<(), Refusal> {
+    let is_wanted = |id: &SocketId| {
+        let mut listeners = config.listeners.iter();
+        listeners.any(|own| (own.mode == Mode::Udp) == id.udp && own.bind.contains(&id.address))
+    };
+    for slot in slots {
+        let lost = slot.outliving().iter().find(|id| slot.number >= slot_count || !is_wanted(id));
+        if let Some(id) = lost {
+            let (number, address) = (slot.number, id.address);
+            return Err(Refusal::new(
+                78,
+                format!(
+                    "nobody would serve the socket at {address} that systemd opened for slot {number} and keeps open"
+                ),
+                "change the .socket unit and evenkeel.toml together, and restart both units",
+            ));
+        }
+    }
+    let fixed = slots.iter().flat_map(Slot::held).find(|(id, fd)| {
+        slots.iter().any(|slot| slot.outliving().contains(id)) && !activation::can_be_joined(fd)
+    });
+    if let Some((id, _)) = fixed
+        && slot_count > slots.len()
+    {
+        let (address, count) = (id.address, slots.len());
+        let line = if id.udp { "ListenDatagram" } else { "ListenStream" };
+        return Err(Refusal::new(
+            78,
+            format!(
+                "systemd opened {address} for {count} workers, and this process cannot add a socket to its"
+            ),
+            format!(
+                "write {line}={address} {slot_count} times in the .socket unit, set workers = {slot_count}, and restart both units"
+            ),
+        ));
+    }
+    Ok(())
+}
+
 fn match_up(config: &Config, slot_count: usize, kinds: &[Kind], uid: u32) -> Result<Assignment, Refusal> {
     let mut assignment = Assignment { slots: vec![Vec::new(); slot_count], notes: Vec::new() };
     for (listener_index, listener) in config.listeners.iter().enumerate() {
@@ -99,7 +140,9 @@ fn match_up(config: &Config, slot_count: usize, kinds: &[Kind], uid: u32) -> Res
 /// The socket, if it is one for this address of the listener.
 fn fits(listener: &Listener, address: usize, kind: Kind) -> Option<Bound> {
     let bound = match (listener.mode, kind) {
-        (Mode::Tcp, Kind::Tcp(bound)) | (Mode::Udp, Kind::Udp(bound)) => bound,
+        (Mode::Tcp, Kind::Tcp(bound)) => bound,
+        // A group's members are evenkeel's own: each needs its share.
+        (Mode::Udp, Kind::Udp(bound)) if !listen::is_group(bound.address) => bound,
         (Mode::Tcp | Mode::Udp, _) => return None,
     };
     let wanted = listener.bind[address];

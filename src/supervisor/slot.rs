@@ -178,6 +178,16 @@ impl Slot {
         places.filter(|(_, id)| self.outliving.contains(id)).map(|(place, _)| place).collect()
     }
 
+    /// All its sockets.
+    pub fn held(&self) -> &[(SocketId, OwnedFd)] {
+        &self.held
+    }
+
+    /// The sockets that systemd holds as well.
+    pub fn outliving(&self) -> &[SocketId] {
+        &self.outliving
+    }
+
     /// Keeps what a process of its opened.
     pub fn hold(&mut self, generation: &Generation, places: Vec<Place>, fds: Vec<OwnedFd>) -> io::Result<()> {
         let known = generation.places();

@@ -49,9 +49,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     // Multicast: every socket gets its own copy.
     let group: SocketAddr = "239.255.77.1:0".parse()?;
     let loopback = MulticastInterface::Name("lo".into());
-    let first = UdpSocket::from(listen::multicast(group, &loopback, &options)?);
+    let first = UdpSocket::from(listen::multicast(group, &loopback, None, &options)?);
     let group = first.local_addr()?;
-    let second = UdpSocket::from(listen::multicast(group, &loopback, &options)?);
+    let second = UdpSocket::from(listen::multicast(group, &loopback, None, &options)?);
     let sender = socket2::SockRef::from(&first).try_clone()?;
     sender.set_multicast_if_v4(&[127, 0, 0, 1].into())?;
     sender.send_to(b"hello", &group.into())?;

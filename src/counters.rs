@@ -14,10 +14,11 @@
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::config::Config;
+use crate::flow::DropReason;
 use crate::relay::CloseReason;
 
 const PROCESS_WORDS: usize = 16;
-const LISTENER_WORDS: usize = 32;
+const LISTENER_WORDS: usize = 64;
 const SERVER_WORDS: usize = 8;
 
 /// Counters of the worker as a whole.
@@ -52,6 +53,31 @@ pub enum OfListener {
     BytesOut,
     /// Sessions that ended, by reason: this word and the following ones.
     Ended,
+}
+
+/// Counters of one UDP listener in this slot, besides those of every listener.
+#[derive(Clone, Copy, Debug)]
+#[repr(usize)]
+pub enum OfFlows {
+    /// Datagrams from clients, those that were dropped later included.
+    DatagramsIn = 32,
+    /// Datagrams to clients.
+    DatagramsOut,
+    /// Flows that went to another server because theirs had failed.
+    Moved,
+    /// Upstream ports that rest now.
+    Quarantined,
+    /// Ports that were taken out of quarantine early, for want of others.
+    QuarantineCut,
+    /// Times that cutting datagrams in the kernel failed at a socket.
+    OffloadFailures,
+    /// Datagrams that the kernel dropped because the receive buffer was full.
+    /// Not of a socket with a share of a group: there the kernel counts what
+    /// the filter refuses as well.
+    KernelDrops,
+    /// Datagrams that the worker dropped, by reason: this word and the
+    /// following ones.
+    Dropped = 48,
 }
 
 /// Counters of one server as this slot used it.
@@ -132,6 +158,19 @@ impl<'a> Counters<'a> {
     /// How many sessions of a listener ended for a reason.
     pub fn ended(&self, listener: usize, reason: CloseReason) -> Cell<'a> {
         let at = OfListener::Ended as usize + reason as usize;
+        debug_assert!(at < OfFlows::DatagramsIn as usize);
+        Cell(&self.words[PROCESS_WORDS + listener * LISTENER_WORDS + at])
+    }
+
+    /// A cell of a UDP listener.
+    pub fn flows(&self, listener: usize, which: OfFlows) -> Cell<'a> {
+        debug_assert!(listener < self.listener_count);
+        Cell(&self.words[PROCESS_WORDS + listener * LISTENER_WORDS + which as usize])
+    }
+
+    /// How many datagrams of a listener the worker dropped for a reason.
+    pub fn dropped(&self, listener: usize, reason: DropReason) -> Cell<'a> {
+        let at = OfFlows::Dropped as usize + reason as usize;
         debug_assert!(at < LISTENER_WORDS);
         Cell(&self.words[PROCESS_WORDS + listener * LISTENER_WORDS + at])
     }
@@ -142,6 +181,41 @@ impl<'a> Counters<'a> {
         Cell(&self.words[first + server * SERVER_WORDS + which as usize])
     }
 
+    /// Adds what another region has counted, listener by listener and server by
+    /// server of the same name. Gauges stay out: what a process held when it
+    /// ended is in nobody's hands.
+    pub fn add_all(&self, own: &Config, from: &Counters, other: &Config) {
+        for which in [Process::Accepted, Process::AcceptPauses] {
+            self.process(which).add(from.process(which).get());
+        }
+        for (index, listener) in own.listeners.iter().enumerate() {
+            let Some(old) = other.listeners.iter().position(|l| l.name == listener.name) else { continue };
+            use OfListener::{BytesIn, BytesOut, Connections};
+            for which in [Connections, BytesIn, BytesOut] {
+                self.listener(index, which).add(from.listener(old, which).get());
+            }
+            for reason in CloseReason::ALL {
+                self.ended(index, reason).add(from.ended(old, reason).get());
+            }
+            // Not the kernel's drops: those are the sockets' own, and the
+            // sockets live on.
+            use OfFlows::{DatagramsIn, DatagramsOut, Moved, OffloadFailures, QuarantineCut};
+            for which in [DatagramsIn, DatagramsOut, Moved, OffloadFailures, QuarantineCut] {
+                self.flows(index, which).add(from.flows(old, which).get());
+            }
+            for reason in DropReason::ALL {
+                self.dropped(index, reason).add(from.dropped(old, reason).get());
+            }
+        }
+        let servers = servers_of(other);
+        for (index, name) in servers_of(own).into_iter().enumerate() {
+            let Some(old) = servers.iter().position(|old| *old == name) else { continue };
+            for which in [OfServer::Connections, OfServer::Failures] {
+                self.server(index, which).add(from.server(old, which).get());
+            }
+        }
+    }
+
     /// Called by a slot's new worker: what the last one held is lost with it,
     /// so that accepted = active + ended by some reason, always.
     pub fn begin_life(&self, layout: &Layout) {
@@ -149,6 +223,7 @@ impl<'a> Counters<'a> {
             let active = self.listener(listener, OfListener::Active);
             self.ended(listener, CloseReason::WorkerLost).add(active.get());
             active.set(0);
+            self.flows(listener, OfFlows::Quarantined).set(0);
         }
         for server in 0..layout.server_count {
             self.server(server, OfServer::Active).set(0);
@@ -156,6 +231,14 @@ impl<'a> Counters<'a> {
         self.process(Process::Active).set(0);
         self.process(Process::LoopLag).set(0);
     }
+}
+
+/// Upstream and address of every server, in the order of their numbers.
+fn servers_of(config: &Config) -> Vec<(&str, String)> {
+    let servers = config.upstreams.iter().flat_map(|upstream| {
+        upstream.servers.iter().map(|server| (upstream.name.as_str(), server.address.to_string()))
+    });
+    servers.collect()
 }
 
 /// One counter.
@@ -219,6 +302,11 @@ mod tests {
                 cells.push(counters.listener(listener, which));
             }
             cells.extend(CloseReason::ALL.map(|reason| counters.ended(listener, reason)));
+            use OfFlows::*;
+            let flows =
+                [DatagramsIn, DatagramsOut, Moved, Quarantined, QuarantineCut, OffloadFailures, KernelDrops];
+            cells.extend(flows.map(|which| counters.flows(listener, which)));
+            cells.extend(DropReason::ALL.map(|reason| counters.dropped(listener, reason)));
         }
         for server in 0..7 {
             use OfServer::{Active, Connections, Failures};

@@ -8,7 +8,7 @@
 //! 4  cli
 //! 3  supervisor  worker  steward  loadgen  doctor    never import each other
 //! 2  control
-//! 1  config  balance  relay  supervision  counters  spread  deadline  slab  explain    pure
+//! 1  config  balance  relay  flow  supervision  counters  spread  deadline  slab  explain    pure
 //! 0  sys  units  logging
 //! ```
 
@@ -22,6 +22,9 @@ pub mod counters;
 pub mod deadline;
 pub mod doctor;
 pub mod explain;
+pub mod flow;
+pub mod handover;
+pub mod loadgen;
 pub mod logging;
 pub mod relay;
 pub mod slab;

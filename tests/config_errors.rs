@@ -317,12 +317,12 @@ fn a_connect_timeout_of_zero_is_refused_and_a_drain_timeout_is_not() {
 #[test]
 fn unknown_tables_are_refused_like_unknown_keys() {
     assert_eq!(
-        complaints(&format!("[deamon]\nworkers = 2\n[limits]\n{GOOD}[listener.udp]\n")),
+        complaints(&format!("[deamon]\nworkers = 2\n[limits]\n{GOOD}[listener.quic]\n")),
         "a.toml:1:2: unknown key \"deamon\" at the top level\n  did you mean \"daemon\"?\n\
          a.toml:3:2: unknown key \"limits\" at the top level\n  a file takes daemon, log, upstream, listener\n\
-         a.toml:10:11: unknown key \"udp\" in [[listener]]\n  \
+         a.toml:10:11: unknown key \"quic\" in [[listener]]\n  \
          [[listener]] takes name, bind, mode, upstream, service, backlog, receive_buffer, send_buffer, \
-         interface, transparent, freebind, tcp"
+         interface, transparent, freebind, tcp, udp"
     );
 }
 
@@ -349,4 +349,70 @@ fn a_table_of_the_wrong_sort_says_which_brackets() {
         complaints(&format!("[[daemon]]\n{GOOD}")),
         "a.toml:1:1: daemon is a list\n  there is only one: write [daemon]"
     );
+}
+
+/// Each with its place, in a file with a UDP listener and an upstream.
+#[test]
+fn what_does_not_go_together_in_udp_is_refused_with_a_way_out() {
+    let file = |bind: &str, listener: &str, upstream: &str, server: &str| {
+        format!(
+            "[[listener]]\nname = \"dns\"\nmode = \"udp\"\nbind = \"{bind}\"\nupstream = \"up\"\n{listener}\n\
+             [[upstream]]\nname = \"up\"\n{upstream}\n[[upstream.server]]\naddress = \"{server}\"\n"
+        )
+    };
+    let (bind, server) = ("127.0.0.1:53", "10.0.0.1:53");
+    for (text, told) in [
+        (
+            file(bind, "[listener.tcp]\nidle_timeout = \"1h\"", "", server),
+            "6:1: [listener.tcp] stands in listener \"dns\", which has mode \"udp\"\n  take it out, or change the mode",
+        ),
+        (
+            file(bind, "[listener.udp]\nmulticast_interface = \"lo\"", "", server),
+            "2:8: listener \"dns\" has a multicast_interface and binds no group\n  take it out, or bind a group like \
+             \"239.1.1.1:5000\"; for other addresses there is `interface`",
+        ),
+        (
+            file("[ff15::1]:53", "[listener.udp]\nmulticast_interface = \"10.0.0.1\"", "", server),
+            "2:8: listener \"dns\" cannot join [ff15::1]:53 on the interface of 10.0.0.1\n  IPv6 groups are joined by \
+             an interface's name: write it, like \"eth0\"",
+        ),
+        (
+            file("239.1.1.1:53", "[listener.udp]\nmulticast_interface = \"::1\"", "", server),
+            "7:23: multicast_interface = \"::1\" is an IPv6 address\n  name the interface, like \"eth0\"",
+        ),
+        (
+            file(bind, "[listener.udp]\nidle_timeout = \"0s\"", "", server),
+            "7:16: idle_timeout = \"0s\" is too short\n  write \"1ms\" to \"365d\"",
+        ),
+        (
+            file(bind, "", "send_proxy = \"v1\"", server),
+            "8:8: upstream \"up\" has send_proxy = \"v1\", and listener \"dns\" is of mode udp\n  version 1 of the \
+             PROXY protocol knows TCP alone: write \"v2\"",
+        ),
+        (
+            file(bind, "", "", "unix:/run/x"),
+            "11:11: upstream \"up\" has a Unix socket, and listener \"dns\" is of mode udp\n  datagrams go to servers \
+             with an IP address: write \"10.0.0.1:53\"",
+        ),
+        (
+            file(bind, "", "send_proxy = \"v2\"", server).replace("\"udp\"", "\"tcp\""),
+            "8:8: upstream \"up\" has send_proxy, and listener \"dns\" is of mode tcp\n  the header is there for udp \
+             alone yet: take send_proxy out",
+        ),
+        (
+            file("239.1.1.1:53", "", "", server).replace("\"udp\"", "\"tcp\""),
+            "4:8: bind = \"239.1.1.1:53\" is a group address\n  a TCP listener takes an address of this host; groups \
+             are for mode \"udp\"",
+        ),
+    ] {
+        assert_eq!(complaints(&text), format!("a.toml:{told}"));
+    }
+    right(&file(
+        "239.1.1.1:53",
+        "[listener.udp]\nmulticast_interface = \"10.0.0.1\"",
+        "send_proxy = \"v2\"",
+        server,
+    ));
+    // The same port is another one in the other mode.
+    right(&format!("{}{GOOD}", file("127.0.0.1:80", "", "", server)));
 }

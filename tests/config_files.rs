@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::time::Duration;
 
-use evenkeel::config::{self, Config, Entry, Loaded, Service, Target, Workers, load};
+use evenkeel::config::{self, Config, Entry, Loaded, Mode, Service, Target, Workers, load};
 use proptest::prelude::*;
 
 const REFERENCE: &str = include_str!("../config/reference.toml");
@@ -51,14 +51,18 @@ fn the_demo_is_a_listener_before_two_servers_of_its_own() {
     let config = right(DEMO).config;
     assert_eq!(config.daemon.workers, Workers::Auto);
     assert_eq!(config.listeners[0].target, Target::Upstream(0));
-    let servers: Vec<String> = config.upstreams[0].servers.iter().map(|s| s.address.to_string()).collect();
-    let played: Vec<String> = config.listeners[1..]
-        .iter()
-        .filter(|listener| listener.target == Target::Service(Service::Identify))
-        .map(|listener| listener.bind[0].to_string())
-        .collect();
-    assert_eq!(servers, ["127.0.0.1:9001", "127.0.0.1:9002"]);
-    assert_eq!(played, servers);
+    for (upstream, mode) in config.upstreams.iter().zip([Mode::Tcp, Mode::Udp]) {
+        let servers: Vec<String> = upstream.servers.iter().map(|s| s.address.to_string()).collect();
+        let played: Vec<String> = config
+            .listeners
+            .iter()
+            .filter(|listener| listener.mode == mode)
+            .filter(|listener| listener.target == Target::Service(Service::Identify))
+            .map(|listener| listener.bind[0].to_string())
+            .collect();
+        assert_eq!(servers, ["127.0.0.1:9001", "127.0.0.1:9002"]);
+        assert_eq!(played, servers);
+    }
 }
 
 /// Every key that was read, by table and name, with its entries.

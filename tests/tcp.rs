@@ -220,7 +220,8 @@ fn refusing() -> String {
 
 fn the_next_server_is_tried_when_one_refuses() {
     let (server, count) = tcp_server("127.0.0.1:0", echo);
-    let daemon = forward(2, "", &[refusing(), refusing(), server.to_string()]);
+    // One refuses at once, one when the answer comes back.
+    let daemon = forward(2, "", &["unix:/nonexistent/x.sock".into(), refusing(), server.to_string()]);
     for i in 0..20 {
         assert_eq!(exchange(&mut front(), b"hello").unwrap(), b"hello", "connection {i}");
     }

@@ -208,7 +208,7 @@ fn counters_survive_their_worker() {
     exchange(&mut held, b"12345").unwrap();
     eventually("the others have ended", || daemon.listener("front").active == 1);
     daemon.kill_worker(0);
-    eventually("a new worker", || daemon.worker(0).state == "ready" && daemon.worker(0).restarts == 1);
+    eventually("a new worker", || daemon.worker(0).restarts == 1 && daemon.worker(0).state == "ready");
     let listener = daemon.listener("front");
     assert_eq!((listener.connections, listener.bytes_in, listener.active), (101, 505, 0));
     assert_eq!(listener.ended.get("worker_lost"), Some(&1));

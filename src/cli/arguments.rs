@@ -56,6 +56,34 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Bring the configuration file into force; waits until it serves
+    ///
+    /// On any error in the file the old configuration goes on, nothing is
+    /// touched, and the errors are printed. Every worker is replaced, one by
+    /// one; sessions are handed over and go on.
+    Reload {
+        /// The daemon's control socket
+        #[arg(long, value_name = "PATH")]
+        socket: Option<PathBuf>,
+        /// Only say what would change, and what it would cost
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Change the number of workers, live, losing nothing
+    Scale {
+        /// How many workers, 1 to 64
+        #[arg(value_parser = clap::value_parser!(u64).range(1..=64))]
+        workers: u64,
+        /// The daemon's control socket
+        #[arg(long, value_name = "PATH")]
+        socket: Option<PathBuf>,
+    },
+    /// Move established sessions between workers until all have as many
+    Rebalance {
+        /// The daemon's control socket
+        #[arg(long, value_name = "PATH")]
+        socket: Option<PathBuf>,
+    },
     /// Leave gracefully: take nothing new, finish what is here
     Drain {
         /// The daemon's control socket
@@ -67,6 +95,30 @@ pub enum Command {
         /// The daemon's control socket
         #[arg(long, value_name = "PATH")]
         socket: Option<PathBuf>,
+    },
+    /// Make load, check every byte that comes back, and judge the spread
+    Bench(Box<crate::loadgen::Args>),
+    /// Who holds an address, the limits of this host, the rules of binding
+    ///
+    /// With ADDRESS: would a bind work (exit 0, else 69 or 77), and if not, who
+    /// holds it and what to do. Without: the limits of this host for the
+    /// configuration that `run` would run, each with the line that sets it.
+    Doctor {
+        /// 127.0.0.1:8080, [::]:80, :8080 or 8080
+        #[arg(conflicts_with = "matrix")]
+        address: Option<String>,
+        /// ADDRESS is a UDP address
+        #[arg(long, requires = "address")]
+        udp: bool,
+        /// The SO_REUSEADDR and SO_REUSEPORT rules as this kernel applies them
+        #[arg(long)]
+        matrix: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// The configuration file
+        #[arg(short, long, value_name = "PATH")]
+        config: Option<PathBuf>,
     },
     /// Print a shell's completions
     Completions {

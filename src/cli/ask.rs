@@ -8,20 +8,31 @@ use serde_json::{Value, json};
 
 use crate::control::client;
 
-/// How long a daemon may take to answer.
-const WAIT: Duration = Duration::from_secs(15);
+/// How long a daemon may take to answer: a reload or a change of scale waits
+/// until every session has moved.
+const WAIT: Duration = Duration::from_secs(130);
 
 /// Asks for a command without arguments.
-pub fn simple(socket: &Path, command: &str) -> ExitCode {
-    match ask(socket, command) {
-        Ok(_) => ExitCode::SUCCESS,
+pub fn command(socket: &Path, command: &str) -> ExitCode {
+    simple(socket, &json!({"command": command}))
+}
+
+/// Asks, and prints what the daemon says of it.
+pub fn simple(socket: &Path, request: &Value) -> ExitCode {
+    match ask(socket, request) {
+        Ok(answer) => {
+            if let Some(text) = answer["text"].as_str().filter(|text| !text.is_empty()) {
+                println!("{text}");
+            }
+            ExitCode::SUCCESS
+        }
         Err(code) => code,
     }
 }
 
 /// Asks, and says what is wrong where something is.
-pub fn ask(socket: &Path, command: &str) -> Result<Value, ExitCode> {
-    client::ask(socket, &json!({"command": command}), WAIT).map_err(|error| {
+pub fn ask(socket: &Path, request: &Value) -> Result<Value, ExitCode> {
+    client::ask(socket, request, WAIT).map_err(|error| {
         eprintln!("evenkeel: {error}");
         ExitCode::from(1)
     })

@@ -15,7 +15,7 @@ const DEMO_NAME: &str = "config/demo.toml";
 const SYSTEM_FILE: &str = "/etc/evenkeel/evenkeel.toml";
 
 /// Where a configuration comes from.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Source {
     /// A file.
     File(PathBuf),
@@ -73,6 +73,19 @@ impl Source {
             eprintln!("{problems}");
             ExitCode::from(EXIT_CONFIG)
         })
+    }
+
+    /// The same for a reload: what is wrong comes back as a text.
+    pub fn load_quietly(&self) -> Result<Config, String> {
+        let (text, name) = match self {
+            Source::Demo => (DEMO.to_string(), DEMO_NAME.to_string()),
+            Source::File(path) => {
+                let text =
+                    fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+                (text, path.display().to_string())
+            }
+        };
+        config::load(&name, &text).map(|loaded| loaded.config).map_err(|problems| problems.to_string())
     }
 }
 

@@ -9,13 +9,14 @@ mod ask;
 mod files;
 mod status;
 
-use std::io;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 
 use crate::supervisor::{self, Refusal, Start};
-use crate::{config, steward, worker};
+use crate::sys::holders::Protocol;
+use crate::{config, doctor, loadgen, steward, worker};
 use arguments::{Cli, Command, ConfigCommand};
 use files::Source;
 
@@ -29,8 +30,27 @@ pub fn main() -> ExitCode {
         Command::Check { config, json } => check(&Source::of_check(config), json),
         Command::Config { command: ConfigCommand::Show { config } } => show(&Source::of_check(config)),
         Command::Status { socket, json } => status::run(&files::socket(socket.as_deref()), json),
-        Command::Drain { socket } => ask::simple(&files::socket(socket.as_deref()), "drain"),
-        Command::Stop { socket } => ask::simple(&files::socket(socket.as_deref()), "stop"),
+        Command::Reload { socket, dry_run } => {
+            let request = serde_json::json!({"command": "reload", "dry_run": dry_run});
+            ask::simple(&files::socket(socket.as_deref()), &request)
+        }
+        Command::Scale { workers, socket } => {
+            let request = serde_json::json!({"command": "scale", "workers": workers});
+            ask::simple(&files::socket(socket.as_deref()), &request)
+        }
+        Command::Rebalance { socket } => ask::command(&files::socket(socket.as_deref()), "rebalance"),
+        Command::Drain { socket } => ask::command(&files::socket(socket.as_deref()), "drain"),
+        Command::Stop { socket } => ask::command(&files::socket(socket.as_deref()), "stop"),
+        Command::Doctor { address, udp, matrix, json, config } => {
+            let protocol = if udp { Protocol::Udp } else { Protocol::Tcp };
+            let question = match address {
+                _ if matrix => doctor::Question::Matrix,
+                Some(address) => doctor::Question::Address { address, protocol },
+                None => doctor::Question::Host,
+            };
+            diagnose(&doctor::Command { question, json }, config)
+        }
+        Command::Bench(args) => loadgen::run(&args),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "evenkeel", &mut io::stdout());
             ExitCode::SUCCESS
@@ -54,7 +74,14 @@ fn run(source: &Source) -> ExitCode {
     warn_of(&loaded.warnings);
     let control_socket = files::configured_socket(&loaded.config);
     let greeting = source.is_demo().then(|| greeting(&loaded.config, &control_socket));
-    let start = Start { config: loaded.config, config_path: shown, control_socket, greeting };
+    let again = source.clone();
+    let start = Start {
+        config: loaded.config,
+        config_path: shown,
+        control_socket,
+        greeting,
+        read_again: Box::new(move || again.load_quietly()),
+    };
     match supervisor::run(start) {
         Ok(code) => code,
         Err(Refusal { text, advice, exit_code }) => {
@@ -128,6 +155,26 @@ fn show(source: &Source) -> ExitCode {
         }
         Err(code) => code,
     }
+}
+
+/// `evenkeel doctor`; the limits are judged for the configuration that `run`
+/// would run.
+fn diagnose(command: &doctor::Command, named: Option<std::path::PathBuf>) -> ExitCode {
+    let loaded = match command.question {
+        doctor::Question::Host => match Source::of_run(named).load() {
+            Ok(loaded) => Some(loaded.config),
+            Err(code) => return code,
+        },
+        doctor::Question::Address { .. } | doctor::Question::Matrix => None,
+    };
+    let outcome = doctor::run(command, loaded.as_ref());
+    if matches!(outcome.exit_code, 1 | 2) {
+        eprint!("{}", outcome.text);
+    } else {
+        // A closed pipe (`| head`) is no failure.
+        let _ = io::stdout().write_all(outcome.text.as_bytes());
+    }
+    ExitCode::from(outcome.exit_code)
 }
 
 fn warn_of(warnings: &config::Problems) {

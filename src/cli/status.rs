@@ -1,17 +1,18 @@
 //! `evenkeel status`: what runs, for people and for programs.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
 use super::ask;
-use crate::control::status::{Listener, Status, Upstream, Worker};
+use crate::control::status::{Flows, Listener, Status, Upstream, Worker};
 use crate::spread::{Circumstances, Verdict};
 
 /// Prints what the daemon says.
 pub fn run(socket: &Path, json: bool) -> ExitCode {
-    let answer = match ask::ask(socket, "status") {
+    let answer = match ask::ask(socket, &serde_json::json!({"command": "status"})) {
         Ok(mut answer) => answer["status"].take(),
         Err(code) => return code,
     };
@@ -79,6 +80,9 @@ fn describe_listener(out: &mut String, listener: &Listener) {
             listener.ended.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
         let _ = writeln!(out, "  ended: {}", ended.join("  "));
     }
+    if let Some(flows) = &listener.flows {
+        describe_flows(out, flows, &listener.dropped);
+    }
     for (slot, count) in spread.per_slot.iter().enumerate() {
         let share = spread.share(slot);
         let bar = "#".repeat((share * 40.0).round() as usize);
@@ -91,11 +95,24 @@ fn describe_listener(out: &mut String, listener: &Listener) {
             spread.max_over_mean, spread.cv, spread.jain, spread.chi_square, spread.p_value
         );
         let about = Circumstances {
-            noun: "connections",
+            noun: if listener.flows.is_some() { "flows" } else { "connections" },
             steering: Some(&listener.steering_active),
             client_addresses: None,
         };
         let _ = writeln!(out, "  {}", Verdict::of(spread).sentence(spread, &about));
+    }
+}
+
+fn describe_flows(out: &mut String, flows: &Flows, dropped: &BTreeMap<String, u64>) {
+    let Flows { datagrams_in, datagrams_out, moved, quarantined, quarantine_cut, .. } = flows;
+    let _ = writeln!(
+        out,
+        "  datagrams in {datagrams_in}  out {datagrams_out}  flows moved {moved}  ports in quarantine {quarantined} (cut {quarantine_cut})"
+    );
+    if !dropped.is_empty() {
+        let dropped: Vec<String> =
+            dropped.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
+        let _ = writeln!(out, "  dropped: {}", dropped.join("  "));
     }
 }
 

@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::file::{File, ReadListener, ReadUpstream};
 use super::problem::{Problem, Source, called};
-use super::{Listener, ServerAddress, Target};
+use super::{Listener, Mode, MulticastInterface, SendProxy, ServerAddress, Target};
 
 /// What was found, in no order.
 #[derive(Default)]
@@ -28,6 +28,9 @@ pub(super) fn check(file: &File, source: &Source) -> Found {
     let upstreams = file.upstreams.iter().map(|u| (u.upstream.name.as_str(), u.at));
     duplicate_names("upstream", upstreams, source, &mut found);
     overlapping_addresses(&file.listeners, source, &mut found);
+    for read in &file.listeners {
+        groups(read, source, &mut found);
+    }
     for (index, upstream) in file.upstreams.iter().enumerate() {
         let users: Vec<&Listener> = file
             .listeners
@@ -36,6 +39,7 @@ pub(super) fn check(file: &File, source: &Source) -> Found {
             .filter(|listener| listener.target == Target::Upstream(index))
             .collect();
         servers(upstream, &users, source, &mut found);
+        told_of_clients(upstream, &users, source, &mut found);
         if users.is_empty() {
             let message = format!("{} is used by no listener", called("upstream", &upstream.upstream.name));
             found.warnings.push(source.problem(
@@ -135,6 +139,66 @@ impl Overlap {
                 );
                 source.problem(at, message, help)
             }
+        }
+    }
+}
+
+/// Multicast groups among the addresses of a listener, and where to join them.
+fn groups(read: &ReadListener, source: &Source, found: &mut Found) {
+    let listener = &read.listener;
+    let group = |bind: &SocketAddr| bind.ip().is_multicast();
+    for (bind, at) in listener.bind.iter().zip(&read.bind_at) {
+        if group(bind) && listener.mode == Mode::Tcp {
+            let help = "a TCP listener takes an address of this host; groups are for mode \"udp\"";
+            found.errors.push(source.problem(*at, format!("bind = \"{bind}\" is a group address"), help));
+        }
+    }
+    let Some(interface) = &listener.udp.multicast_interface else { return };
+    let called = called("listener", &listener.name);
+    if !listener.bind.iter().any(group) && !listener.bind.is_empty() {
+        let message = format!("{called} has a multicast_interface and binds no group");
+        let help =
+            "take it out, or bind a group like \"239.1.1.1:5000\"; for other addresses there is `interface`";
+        found.errors.push(source.problem(read.at, message, help));
+    }
+    let v6 = listener.bind.iter().find(|bind| group(bind) && bind.is_ipv6());
+    if let (MulticastInterface::Address(address), Some(v6)) = (interface, v6) {
+        let message = format!("{called} cannot join {v6} on the interface of {address}");
+        let help = "IPv6 groups are joined by an interface's name: write it, like \"eth0\"";
+        found.errors.push(source.problem(read.at, message, help));
+    }
+}
+
+/// PROXY headers and Unix sockets, by the modes of the listeners in front.
+fn told_of_clients(read: &ReadUpstream, users: &[&Listener], source: &Source, found: &mut Found) {
+    let upstream = called("upstream", &read.upstream.name);
+    let tcp = users.iter().find(|user| user.mode == Mode::Tcp);
+    let udp = users.iter().find(|user| user.mode == Mode::Udp);
+    match (read.upstream.send_proxy, tcp, udp) {
+        (SendProxy::Off, ..) => {}
+        (_, Some(user), _) => {
+            let message = format!("{upstream} has send_proxy, and listener \"{}\" is of mode tcp", user.name);
+            let help = "the header is there for udp alone yet: take send_proxy out";
+            found.errors.push(source.problem(read.at, message, help));
+        }
+        (SendProxy::V1, None, Some(user)) => {
+            let message =
+                format!("{upstream} has send_proxy = \"v1\", and listener \"{}\" is of mode udp", user.name);
+            let help = "version 1 of the PROXY protocol knows TCP alone: write \"v2\"";
+            found.errors.push(source.problem(read.at, message, help));
+        }
+        (SendProxy::V1 | SendProxy::V2, None, _) => {}
+    }
+    let Some(user) = udp else { return };
+    for (server, at) in read.upstream.servers.iter().zip(&read.server_at) {
+        // An empty path is an address that was wrong already.
+        if let ServerAddress::Unix(path) = &server.address
+            && !path.as_os_str().is_empty()
+        {
+            let message =
+                format!("{upstream} has a Unix socket, and listener \"{}\" is of mode udp", user.name);
+            let help = "datagrams go to servers with an IP address: write \"10.0.0.1:53\"";
+            found.errors.push(source.problem(*at, message, help));
         }
     }
 }

@@ -12,7 +12,7 @@ use super::problem::called;
 use super::reader::Table;
 use super::suggest::did_you_mean;
 use super::value::{At, Value, Wrong};
-use super::{Daemon, Listener, Log, Server, ServerAddress, Service, Target, Tcp, Upstream};
+use super::{Daemon, Listener, Log, Mode, Server, ServerAddress, Service, Target, Tcp, Udp, Upstream};
 
 /// No timeout is longer; a deadline then fits every clock and timer.
 const LONGEST: Duration = Duration::from_secs(365 * 86_400);
@@ -79,9 +79,11 @@ fn log(t: &mut Table) -> Log {
 fn listener(t: &mut Table, upstreams: &[&str]) -> ReadListener {
     let (name, at) = required_name(t);
     let bind = t.required_list("bind", "\"0.0.0.0:8080\"", bind_address);
+    let mode = t.required("mode", "\"tcp\"", word).map_or(Mode::Tcp, At::into_value);
+    other_modes_keys(t, &name, mode);
     let listener = Listener {
         bind: bind.iter().map(|bind| bind.value).collect(),
-        mode: t.required("mode", "\"tcp\"", word).map_or(super::Mode::Tcp, At::into_value),
+        mode,
         target: target(t, &name, at, upstreams),
         backlog: t.read("backlog", 4096, number(1..=65_535)),
         receive_buffer: t.read("receive_buffer", "auto", auto_or_size(BUFFER_BYTES)),
@@ -89,10 +91,24 @@ fn listener(t: &mut Table, upstreams: &[&str]) -> ReadListener {
         interface: t.optional("interface", interface).map(At::into_value),
         transparent: t.read("transparent", false, boolean),
         freebind: t.read("freebind", false, boolean),
-        tcp: t.table("tcp", tcp),
+        tcp: t.table_where(mode == Mode::Tcp, "tcp", tcp),
+        udp: t.table_where(mode == Mode::Udp, "udp", udp),
         name,
     };
     ReadListener { listener, at, bind_at: bind.iter().map(|bind| bind.at).collect() }
+}
+
+/// A table that would have no effect is refused, not ignored.
+fn other_modes_keys(t: &mut Table, name: &str, mode: Mode) {
+    let (other, mode) = match mode {
+        Mode::Tcp => ("udp", "tcp"),
+        Mode::Udp => ("tcp", "udp"),
+    };
+    if let Some(at) = t.place_of(other) {
+        let listener = called("listener", name);
+        let message = format!("[listener.{other}] stands in {listener}, which has mode \"{mode}\"");
+        t.problem(at, message, "take it out, or change the mode");
+    }
 }
 
 /// `upstream` or `service`: exactly one of them.
@@ -128,15 +144,28 @@ fn tcp(t: &mut Table) -> Tcp {
     }
 }
 
+fn udp(t: &mut Table) -> Udp {
+    Udp {
+        idle_timeout: t.read("idle_timeout", "60s", duration(MILLISECOND..=LONGEST)),
+        replies: t.read("replies", 0, number(0..=1_000_000_000)),
+        max_flows: t.read("max_flows", 65_536, number(1..=1_000_000_000)),
+        quarantine: t.read("quarantine", "30s", duration(Duration::ZERO..=LONGEST)),
+        stale_after: t.read("stale_after", "1s", duration(Duration::ZERO..=LONGEST)),
+        multicast: t.read("multicast", "partition", word),
+        multicast_interface: t.optional("multicast_interface", multicast_interface).map(At::into_value),
+    }
+}
+
 fn upstream(t: &mut Table) -> ReadUpstream {
     let (name, at) = required_name(t);
     let balance = t.read("balance", "round-robin", word);
     let connect_timeout = t.read("connect_timeout", "3s", duration(MILLISECOND..=LONGEST));
     let retries = t.read("retries", 2, number(0..=16));
+    let send_proxy = t.read("send_proxy", "off", word);
     let servers = t.tables("server", server);
     let server_at = servers.iter().map(|server| server.at).collect();
     let servers = servers.into_iter().map(At::into_value).collect();
-    let upstream = Upstream { balance, connect_timeout, retries, servers, name };
+    let upstream = Upstream { balance, connect_timeout, retries, send_proxy, servers, name };
     ReadUpstream { upstream, at, server_at }
 }
 

@@ -4,7 +4,7 @@
 //! Pure and bounded: nothing here reads a file, resolves a name or asks the
 //! system.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use std::time::Duration;
 use super::suggest::did_you_mean;
 use super::value::{Value, Wrong};
 use super::words::Word;
-use super::{ServerAddress, Workers};
+use super::{MulticastInterface, ServerAddress, Workers};
 use crate::units::{UnitError, format_duration, format_size, parse_duration, parse_size};
 
 /// `sun_path` holds 108 bytes and a final NUL (unix(7)).
@@ -200,6 +200,18 @@ pub(super) fn interface(value: &Value) -> Result<String, Wrong> {
     Ok(text.to_string())
 }
 
+/// Where a multicast group is joined: a name, or an address of it.
+pub(super) fn multicast_interface(value: &Value) -> Result<MulticastInterface, Wrong> {
+    let typed = text(value)?;
+    if let Ok(address) = typed.parse::<Ipv4Addr>() {
+        return Ok(MulticastInterface::Address(address));
+    }
+    if typed.parse::<std::net::Ipv6Addr>().is_ok() {
+        return Err(Wrong::new("is an IPv6 address", "name the interface, like \"eth0\""));
+    }
+    interface(value).map(MulticastInterface::Name)
+}
+
 /// The path of a Unix socket.
 pub(super) fn socket_path(value: &Value) -> Result<PathBuf, Wrong> {
     let text = text(value)?;
@@ -221,7 +233,8 @@ pub(super) fn socket_path(value: &Value) -> Result<PathBuf, Wrong> {
     Ok(PathBuf::from(text))
 }
 
-/// An address that a TCP listener can bind.
+/// An address that a listener can bind; whether a group will do is the mode's
+/// matter, in `checks`.
 pub(super) fn bind_address(value: &Value) -> Result<SocketAddr, Wrong> {
     let text = text(value)?;
     if let Some(port) = port_alone(text.strip_prefix('*').unwrap_or(text)) {
@@ -233,8 +246,8 @@ pub(super) fn bind_address(value: &Value) -> Result<SocketAddr, Wrong> {
         return Err(Wrong::new("has port 0", "write the port that clients connect to, 1 to 65535"));
     }
     let ip = address.ip();
-    if ip.is_multicast() || ip == std::net::Ipv4Addr::BROADCAST {
-        return Err(Wrong::new("is a group address", "a TCP listener takes an address of this host"));
+    if ip == Ipv4Addr::BROADCAST {
+        return Err(Wrong::new("is the broadcast address", "a listener takes an address of this host"));
     }
     if let SocketAddr::V6(v6) = address
         && let Some(v4) = v6.ip().to_ipv4_mapped()
@@ -265,7 +278,7 @@ pub(super) fn server_address(value: &Value) -> Result<ServerAddress, Wrong> {
         return Err(Wrong::new("has port 0", "write the server's port, 1 to 65535"));
     }
     let ip = address.ip();
-    if ip.is_unspecified() || ip.is_multicast() || ip == std::net::Ipv4Addr::BROADCAST {
+    if ip.is_unspecified() || ip.is_multicast() || ip == Ipv4Addr::BROADCAST {
         return Err(Wrong::new("is not the address of one host", "write the server's own address"));
     }
     Ok(ServerAddress::Ip(address))
@@ -299,6 +312,13 @@ fn socket_address(text: &str, example: &str) -> Result<SocketAddr, Wrong> {
     let (host, port) = text.rsplit_once(':').unwrap_or((text, ""));
     if host.parse::<std::net::Ipv6Addr>().is_ok() {
         return Err(Wrong::new("is not an address", format!("write IPv6 in brackets: \"[{host}]:{port}\"")));
+    }
+    if let Some((address, interface)) = host.split_once('%')
+        && interface.trim_end_matches(']').parse::<u32>().is_err()
+    {
+        let name = interface.trim_end_matches(']');
+        let help = format!("write \"{address}]:{port}\" and interface = \"{name}\"");
+        return Err(Wrong::new("names an interface in the address", help));
     }
     let in_brackets = host.starts_with('[') && host.ends_with(']');
     if in_brackets || host.parse::<std::net::IpAddr>().is_ok() {

@@ -18,7 +18,7 @@ mod value;
 mod words;
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -130,6 +130,8 @@ pub struct Listener {
     pub freebind: bool,
     /// The `[listener.tcp]` table.
     pub tcp: Tcp,
+    /// The `[listener.udp]` table.
+    pub udp: Udp,
 }
 
 /// What a listener's sockets speak.
@@ -138,6 +140,7 @@ pub struct Listener {
 #[allow(missing_docs)]
 pub enum Mode {
     Tcp,
+    Udp,
 }
 
 /// Where a listener's traffic goes.
@@ -180,6 +183,47 @@ pub struct Tcp {
     pub defer_accept: bool,
 }
 
+/// The `[listener.udp]` table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Udp {
+    /// A flow without a datagram for so long is over.
+    pub idle_timeout: Duration,
+    /// A flow is over after so many replies, once each question has one; 0 =
+    /// by time alone.
+    pub replies: u32,
+    /// Flows at once, a slot.
+    pub max_flows: u32,
+    /// How long the upstream port of a flow that ended with replies
+    /// outstanding is kept from use.
+    pub quarantine: Duration,
+    /// What waited longer when a new process takes up a kept socket is
+    /// dropped.
+    pub stale_after: Duration,
+    /// Who handles a datagram to a group.
+    pub multicast: Multicast,
+    /// Where a group is joined; `None` = the kernel's choice.
+    pub multicast_interface: Option<MulticastInterface>,
+}
+
+/// Who handles a datagram to a multicast group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Multicast {
+    /// One worker, by the hash of its source.
+    Partition,
+    /// Every worker.
+    Copy,
+}
+
+/// Where a multicast group is joined.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MulticastInterface {
+    /// The interface of this name.
+    Name(String),
+    /// The interface that has this address; IPv4 groups only.
+    Address(Ipv4Addr),
+}
+
 /// An `[[upstream]]` table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Upstream {
@@ -191,6 +235,8 @@ pub struct Upstream {
     pub connect_timeout: Duration,
     /// How many other servers are tried after the first failed.
     pub retries: u32,
+    /// Whether servers are told who the client is.
+    pub send_proxy: SendProxy,
     /// At least one.
     pub servers: Vec<Server>,
 }
@@ -202,6 +248,18 @@ pub struct Upstream {
 pub enum Balance {
     RoundRobin,
     LeastConnections,
+    TwoChoices,
+    SourceHash,
+}
+
+/// Whether servers are told who the client is, by a PROXY protocol header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[allow(missing_docs)]
+pub enum SendProxy {
+    Off,
+    V1,
+    V2,
 }
 
 /// An `[[upstream.server]]` table.

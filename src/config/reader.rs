@@ -130,6 +130,11 @@ impl<'d, 'f> Table<'_, 'd, 'f> {
         self.data.is_some_and(|data| data.contains_key(key))
     }
 
+    /// Where the file has this key here.
+    pub(super) fn place_of(&self, key: &str) -> Option<usize> {
+        self.data?.get(key).map(|raw| raw.span().start)
+    }
+
     /// Notes a problem that is more than one value's.
     pub(super) fn problem(&mut self, at: usize, message: impl Into<String>, help: impl Into<String>) {
         self.reader.problem(at, message, help);
@@ -235,6 +240,21 @@ impl<'d, 'f> Table<'_, 'd, 'f> {
             },
         };
         read_table(self.reader, data, at, &path, header, read)
+    }
+
+    /// The same, noted for `config show` only where it has an effect.
+    pub(super) fn table_where<T>(
+        &mut self,
+        has_effect: bool,
+        key: &'static str,
+        read: impl FnOnce(&mut Table<'_, 'd, 'f>) -> T,
+    ) -> T {
+        let before = self.reader.blocks.len();
+        let value = self.table(key, read);
+        if !has_effect {
+            self.reader.blocks.truncate(before);
+        }
+        value
     }
 
     /// The tables of a list within this one.

@@ -3,7 +3,7 @@
 //! One table an enum, read both ways; it must be in the order that messages
 //! list the words in.
 
-use super::{Balance, Format, Level, Mode, Service};
+use super::{Balance, Format, Level, Mode, Multicast, SendProxy, Service};
 
 /// An enum whose values have words.
 pub trait Word: Copy + PartialEq + 'static {
@@ -32,7 +32,7 @@ impl Word for Format {
 }
 
 impl Word for Mode {
-    const WORDS: &'static [(&'static str, Self)] = &[("tcp", Self::Tcp)];
+    const WORDS: &'static [(&'static str, Self)] = &[("tcp", Self::Tcp), ("udp", Self::Udp)];
 }
 
 impl Word for Service {
@@ -41,8 +41,20 @@ impl Word for Service {
 }
 
 impl Word for Balance {
-    const WORDS: &'static [(&'static str, Self)] =
-        &[("round-robin", Self::RoundRobin), ("least-connections", Self::LeastConnections)];
+    const WORDS: &'static [(&'static str, Self)] = &[
+        ("round-robin", Self::RoundRobin),
+        ("least-connections", Self::LeastConnections),
+        ("two-choices", Self::TwoChoices),
+        ("source-hash", Self::SourceHash),
+    ];
+}
+
+impl Word for Multicast {
+    const WORDS: &'static [(&'static str, Self)] = &[("partition", Self::Partition), ("copy", Self::Copy)];
+}
+
+impl Word for SendProxy {
+    const WORDS: &'static [(&'static str, Self)] = &[("off", Self::Off), ("v1", Self::V1), ("v2", Self::V2)];
 }
 
 #[cfg(test)]
@@ -64,5 +76,7 @@ mod tests {
         words_are_those_of_json::<Mode>();
         words_are_those_of_json::<Service>();
         words_are_those_of_json::<Balance>();
+        words_are_those_of_json::<Multicast>();
+        words_are_those_of_json::<SendProxy>();
     }
 }

@@ -8,6 +8,7 @@ pub mod client;
 pub mod status;
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use serde::de::DeserializeOwned;
@@ -27,18 +28,44 @@ pub struct Place {
     pub address: usize,
 }
 
+/// What makes two sockets the same, whatever number a configuration gives
+/// them.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct SocketId {
+    /// The address, as bound.
+    pub address: SocketAddr,
+    /// UDP, else TCP.
+    pub udp: bool,
+    /// SO_BINDTODEVICE.
+    pub interface: Option<String>,
+}
+
 /// From the supervisor to a worker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToWorker {
     /// Who it is. Descriptors: the configuration (sealed JSON), its own
-    /// counters, then the counters of all slots to read. What is `kept` is
-    /// open elsewhere too, and who waits there is served after the daemon's end.
+    /// counters, then the counters of all slots to read. What is
+    /// `lasting` is open elsewhere too: who waits there is served after our end.
     #[allow(missing_docs)]
-    Birth { slot: usize, slot_count: usize, generation: u64, account: Option<Account>, kept: Vec<Place> },
+    Birth { slot: usize, slot_count: usize, generation: u64, account: Option<Account>, lasting: Vec<Place> },
     /// Sockets that its slot has already, one descriptor a place.
     Sockets(Vec<Place>),
-    /// Open what was not given, give up privileges, accept.
+    /// Open what was not given, and give up privileges.
     Begin,
+    /// Accept.
+    Serve,
+    /// Pass every session to the worker at the other end of this descriptor
+    /// and leave; what cannot be passed is finished within the limit. The
+    /// sockets of these places are in no configuration any more: what waits
+    /// in their queues is accepted first.
+    #[allow(missing_docs)]
+    HandOver { removed: Vec<Place>, limit: Option<u64> },
+    /// Take what the worker at the other end of this descriptor passes.
+    TakeOver,
+    /// Pass so many sessions to the worker at the other end of this
+    /// descriptor, and serve on.
+    #[allow(missing_docs)]
+    Share { count: usize },
     /// A neighbour slot is empty: accept for it too. One descriptor a place.
     #[allow(missing_docs)]
     Lend { slot: usize, places: Vec<Place> },
@@ -62,24 +89,43 @@ pub enum FromWorker {
     Opened,
     /// It accepts on every listener.
     Ready,
-    /// Its listeners are closed and their queues served.
+    /// The listeners that it was to close are closed, their queues served.
     QueuesClosed,
+    /// What could move has moved to another worker.
+    #[allow(missing_docs)]
+    HandedOver { moved: usize, left: usize },
     /// It cannot work: what to tell the operator, and the exit code.
     #[allow(missing_docs)]
     Failed { text: String, advice: String, exit_code: u8 },
 }
 
+/// Between two workers, while sessions move.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum PeerMessage {
+    /// A bundle: its memory, then the sessions' sockets.
+    #[allow(missing_docs)]
+    Sessions { count: usize },
+    /// The bundle was taken but for these, by their place in it.
+    #[allow(missing_docs)]
+    Taken { refused: Vec<usize> },
+    /// Nothing more will come.
+    Done,
+}
+
 /// From the supervisor to the steward.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToSteward {
-    /// Descriptors: the configuration, the control listener, then the counters
-    /// of all slots to read.
+    /// Descriptors: the present configuration and the control listener.
     Birth(StewardBirth),
+    /// Where the counters are. Descriptors: so many configurations, the
+    /// present one first, then the counters of each table.
+    #[allow(missing_docs)]
+    Tables { generation: u64, config_count: usize, tables: Vec<Table> },
     /// What the workers do now.
     Workers(Vec<WorkerState>),
-    /// The answer to its request: an error's text, or `None`.
+    /// The answer to its request.
     #[allow(missing_docs)]
-    Answer { id: u64, error: Option<String> },
+    Answer { id: u64, answer: Result<String, String> },
 }
 
 /// What a steward is told when it starts.
@@ -87,16 +133,21 @@ pub enum ToSteward {
 pub struct StewardBirth {
     /// The account that it takes.
     pub account: Option<Account>,
-    /// How many slots there are.
-    pub slot_count: usize,
-    /// The generation of the configuration.
-    pub generation: u64,
     /// The supervisor's process.
     pub supervisor_pid: u32,
     /// Where the configuration was read; "embedded demo" where it was not.
     pub config_path: String,
     /// When the daemon started, seconds since 1970.
     pub started_at: u64,
+}
+
+/// Some of a slot's counters. What a slot has counted is the sum of its tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Table {
+    /// The slot.
+    pub slot: usize,
+    /// Which of the configurations says how they are laid out.
+    pub config: usize,
 }
 
 /// One worker as `status` shows it.
@@ -133,6 +184,13 @@ pub enum Request {
     Drain,
     /// Leave at once.
     Stop,
+    /// Read the file again and bring it into force.
+    #[allow(missing_docs)]
+    Reload { dry_run: bool },
+    /// So many workers from now on.
+    Scale(usize),
+    /// Move sessions until the workers have equally many.
+    Rebalance,
 }
 
 /// Starts the log of a process as the configuration has it.

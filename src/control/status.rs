@@ -59,10 +59,44 @@ pub struct Listener {
     pub active: u64,
     pub bytes_in: u64,
     pub bytes_out: u64,
-    /// How sessions ended; connections = active + the sum of these.
+    /// Flows, where the mode is udp.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub flows: Option<Flows>,
+    /// Datagrams that were dropped, by reason.
+    #[serde(default)]
+    pub dropped: BTreeMap<String, u64>,
+    /// How sessions or flows ended; connections = active + the sum of these.
     pub ended: BTreeMap<String, u64>,
     pub active_per_slot: Vec<u64>,
     pub spread: Spread,
+}
+
+/// The flows of a UDP listener, over all slots.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Flows {
+    pub active: u64,
+    pub opened: u64,
+    /// Ended by `idle_timeout`.
+    pub expired: u64,
+    /// Ended by `replies`.
+    pub finished: u64,
+    /// Ended while unanswered, to make room for new ones.
+    pub evicted: u64,
+    /// Datagrams of flows that were not opened for want of room.
+    pub shed: u64,
+    /// Went to another server because theirs had failed.
+    pub moved: u64,
+    /// Upstream ports in quarantine now.
+    pub quarantined: u64,
+    /// Ports used again before their quarantine was over.
+    pub quarantine_cut: u64,
+    /// From clients; dropped ones included.
+    pub datagrams_in: u64,
+    /// To clients.
+    pub datagrams_out: u64,
+    /// Sockets at which UDP_SEGMENT failed and was given up, each time.
+    pub offload_failures: u64,
 }
 
 /// One upstream.

@@ -77,7 +77,7 @@ fn check_one(address: SocketAddr, protocol: Protocol) -> Checked {
     let (result, probing) = match protocol {
         Protocol::Tcp => (listen::probe_tcp(address, &options).map_err(failed), true),
         Protocol::Udp if listen::is_group(address) => {
-            (listen::multicast(address, &MulticastInterface::Any, &options).map(drop), false)
+            (listen::multicast(address, &MulticastInterface::Any, None, &options).map(drop), false)
         }
         Protocol::Udp => (listen::probe_udp(address, &options).map_err(failed), true),
     };

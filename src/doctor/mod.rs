@@ -8,6 +8,7 @@
 pub mod address;
 pub mod limits;
 pub mod matrix;
+mod wrap;
 
 use crate::config::Config;
 use crate::sys::holders::Protocol;

@@ -29,7 +29,12 @@ pub fn blocks(holder: &Holder, address: SocketAddr, our_uid: u32) -> bool {
 
 /// `pid 4242 (nginx: master), uid 33, without SO_REUSEPORT`
 pub fn holder_line(holder: &Holder, our_uid: u32) -> String {
-    let what = match (holder.state, holder.socket_count) {
+    let state = match (holder.protocol, holder.state) {
+        // A UDP socket that is connected is a socket like the others.
+        (Protocol::Udp, _) => State::Bound,
+        (Protocol::Tcp, state) => state,
+    };
+    let what = match (state, holder.socket_count) {
         (State::TimeWait, count) => return format!("{} in TIME_WAIT", connections(count)),
         (State::Listening | State::Bound, 1) => String::new(),
         (State::Listening | State::Bound, count) => format!("{count} sockets of "),
@@ -173,5 +178,46 @@ fn reuse(holder: &Holder, our_uid: u32) -> String {
         Some(true) => "with SO_REUSEPORT".into(),
         Some(false) => "without SO_REUSEPORT".into(),
         None => "its options not readable from here".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn holder(protocol: Protocol, state: State, uid: u32, reuse: [Option<bool>; 2]) -> Holder {
+        Holder {
+            protocol,
+            local: "127.0.0.1:80".parse().expect("an address"),
+            state,
+            uid,
+            interface: 0,
+            reuse_address: reuse[0],
+            reuse_port: reuse[1],
+            socket_count: 1,
+            processes: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_holder_blocks_as_the_kernel_would_have_it() {
+        use Protocol::{Tcp, Udp};
+        let (yes, no) = (Some(true), Some(false));
+        let unicast = "127.0.0.1:80".parse().expect("an address");
+        let group = "239.1.1.1:80".parse().expect("an address");
+        let blocks =
+            |protocol, state, uid, reuse, address| blocks(&holder(protocol, state, uid, reuse), address, 0);
+        // A group takes all sockets of its user, and nobody else's.
+        assert!(!blocks(Tcp, State::Listening, 0, [no, yes], unicast));
+        assert!(blocks(Tcp, State::Listening, 33, [no, yes], unicast));
+        assert!(!blocks(Udp, State::Bound, 0, [no, yes], unicast));
+        // SO_REUSEADDR helps over what does not listen, on TCP and in groups.
+        assert!(blocks(Tcp, State::Listening, 0, [yes, no], unicast));
+        assert!(!blocks(Tcp, State::Connected, 33, [yes, no], unicast));
+        assert!(blocks(Udp, State::Bound, 33, [yes, no], unicast));
+        assert!(!blocks(Udp, State::Bound, 33, [yes, no], group));
+        // What could not be read is not passed over.
+        assert!(blocks(Tcp, State::Listening, 0, [None, None], unicast));
+        assert!(blocks(Tcp, State::TimeWait, 0, [None, None], unicast));
     }
 }

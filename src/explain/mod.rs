@@ -41,8 +41,6 @@ pub struct BindFailure {
     pub probing: bool,
     /// The interface that was asked for.
     pub interface: Option<String>,
-    /// Was IP_FREEBIND asked for?
-    pub freebind: bool,
     /// Holders, our uid, and what the host says.
     pub facts: Facts,
 }
@@ -57,7 +55,6 @@ impl BindFailure {
             errno: error.source.raw_os_error().unwrap_or(0),
             probing: false,
             interface: options.interface.clone(),
-            freebind: options.freebind || options.transparent,
             facts,
         }
     }
@@ -228,7 +225,7 @@ fn invalid(failure: &BindFailure) -> Explanation {
     match failure.address {
         SocketAddr::V6(v6) if v6.scope_id() == 0 && needs_scope(failure.address.ip()) => address(
             format!("{place}: a link-local address is not whole without its interface"),
-            format!("write it with one: [{}%eth0]:{}, or set interface", v6.ip(), v6.port()),
+            format!("set interface = \"eth0\", or write its number (ip link): [{}%2]:{}", v6.ip(), v6.port()),
         ),
         _ if failure.step == Step::Join => address(
             format!("{place}: {} is not a multicast group that can be joined", failure.address.ip()),
@@ -242,13 +239,12 @@ fn invalid(failure: &BindFailure) -> Explanation {
 }
 
 fn no_device(failure: &BindFailure) -> Explanation {
-    let name = failure.interface.as_deref().unwrap_or("?");
-    let text = match failure.step {
-        Step::Option("SO_BINDTODEVICE") => {
-            format!("{}: there is no interface {name} in this network namespace", failure.place())
-        }
-        Step::Join => {
+    let text = match (failure.step, &failure.interface) {
+        (Step::Join, _) => {
             format!("{}: no interface to join the group on", failure.place())
+        }
+        (_, Some(name)) => {
+            format!("{}: there is no interface {name} in this network namespace", failure.place())
         }
         _ => format!("{}: {}: no such interface", failure.place(), failure.step),
     };

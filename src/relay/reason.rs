@@ -1,11 +1,13 @@
-//! Why a session ended: the list that counters, logs and documents share.
+//! Why a session or a flow ended: the list that counters, logs and documents share.
 
 use std::io;
+
+use serde::{Deserialize, Serialize};
 
 use super::Side;
 
 /// How a session ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CloseReason {
     /// Both sides finished in an orderly way.
     Finished,
@@ -36,11 +38,13 @@ pub enum CloseReason {
     Drained,
     /// The worker that had it died.
     WorkerLost,
+    /// A flow that waited for its first answer made room for a new one.
+    Evicted,
 }
 
 impl CloseReason {
     /// All of them, in the order of the counters.
-    pub const ALL: [CloseReason; 14] = [
+    pub const ALL: [CloseReason; 15] = [
         CloseReason::Finished,
         CloseReason::ClientReset,
         CloseReason::ServerReset,
@@ -55,6 +59,7 @@ impl CloseReason {
         CloseReason::NoResources,
         CloseReason::Drained,
         CloseReason::WorkerLost,
+        CloseReason::Evicted,
     ];
 
     /// Its name in `status` and metrics.
@@ -74,6 +79,7 @@ impl CloseReason {
             CloseReason::NoResources => "no_resources",
             CloseReason::Drained => "drained",
             CloseReason::WorkerLost => "worker_lost",
+            CloseReason::Evicted => "evicted",
         }
     }
 
@@ -106,7 +112,8 @@ impl CloseReason {
             | CloseReason::NoPorts
             | CloseReason::NoResources
             | CloseReason::Drained
-            | CloseReason::WorkerLost => None,
+            | CloseReason::WorkerLost
+            | CloseReason::Evicted => None,
         }
     }
 }

@@ -252,6 +252,8 @@ enum Step {
     Room(Side, usize),
     End(Side, Ending),
     Drive(usize),
+    /// The session goes to another process.
+    Move,
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -262,6 +264,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         4 => (side.clone(), 1usize..200_000).prop_map(|(side, n)| Step::Room(side, n)),
         1 => (side, ending).prop_map(|(side, ending)| Step::End(side, ending)),
         6 => (1usize..300_000).prop_map(Step::Drive),
+        2 => Just(Step::Move),
     ];
     prop::collection::vec(step, 1..60)
 }
@@ -299,6 +302,14 @@ proptest! {
                     if fakes[side as usize].state.borrow().ending.is_none() {
                         fakes[side as usize].end(ending);
                         session.handle_ready(side, END);
+                    }
+                }
+                Step::Move => {
+                    if let Some((snapshot, bytes)) = session.snapshot() {
+                        prop_assert_eq!(snapshot.kept(), bytes.len());
+                        let json = serde_json::to_string(&snapshot).unwrap();
+                        let snapshot = serde_json::from_str(&json).unwrap();
+                        session = Session::restore(&snapshot, &bytes).expect("its own state is sane");
                     }
                 }
                 Step::Drive(budget) => {

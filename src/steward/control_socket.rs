@@ -99,17 +99,26 @@ fn answer(mut stream: &UnixStream, reply: &Value) -> io::Result<()> {
 
 /// The answer to one request.
 fn handle(request: &Value, knowledge: &Knowledge) -> Value {
-    let done = |result: Result<(), String>| match result {
-        Ok(()) => json!({"ok": true}),
+    let done = |request| match knowledge.ask(request) {
+        Ok(text) => json!({"ok": true, "text": text}),
         Err(error) => json!({"error": error}),
     };
     match request.get("command").and_then(Value::as_str) {
         Some("status") => json!({"status": report::status(knowledge)}),
-        Some("drain") => done(knowledge.ask(Request::Drain)),
-        Some("stop") => done(knowledge.ask(Request::Stop)),
+        Some("drain") => done(Request::Drain),
+        Some("stop") => done(Request::Stop),
+        Some("reload") => done(Request::Reload {
+            dry_run: request.get("dry_run").and_then(Value::as_bool).unwrap_or(false),
+        }),
+        Some("scale") => match request.get("workers").and_then(Value::as_u64) {
+            Some(count @ 1..=64) => done(Request::Scale(count as usize)),
+            _ => json!({"error": "scale wants \"workers\", a number from 1 to 64"}),
+        },
+        Some("rebalance") => done(Request::Rebalance),
         Some(other) => {
             let shown: String = other.chars().take(40).collect();
-            json!({"error": format!("unknown command {shown:?}; known are status, drain, stop")})
+            let known = "status, reload, scale, rebalance, drain, stop";
+            json!({"error": format!("unknown command {shown:?}; known are {known}")})
         }
         None => json!({"error": "a request is an object with a \"command\""}),
     }

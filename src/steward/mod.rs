@@ -13,10 +13,11 @@ mod control_socket;
 mod report;
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
@@ -24,7 +25,7 @@ use nix::sys::signal::Signal;
 use tracing::{error, warn};
 
 use crate::config::Config;
-use crate::control::{self, FromSteward, Request, StewardBirth, ToSteward, WorkerState};
+use crate::control::{self, FromSteward, Request, StewardBirth, Table, ToSteward, WorkerState};
 use crate::counters::Layout;
 use crate::sys::channel::Channel;
 use crate::sys::shared::{self, Region};
@@ -33,13 +34,15 @@ use crate::sys::{accounts, process, signals};
 /// How long a steward without a supervisor goes on answering what was asked.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
+/// How long the supervisor may take for what it was asked: a reload waits for
+/// the queues of removed listeners and for sessions to move.
+const ANSWER_LIMIT: Duration = Duration::from_secs(120);
+
 /// What all threads of the steward know.
 #[derive(Debug)]
 struct Knowledge {
     birth: StewardBirth,
-    config: Config,
-    layout: Layout,
-    regions: Vec<Region>,
+    view: RwLock<Arc<View>>,
     workers: Mutex<Vec<WorkerState>>,
     channel: Channel,
     pending: Mutex<Pending>,
@@ -47,11 +50,21 @@ struct Knowledge {
     busy: AtomicUsize,
 }
 
+/// Where the counters are: those of the present generation and of what is left
+/// of earlier ones.
+#[derive(Debug, Default)]
+struct View {
+    generation: u64,
+    /// The present configuration first.
+    configs: Vec<(Config, Layout)>,
+    tables: Vec<(Table, Region)>,
+}
+
 /// Requests that the supervisor has not answered.
 #[derive(Debug, Default)]
 struct Pending {
     last_id: u64,
-    waiting: HashMap<u64, Sender<Option<String>>>,
+    waiting: HashMap<u64, Sender<Result<String, String>>>,
 }
 
 /// The steward process, from its first instruction to its exit code.
@@ -89,8 +102,6 @@ fn serve(channel: Channel) -> Result<(), String> {
     let config = shared::read_sealed(next()?).map_err(|e| e.to_string())?;
     let config: Config = serde_json::from_slice(&config).map_err(|e| e.to_string())?;
     let listener = UnixListener::from(next()?);
-    let regions =
-        fds.map(Region::open_read_only).collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
     if let Some(account) = birth.account {
         accounts::become_account(account).map_err(|e| format!("cannot become uid {}: {e}", account.uid))?;
     }
@@ -99,15 +110,25 @@ fn serve(channel: Channel) -> Result<(), String> {
     }
     process::set_no_new_privileges().map_err(|e| e.to_string())?;
     let _log = control::start_log(&config.log, "steward");
-    let layout = Layout::of(&config);
-    let workers = Mutex::new(Vec::new());
-    let pending = Mutex::new(Pending::default());
-    let busy = AtomicUsize::new(0);
-    let knowledge = Arc::new(Knowledge { birth, config, layout, regions, workers, channel, pending, busy });
+    let knowledge = Arc::new(Knowledge {
+        birth,
+        view: RwLock::default(),
+        workers: Mutex::default(),
+        channel,
+        pending: Mutex::default(),
+        busy: AtomicUsize::new(0),
+    });
+    // Nobody is answered before the counters are known: they would seem to
+    // have gone back.
+    while !knowledge.is_complete() {
+        if !hear(&knowledge)? {
+            return Ok(());
+        }
+    }
     control::send(&knowledge.channel, &FromSteward::Ready, &[]).map_err(|e| e.to_string())?;
     let answering = Arc::clone(&knowledge);
     std::thread::spawn(move || control_socket::serve(&listener, &answering));
-    listen_to_supervisor(&knowledge)?;
+    while hear(&knowledge)? {}
     // Who asked for the end is still to be told that it was done.
     let deadline = Instant::now() + LAST_WORDS;
     while knowledge.busy.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
@@ -116,30 +137,65 @@ fn serve(channel: Channel) -> Result<(), String> {
     Ok(())
 }
 
-/// Until the supervisor ends.
-fn listen_to_supervisor(knowledge: &Knowledge) -> Result<(), String> {
-    loop {
-        match control::receive(&knowledge.channel) {
-            Ok(None) => return Ok(()),
-            Ok(Some((ToSteward::Workers(workers), _))) => {
-                *knowledge.workers.lock().expect("no thread panics with it") = workers;
-            }
-            Ok(Some((ToSteward::Answer { id, error }, _))) => {
-                let waiting = knowledge.pending.lock().expect("no thread panics with it").waiting.remove(&id);
-                if let Some(waiting) = waiting {
-                    let _ = waiting.send(error);
-                }
-            }
-            Ok(Some((ToSteward::Birth(_), _))) => warn!("a second birth"),
-            Err(error) if error.raw_os_error().is_some() => return Ok(()),
-            Err(error) => warn!(%error, "a message of the supervisor was not understood"),
+/// Takes in one message; false where the supervisor is gone.
+fn hear(knowledge: &Knowledge) -> Result<bool, String> {
+    match control::receive(&knowledge.channel) {
+        Ok(None) => return Ok(false),
+        Ok(Some((ToSteward::Workers(workers), _))) => {
+            *knowledge.workers.lock().expect("no thread panics with it") = workers;
         }
+        Ok(Some((ToSteward::Tables { generation, config_count, tables }, fds))) => {
+            let view = View::open(generation, config_count, tables, fds)?;
+            *knowledge.view.write().expect("no thread panics with it") = Arc::new(view);
+        }
+        Ok(Some((ToSteward::Answer { id, answer }, _))) => {
+            let waiting = knowledge.pending.lock().expect("no thread panics with it").waiting.remove(&id);
+            if let Some(waiting) = waiting {
+                let _ = waiting.send(answer);
+            }
+        }
+        Ok(Some((ToSteward::Birth(_), _))) => warn!("a second birth"),
+        Err(error) if error.raw_os_error().is_some() => return Ok(false),
+        Err(error) => warn!(%error, "a message of the supervisor was not understood"),
+    }
+    Ok(true)
+}
+
+impl View {
+    fn open(
+        generation: u64,
+        config_count: usize,
+        tables: Vec<Table>,
+        fds: Vec<OwnedFd>,
+    ) -> Result<View, String> {
+        if fds.len() != config_count + tables.len() || config_count == 0 {
+            return Err("the tables came with other descriptors than they need".into());
+        }
+        let mut fds = fds.into_iter();
+        let mut configs = Vec::new();
+        for fd in fds.by_ref().take(config_count) {
+            let bytes = shared::read_sealed(fd).map_err(|e| e.to_string())?;
+            let config: Config = serde_json::from_slice(&bytes).map_err(|e| e.to_string())?;
+            let layout = Layout::of(&config);
+            configs.push((config, layout));
+        }
+        let open = |(table, fd)| Region::open_read_only(fd).map(|region| (table, region));
+        let tables = tables.into_iter().zip(fds).map(open).collect::<Result<Vec<_>, _>>();
+        Ok(View { generation, configs, tables: tables.map_err(|e| e.to_string())? })
     }
 }
 
 impl Knowledge {
+    fn view(&self) -> Arc<View> {
+        Arc::clone(&self.view.read().expect("no thread panics with it"))
+    }
+
+    fn is_complete(&self) -> bool {
+        !self.view().configs.is_empty() && !self.workers.lock().expect("no thread panics with it").is_empty()
+    }
+
     /// Asks the supervisor and waits for its answer.
-    fn ask(&self, request: Request) -> Result<(), String> {
+    fn ask(&self, request: Request) -> Result<String, String> {
         let (sender, receiver) = crossbeam_channel::bounded(1);
         let id = {
             let mut pending = self.pending.lock().expect("no thread panics with it");
@@ -150,9 +206,8 @@ impl Knowledge {
         };
         control::send(&self.channel, &FromSteward::Request { id, request }, &[])
             .map_err(|error| format!("the supervisor cannot be reached: {error}"))?;
-        match receiver.recv_timeout(control_socket::PATIENCE) {
-            Ok(None) => Ok(()),
-            Ok(Some(error)) => Err(error),
+        match receiver.recv_timeout(ANSWER_LIMIT) {
+            Ok(answer) => answer,
             Err(_) => {
                 self.pending.lock().expect("no thread panics with it").waiting.remove(&id);
                 Err("the supervisor gave no answer".into())

@@ -2,59 +2,94 @@
 
 use std::collections::BTreeMap;
 
-use super::Knowledge;
-use crate::config::Word;
+use super::{Knowledge, View};
+use crate::config::{Config, Mode, Word};
 use crate::control::WorkerState;
-use crate::control::status::{Listener, Server, Status, Upstream, Worker};
-use crate::counters::{Counters, OfListener, OfServer, Process};
+use crate::control::status::{Flows, Listener, Server, Status, Upstream, Worker};
+use crate::counters::{Cell, Counters, Layout, OfFlows, OfListener, OfServer, Process};
+use crate::flow::DropReason;
 use crate::relay::CloseReason;
 use crate::spread::Spread;
 
+/// One table's counters with the configuration that they are of.
+struct Source<'a> {
+    slot: usize,
+    config: &'a Config,
+    layout: &'a Layout,
+    counters: Counters<'a>,
+}
+
 /// What runs now.
 pub fn status(knowledge: &Knowledge) -> Status {
-    let slots: Vec<Counters> = knowledge
-        .regions
-        .iter()
-        .filter_map(|region| Counters::over(region.words(), &knowledge.layout))
-        .collect();
+    let view = knowledge.view();
+    let sources = sources(&view);
     let workers = knowledge.workers.lock().expect("no thread panics with it").clone();
+    let config = &view.configs[0].0;
+    let slot_count = workers.len();
     Status {
         version: env!("CARGO_PKG_VERSION").into(),
         pid: knowledge.birth.supervisor_pid,
-        generation: knowledge.birth.generation,
+        generation: view.generation,
         started_at: knowledge.birth.started_at,
         config_path: knowledge.birth.config_path.clone(),
-        workers: workers.iter().map(|state| worker(state, &slots)).collect(),
-        listeners: (0..knowledge.config.listeners.len()).map(|i| listener(knowledge, i, &slots)).collect(),
-        upstreams: (0..knowledge.config.upstreams.len()).map(|i| upstream(knowledge, i, &slots)).collect(),
+        workers: workers.iter().map(|state| worker(state, &sources)).collect(),
+        listeners: config.listeners.iter().map(|l| listener(l, slot_count, &sources)).collect(),
+        upstreams: config.upstreams.iter().map(|u| upstream(u, &sources)).collect(),
     }
 }
 
-fn worker(state: &WorkerState, slots: &[Counters]) -> Worker {
-    let count = |which| slots.get(state.slot).map_or(0, |slot| slot.process(which).get());
+fn sources(view: &View) -> Vec<Source<'_>> {
+    let tables = view.tables.iter().filter_map(|(table, region)| {
+        let (config, layout) = view.configs.get(table.config)?;
+        let counters = Counters::over(region.words(), layout)?;
+        Some(Source { slot: table.slot, config, layout, counters })
+    });
+    tables.collect()
+}
+
+fn worker(state: &WorkerState, sources: &[Source]) -> Worker {
+    let own = || sources.iter().filter(|source| source.slot == state.slot);
+    let sum = |which| own().map(|source| source.counters.process(which).get()).sum();
+    let lag = own().map(|source| source.counters.process(Process::LoopLag).get()).max();
     Worker {
         slot: state.slot,
         pid: state.pid,
         generation: state.generation,
         state: state.state.clone(),
         restarts: state.restarts,
-        accepted: count(Process::Accepted),
-        active: count(Process::Active),
-        loop_lag_us: count(Process::LoopLag),
-        accept_pauses: count(Process::AcceptPauses),
+        accepted: sum(Process::Accepted),
+        active: sum(Process::Active),
+        loop_lag_us: lag.unwrap_or(0),
+        accept_pauses: sum(Process::AcceptPauses),
         helped_by: state.helped_by,
     }
 }
 
-fn listener(knowledge: &Knowledge, index: usize, slots: &[Counters]) -> Listener {
-    let config = &knowledge.config.listeners[index];
-    let per_slot = |which| slots.iter().map(|slot| slot.listener(index, which).get()).collect::<Vec<u64>>();
-    let sum = |which| per_slot(which).iter().sum();
+fn listener(config: &crate::config::Listener, slot_count: usize, sources: &[Source]) -> Listener {
+    // A slot's sum over its tables; a listener has another number in each.
+    let per_slot = |cell: &dyn Fn(&Counters, usize) -> u64| {
+        let mut sums = vec![0; slot_count.max(1)];
+        let last = sums.len() - 1;
+        for source in sources {
+            if let Some(index) = source.config.listeners.iter().position(|l| l.name == config.name) {
+                // What a slot counted that was given up stays in the sum.
+                sums[source.slot.min(last)] += cell(&source.counters, index);
+            }
+        }
+        sums
+    };
+    let of = |which| per_slot(&move |counters, index| counters.listener(index, which).get());
+    let sum = |which| of(which).iter().sum::<u64>();
     let ended = CloseReason::ALL
         .into_iter()
-        .map(|reason| (reason.name().to_string(), slots.iter().map(|s| s.ended(index, reason).get()).sum()))
+        .map(|reason| {
+            let counts = per_slot(&move |counters, index| counters.ended(index, reason).get());
+            (reason.name().to_string(), counts.iter().sum())
+        })
         .filter(|(_, count)| *count > 0)
         .collect::<BTreeMap<String, u64>>();
+    let is_udp = config.mode == Mode::Udp;
+    let total = |cell: &dyn Fn(&Counters, usize) -> u64| per_slot(cell).iter().sum::<u64>();
     Listener {
         name: config.name.clone(),
         mode: config.mode.word().into(),
@@ -65,26 +100,72 @@ fn listener(knowledge: &Knowledge, index: usize, slots: &[Counters]) -> Listener
         active: sum(OfListener::Active),
         bytes_in: sum(OfListener::BytesIn),
         bytes_out: sum(OfListener::BytesOut),
+        flows: is_udp.then(|| flows(&total)),
+        dropped: if is_udp { dropped(&total) } else { BTreeMap::new() },
         ended,
-        active_per_slot: per_slot(OfListener::Active),
-        spread: Spread::equal(&per_slot(OfListener::Connections)),
+        active_per_slot: of(OfListener::Active),
+        spread: Spread::equal(&of(OfListener::Connections)),
     }
 }
 
-fn upstream(knowledge: &Knowledge, index: usize, slots: &[Counters]) -> Upstream {
-    let config = &knowledge.config.upstreams[index];
-    let servers = config.servers.iter().enumerate().map(|(at, server)| {
-        let number = knowledge.layout.server(index, at);
-        let sum = |which| slots.iter().map(|slot| slot.server(number, which).get()).sum();
+/// The sum of a cell over everything that counted for a listener.
+type Sum<'a> = dyn Fn(&dyn Fn(&Counters, usize) -> u64) -> u64 + 'a;
+
+fn flows(sum: &Sum) -> Flows {
+    let of_all = |which| sum(&move |counters, listener| counters.listener(listener, which).get());
+    let of_flows = |which| sum(&move |counters, listener| counters.flows(listener, which).get());
+    let ended = |reason| sum(&move |counters, listener| counters.ended(listener, reason).get());
+    Flows {
+        active: of_all(OfListener::Active),
+        opened: of_all(OfListener::Connections),
+        expired: ended(CloseReason::IdleTimeout),
+        finished: ended(CloseReason::Finished),
+        evicted: ended(CloseReason::Evicted),
+        shed: sum(&|counters, listener| counters.dropped(listener, DropReason::Shed).get()),
+        moved: of_flows(OfFlows::Moved),
+        quarantined: of_flows(OfFlows::Quarantined),
+        quarantine_cut: of_flows(OfFlows::QuarantineCut),
+        datagrams_in: of_flows(OfFlows::DatagramsIn),
+        datagrams_out: of_flows(OfFlows::DatagramsOut),
+        offload_failures: of_flows(OfFlows::OffloadFailures),
+    }
+}
+
+/// By reason, with the kernel's own.
+fn dropped(sum: &Sum) -> BTreeMap<String, u64> {
+    let own = DropReason::ALL.into_iter().map(|reason| {
+        let count = sum(&move |counters, listener| counters.dropped(listener, reason).get());
+        (reason.name().to_string(), count)
+    });
+    let kernel = sum(&|counters, listener| counters.flows(listener, OfFlows::KernelDrops).get());
+    let kernel = [("receive_buffer".to_string(), kernel)];
+    own.chain(kernel).filter(|(_, count)| *count > 0).collect()
+}
+
+fn upstream(config: &crate::config::Upstream, sources: &[Source]) -> Upstream {
+    let servers = config.servers.iter().map(|server| {
+        let address = server.address.to_string();
+        let sum = |which| -> u64 {
+            let cells = sources.iter().filter_map(|source| cell_of(source, &config.name, &address, which));
+            cells.map(Cell::get).sum()
+        };
         Server {
-            address: server.address.to_string(),
             state: "up".into(),
             weight: server.weight,
             backup: server.backup,
             active: sum(OfServer::Active),
             connections: sum(OfServer::Connections),
             failures: sum(OfServer::Failures),
+            address: address.clone(),
         }
     });
     Upstream { name: config.name.clone(), balance: config.balance.word().into(), servers: servers.collect() }
+}
+
+/// A server's cell in a table, where that generation had the server.
+fn cell_of<'a>(source: &Source<'a>, upstream: &str, address: &str, which: OfServer) -> Option<Cell<'a>> {
+    let index = source.config.upstreams.iter().position(|u| u.name == upstream)?;
+    let servers = &source.config.upstreams[index].servers;
+    let server = servers.iter().position(|server| server.address.to_string() == address)?;
+    Some(source.counters.server(source.layout.server(index, server), which))
 }

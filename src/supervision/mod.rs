@@ -112,18 +112,23 @@ struct Slot {
     restarts: u64,
 }
 
-impl Supervision {
-    /// So many slots, all unborn.
-    pub fn new(slot_count: usize) -> Supervision {
-        let slot = || Slot {
+impl Slot {
+    fn unborn() -> Slot {
+        Slot {
             phase: Phase::Unborn,
             opened: false,
             empty_since: None,
             lent_to: None,
             backoff: Backoff::default(),
             restarts: 0,
-        };
-        let slots = (0..slot_count).map(|_| slot()).collect();
+        }
+    }
+}
+
+impl Supervision {
+    /// So many slots, all unborn.
+    pub fn new(slot_count: usize) -> Supervision {
+        let slots = (0..slot_count).map(|_| Slot::unborn()).collect();
         Supervision { slots, leaving: false, announced: false, finished: false }
     }
 
@@ -146,8 +151,7 @@ impl Supervision {
         }
         self.spawn_due(now, &mut actions);
         self.lend_due(now, &mut actions);
-        let all_ready = self.slots.iter().all(|slot| matches!(slot.phase, Phase::Ready { .. }));
-        if all_ready && !self.announced {
+        if !self.announced && self.is_all_ready() {
             self.announced = true;
             actions.push(Action::Announce);
         }
@@ -277,6 +281,32 @@ impl Supervision {
             .find(|&other| matches!(self.slots[other].phase, Phase::Ready { .. }))
     }
 
+    /// The slot's process was replaced by one that was started for it beforehand
+    /// and accepts as soon as it can.
+    pub fn handle_replaced(&mut self, slot: usize, now: u64) {
+        let state = &mut self.slots[slot];
+        state.opened = true;
+        state.phase = match state.phase {
+            Phase::Ready { .. } => Phase::Ready { since: now },
+            _ => Phase::Starting,
+        };
+    }
+
+    /// There are so many slots from now on. New ones wait for
+    /// `handle_replaced`; those past the end are forgotten.
+    pub fn resize(&mut self, slot_count: usize) {
+        self.slots.truncate(slot_count);
+        for state in &mut self.slots {
+            state.lent_to = state.lent_to.filter(|&to| to < slot_count);
+        }
+        self.slots.resize_with(slot_count, || Slot { phase: Phase::Starting, ..Slot::unborn() });
+    }
+
+    /// Whether every slot's worker accepts.
+    pub fn is_all_ready(&self) -> bool {
+        self.slots.iter().all(|slot| matches!(slot.phase, Phase::Ready { .. }))
+    }
+
     /// When a `Tick` is due at the latest, in milliseconds.
     pub fn next_deadline(&self) -> Option<u64> {
         let deadlines = self.slots.iter().enumerate().flat_map(|(slot, state)| {
@@ -289,6 +319,11 @@ impl Supervision {
             [spawn, lend]
         });
         deadlines.flatten().min()
+    }
+
+    /// How many slots there are.
+    pub fn slot_count(&self) -> usize {
+        self.slots.len()
     }
 
     /// What a slot is doing.

@@ -97,9 +97,17 @@ impl Watch {
         Watch { timeout, lives: vec![None; slot_count], due: None }
     }
 
-    /// A process was started for the slot.
+    /// From now on a worker may be silent for so long.
+    pub fn set_timeout(&mut self, timeout: u64) {
+        self.timeout = timeout;
+    }
+
+    /// A process was started for the slot, which may be a new one.
     pub fn begin(&mut self, slot: usize, now: u64) {
         let life = Life { last: now, forgiven: 0, asked: false, limit: self.timeout.max(BIRTH_PATIENCE) };
+        if slot >= self.lives.len() {
+            self.lives.resize(slot + 1, None);
+        }
         self.lives[slot] = Some(life);
         let first = life.next_third(now);
         self.due = Some(self.due.map_or(first, |due| due.min(first)));
@@ -110,6 +118,8 @@ impl Watch {
     pub fn look(&mut self, now: u64, signs: &[Sign]) -> Vec<Verdict> {
         let late = self.due.map_or(0, |due| now.saturating_sub(due));
         let mut verdicts = Vec::new();
+        // Slots that were given up are gone.
+        self.lives.truncate(signs.len());
         for (slot, (place, sign)) in self.lives.iter_mut().zip(signs).enumerate() {
             let Some(life) = place else { continue };
             match *sign {

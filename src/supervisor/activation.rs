@@ -8,12 +8,12 @@
 //! nobody serves would be a queue without a reader. They are held by their
 //! slots like sockets that a worker opened, and outlive the daemon.
 
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
-use super::slot::Slot;
-use super::{Refusal, Start};
+use super::Refusal;
 use crate::config::{Config, Listener, Mode};
-use crate::control::Place;
+use crate::control::{Place, SocketId};
 use crate::sys::accounts;
 use crate::sys::activation::{self, Bound, Kind, Passed};
 use crate::sys::listen::{self, OpenError, Options};
@@ -30,16 +30,18 @@ pub struct Assignment {
 
 impl Assignment {
     /// Whether systemd listens at this place already.
-    pub fn has(&self, listener: usize, address: usize) -> bool {
-        let wanted = Place { listener, address };
-        self.slots.iter().flatten().any(|(place, _)| *place == wanted)
+    pub fn has(&self, config: &Config, listener: &Listener, address: SocketAddr) -> bool {
+        self.slots.iter().flatten().any(|(place, _)| {
+            let own = &config.listeners[place.listener];
+            own.name == listener.name && own.bind[place.address] == address
+        })
     }
 }
 
 /// Matches what was passed with the listeners.
-pub fn assign(start: &Start, slot_count: usize, passed: &[Passed]) -> Result<Assignment, Refusal> {
+pub fn assign(config: &Config, slot_count: usize, passed: &[Passed]) -> Result<Assignment, Refusal> {
     let kinds: Vec<Kind> = passed.iter().map(|passed| passed.kind).collect();
-    let mut assignment = match_up(&start.config, slot_count, &kinds, accounts::current_uid())?;
+    let mut assignment = match_up(config, slot_count, &kinds, accounts::current_uid())?;
     for (index, passed) in passed.iter().enumerate() {
         if !assignment.slots.iter().flatten().any(|(_, socket)| *socket == index) {
             assignment.notes.push(unused(passed));
@@ -48,24 +50,26 @@ pub fn assign(start: &Start, slot_count: usize, passed: &[Passed]) -> Result<Ass
     Ok(assignment)
 }
 
-/// Gives the slots what is theirs; what is nobody's is closed.
-pub fn give(
-    config: &Config,
-    assignment: &Assignment,
-    passed: Vec<Passed>,
-    slots: &mut [Slot],
-) -> Result<(), Refusal> {
+/// For each slot what systemd opened for it.
+pub type Activated = Vec<Vec<(SocketId, OwnedFd)>>;
+
+/// Takes the sockets up for their slots; what is nobody's is closed.
+pub fn adopt(config: &Config, assignment: &Assignment, passed: Vec<Passed>) -> Result<Activated, Refusal> {
     let mut sockets: Vec<Option<OwnedFd>> = passed.into_iter().map(|passed| Some(passed.fd)).collect();
-    for (slot, places) in slots.iter_mut().zip(&assignment.slots) {
+    let mut activated = Vec::new();
+    for places in &assignment.slots {
         let mut own = Vec::new();
         for (place, index) in places {
             let socket = sockets[*index].take().expect("a socket is assigned once");
-            adopt(&config.listeners[place.listener], place.address, &socket)?;
-            own.push((*place, socket));
+            let listener = &config.listeners[place.listener];
+            configure(listener, place.address, &socket)?;
+            let address = listener.bind[place.address];
+            let udp = listener.mode == Mode::Udp;
+            own.push((SocketId { address, udp, interface: listener.interface.clone() }, socket));
         }
-        slot.adopt(own);
+        activated.push(own);
     }
-    Ok(())
+    Ok(activated)
 }
 
 fn match_up(config: &Config, slot_count: usize, kinds: &[Kind], uid: u32) -> Result<Assignment, Refusal> {
@@ -99,7 +103,11 @@ fn match_up(config: &Config, slot_count: usize, kinds: &[Kind], uid: u32) -> Res
 fn fits(listener: &Listener, address: usize, kind: Kind) -> Option<Bound> {
     let bound = match (listener.mode, kind) {
         (Mode::Tcp, Kind::Tcp(bound)) => bound,
-        (Mode::Tcp, Kind::Udp(_) | Kind::Other) => return None,
+        // A group's sockets are opened and joined by ourselves; each gets its copy.
+        (Mode::Udp, Kind::Udp(bound)) if !listen::is_group(bound.address) => bound,
+        (Mode::Tcp, Kind::Udp(_) | Kind::Other) | (Mode::Udp, Kind::Tcp(_) | Kind::Udp(_) | Kind::Other) => {
+            return None;
+        }
     };
     let wanted = listener.bind[address];
     // Not the whole SocketAddr: a scope is the kernel's to fill in.
@@ -169,7 +177,7 @@ fn unused(passed: &Passed) -> String {
 }
 
 /// Sets what the configuration says of the listener and can still be set.
-fn adopt(listener: &Listener, address: usize, socket: &OwnedFd) -> Result<(), Refusal> {
+fn configure(listener: &Listener, address: usize, socket: &OwnedFd) -> Result<(), Refusal> {
     let options = Options {
         backlog: listener.backlog,
         receive_buffer: listener.receive_buffer,
@@ -179,8 +187,14 @@ fn adopt(listener: &Listener, address: usize, socket: &OwnedFd) -> Result<(), Re
         ..Options::default()
     };
     let refused = |text: String| Refusal::new(1, format!("listener \"{}\": {text}", listener.name), "");
-    listen::adopt_tcp(socket, listener.bind[address], &options)
-        .map_err(|error: OpenError| refused(error.to_string()))?;
+    let adopted = match listener.mode {
+        Mode::Tcp => listen::adopt_tcp(socket, listener.bind[address], &options),
+        Mode::Udp => listen::adopt_udp(socket, listener.bind[address], &options),
+    };
+    adopted.map_err(|error: OpenError| refused(error.to_string()))?;
+    if listener.mode == Mode::Udp {
+        return Ok(());
+    }
     let tcp = TcpOptions { keepalive: listener.tcp.keepalive, user_timeout: listener.tcp.user_timeout };
     tcp.apply(socket).map_err(|error| refused(format!("{}: {error}", listener.bind[address])))
 }
@@ -207,13 +221,14 @@ mod tests {
     #[test]
     fn sockets_go_to_the_slots_in_order_by_address() {
         let kinds = [tcp("127.0.0.1:81"), tcp("127.0.0.1:80"), tcp("127.0.0.1:80"), tcp("127.0.0.1:81")];
-        let assignment = match_up(&config(), 2, &kinds, 1000).unwrap();
+        let config = config();
+        let assignment = match_up(&config, 2, &kinds, 1000).unwrap();
         assert_eq!(
             assignment.slots,
             [[(place(0, 0), 1), (place(1, 0), 0)], [(place(0, 0), 2), (place(1, 0), 3)]]
         );
         assert_eq!(assignment.notes, Vec::<String>::new());
-        assert!(assignment.has(1, 0) && !assignment.has(0, 1));
+        assert!(assignment.has(&config, &config.listeners[1], "127.0.0.1:81".parse().unwrap()));
     }
 
     #[test]

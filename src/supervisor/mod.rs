@@ -7,16 +7,21 @@
 //! keeps its privilege until then: later workers need the same uid to bind.
 
 mod activation;
+mod generation;
 mod leave;
-mod notify;
+mod ledger;
+mod manager;
+mod plan;
 mod prepare;
+mod reload;
 mod slot;
 mod steward;
 mod watch;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::process::ExitCode;
+use std::process::{ExitCode, ExitStatus};
+use std::rc::Rc;
 use std::time::Duration;
 
 use mio::unix::SourceFd;
@@ -24,21 +29,23 @@ use mio::{Events, Interest, Poll, Token};
 use nix::sys::signal::Signal;
 use tracing::{error, info, warn};
 
-use crate::config::Config;
-use crate::control::{FromSteward, FromWorker, Request, ToSteward, WorkerState};
+use crate::config::{Config, Workers};
+use crate::control::{FromSteward, FromWorker, Request, ToSteward, ToWorker, WorkerState};
 use crate::counters::Process;
 use crate::supervision::watch::Watch;
 use crate::supervision::{Action, Event, Phase, Supervision};
 use crate::sys::clock::{self, Millis};
+use crate::sys::notify;
 use crate::sys::signals::Signals;
+use generation::Generation;
 use leave::Leave;
-use notify::{Facts, Notify};
+use manager::{Facts, Manager};
 use prepare::Prepared;
-use slot::Slot;
+use reload::{Reload, Transfers};
+use slot::{Role, Slot};
 use steward::Steward;
 
 /// What `evenkeel run` was asked to run.
-#[derive(Debug)]
 pub struct Start {
     /// The configuration, checked.
     pub config: Config,
@@ -48,6 +55,9 @@ pub struct Start {
     pub control_socket: std::path::PathBuf,
     /// Lines for a newcomer, printed once everything serves.
     pub greeting: Option<String>,
+    /// Reads the configuration again, for a reload; an error's text tells all
+    /// that is wrong with it.
+    pub read_again: Box<dyn Fn() -> Result<Config, String>>,
 }
 
 /// What ends a start, for the operator.
@@ -63,7 +73,8 @@ pub struct Refusal {
 
 const SIGNALS: Token = Token(0);
 const STEWARD: Token = Token(1);
-const FIRST_SLOT: usize = 16;
+/// Processes have tokens from here on, none twice.
+const FIRST_PROCESS: usize = 16;
 
 const HANDLED: [Signal; 7] = [
     Signal::SIGCHLD,
@@ -80,16 +91,29 @@ struct Supervisor {
     prepared: Prepared,
     poll: Poll,
     signals: Signals,
+    generation: Rc<Generation>,
     slots: Vec<Slot>,
+    /// Slots that were given up and whose processes still finish.
+    retiring: Vec<Slot>,
     steward: Steward,
     supervision: Supervision,
     watch: Watch,
-    notify: Notify,
+    manager: Manager,
+    reload: Option<Reload>,
+    transfers: Transfers,
+    /// What `scale` set, and what the file said then.
+    scaled: Option<(usize, Workers)>,
+    /// What earlier generations and slots have counted.
+    past: Option<Generation>,
     leave: Option<Leave>,
     /// Set when the daemon is over.
     end: Option<ExitCode>,
     announced: bool,
+    /// No slot has a current worker any more; old ones may still finish.
+    finishing: bool,
+    last_token: usize,
     told: Vec<WorkerState>,
+    tables_changed: bool,
 }
 
 /// Runs the daemon until it has left; its exit code.
@@ -98,29 +122,42 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
     let passed = crate::sys::activation::take().map_err(Refusal::of_system)?;
     // Before anything is started: a signal that comes early waits.
     let signals = Signals::block(&HANDLED).map_err(Refusal::of_system)?;
-    let (prepared, slots) = prepare::prepare(&start, passed)?;
+    let (prepared, generation, activated) = prepare::prepare(&start, passed)?;
     let _log = crate::control::start_log(&start.config.log, "supervisor");
     prepared.notes.iter().for_each(|note| warn!("{note}"));
     crate::sys::process::set_name("ek-supervisor");
-    let supervision = Supervision::new(slots.len());
-    let watch = Watch::new(slots.len(), start.config.daemon.hang_timeout.as_millis() as u64);
+    let hang_timeout = start.config.daemon.hang_timeout;
     let poll = Poll::new().map_err(Refusal::of_system)?;
     let fd = signals.as_fd().as_raw_fd();
     poll.registry().register(&mut SourceFd(&fd), SIGNALS, Interest::READABLE).map_err(Refusal::of_system)?;
+    let generation = Rc::new(generation);
+    let slot_count = generation.slot_count();
+    let mut slots: Vec<Slot> = (0..slot_count).map(Slot::new).collect();
+    slots.iter_mut().zip(activated).for_each(|(slot, sockets)| slot.adopt(sockets));
+    slots.iter_mut().for_each(|slot| slot.ledgers.push(Rc::clone(&generation)));
     let mut supervisor = Supervisor {
         start,
         prepared,
         poll,
         signals,
+        generation,
         slots,
+        retiring: Vec::new(),
         steward: Steward::default(),
-        supervision,
-        watch,
-        notify: Notify::of_environment(clock::coarse()),
+        supervision: Supervision::new(slot_count),
+        watch: Watch::new(slot_count, hang_timeout.as_millis() as u64),
+        manager: Manager::of_environment(clock::coarse()),
+        reload: None,
+        transfers: Transfers::default(),
+        scaled: None,
+        past: None,
         leave: None,
         end: None,
         announced: false,
+        finishing: false,
+        last_token: FIRST_PROCESS,
         told: Vec::new(),
+        tables_changed: false,
     };
     supervisor.serve()
 }
@@ -154,15 +191,17 @@ impl Supervisor {
                 match event.token() {
                     SIGNALS => {}
                     STEWARD => self.read_steward(),
-                    Token(token) => self.read_slot(token - FIRST_SLOT)?,
+                    token => self.read_process(token)?,
                 }
             }
             self.handle_signals()?;
             self.step(Event::Tick)?;
             self.watch_workers()?;
             self.handle_leave_deadline();
-            if self.notify.is_due(clock::coarse()) {
-                self.notify.tick(clock::coarse(), &self.facts());
+            self.handle_reload_deadline();
+            self.check_finished();
+            if self.manager.is_due(clock::coarse()) {
+                self.manager.tick(clock::coarse(), &self.facts());
             }
             if self.steward.is_due(clock::coarse()) {
                 self.start_steward();
@@ -175,8 +214,9 @@ impl Supervisor {
 
     fn next_wake(&self) -> Option<Millis> {
         let leave = self.leave.as_ref().and_then(Leave::kill_at);
-        let watched = [self.watch.next_deadline(), self.notify.next_deadline()];
-        let own = [self.supervision.next_deadline(), self.steward.due_at(), leave];
+        let reload = self.reload.as_ref().map(Reload::deadline);
+        let watched = [self.watch.next_deadline(), self.manager.next_deadline()];
+        let own = [self.supervision.next_deadline(), self.steward.due_at(), leave, reload];
         own.into_iter().chain(watched).flatten().min()
     }
 
@@ -186,25 +226,36 @@ impl Supervisor {
             match action {
                 Action::Spawn(slot) => self.spawn(slot)?,
                 Action::Lend { slot, to } => self.lend(slot, to),
-                Action::Recall { slot, from } => self.slots[from].recall(slot),
+                Action::Recall { slot, from } => self.slots[from].tell(&ToWorker::Recall { slot }),
                 Action::Drain(slot) => self.drain(slot),
-                Action::Kill(slot) => self.slots[slot].kill(),
+                Action::Kill(slot) => self.slots[slot].kill_current(),
                 Action::Announce => self.announce(),
-                Action::Finish => self.finish(),
+                Action::Finish => self.finishing = true,
             }
         }
         Ok(())
     }
 
     fn spawn(&mut self, slot: usize) -> Result<(), Refusal> {
-        match self.slots[slot].spawn(&self.prepared, self.poll.registry(), Token(FIRST_SLOT + slot)) {
-            Ok(()) => {
-                self.watch.begin(slot, clock::coarse());
+        // The daemon is over: a worker that was killed for that is no crash,
+        // and nobody would end a new one.
+        if self.end.is_some() {
+            return Ok(());
+        }
+        self.watch.begin(slot, clock::coarse());
+        if self.take_proved(slot) {
+            return Ok(());
+        }
+        let token = self.new_token();
+        let generation = Rc::clone(&self.generation);
+        match self.slots[slot].spawn(&self.prepared, &generation, self.poll.registry(), token) {
+            Ok(mut process) => {
+                process.tell(&ToWorker::Serve, &[]);
+                self.slots[slot].current = Some(process);
                 Ok(())
             }
             Err(error) if self.announced => {
                 error!(slot, %error, "no worker could be started");
-                self.slots[slot].forget_process(self.poll.registry());
                 self.step(Event::Exited { slot, clean: false })
             }
             Err(error) => {
@@ -217,7 +268,11 @@ impl Supervisor {
     fn lend(&mut self, slot: usize, to: usize) {
         warn!("slot {slot} stays empty: slot {to} accepts for it");
         // Duplicates first: two slots cannot be borrowed at once.
-        let sockets = self.slots[slot].duplicates();
+        let Some(generation) = self.slots[to].current.as_ref().map(|process| Rc::clone(&process.generation))
+        else {
+            return;
+        };
+        let sockets = self.slots[slot].duplicates(&generation);
         self.slots[to].lend(slot, &sockets);
     }
 
@@ -228,36 +283,91 @@ impl Supervisor {
 
     fn announce(&mut self) {
         self.announced = true;
-        let listeners: Vec<String> = self.start.config.listeners.iter().map(|l| l.name.clone()).collect();
+        let listeners: Vec<String> =
+            self.generation.config.listeners.iter().map(|l| l.name.clone()).collect();
         info!("ready: {} workers accept on {}", self.slots.len(), listeners.join(", "));
-        self.notify.announce(clock::coarse(), &self.facts());
+        self.manager.announce(clock::coarse(), &self.facts());
         if let Some(greeting) = self.start.greeting.take() {
             eprint!("{greeting}");
         }
     }
 
-    fn finish(&mut self) {
-        let left = self.leave.as_ref();
-        info!("every worker has left");
-        self.end = Some(left.map_or(ExitCode::SUCCESS, Leave::exit_code));
-    }
-
-    fn read_slot(&mut self, slot: usize) -> Result<(), Refusal> {
-        loop {
-            let Some((message, fds)) = self.slots[slot].receive(self.poll.registry()) else { return Ok(()) };
-            self.handle_worker(slot, message, fds)?;
+    /// Ends the daemon when the last process of the last slot has left.
+    fn check_finished(&mut self) {
+        let finishes = self.slots.iter().chain(&self.retiring).any(|slot| !slot.old.is_empty());
+        if self.finishing && !finishes && self.end.is_none() {
+            info!("every worker has left");
+            self.end = Some(self.leave.as_ref().map_or(ExitCode::SUCCESS, Leave::exit_code));
         }
     }
 
-    fn handle_worker(&mut self, slot: usize, message: FromWorker, fds: Vec<OwnedFd>) -> Result<(), Refusal> {
+    /// The slot, retiring or not, of the process with this token.
+    fn locate(&mut self, token: Token) -> Option<(usize, bool, Role)> {
+        for (retiring, slots) in [(false, &mut self.slots), (true, &mut self.retiring)] {
+            for (index, slot) in slots.iter_mut().enumerate() {
+                if let Some((role, _)) = slot.find(token) {
+                    return Some((index, retiring, role));
+                }
+            }
+        }
+        None
+    }
+
+    fn slot_mut(&mut self, index: usize, retiring: bool) -> &mut Slot {
+        if retiring { &mut self.retiring[index] } else { &mut self.slots[index] }
+    }
+
+    fn read_process(&mut self, token: Token) -> Result<(), Refusal> {
+        // Looked up each time: a message may change the slots.
+        while let Some((index, retiring, role)) = self.locate(token) {
+            let slots = if retiring { &mut self.retiring } else { &mut self.slots };
+            let Some((_, process)) = slots[index].find(token) else { return Ok(()) };
+            let Some((message, fds)) = process.receive(self.poll.registry()) else { return Ok(()) };
+            self.handle_worker(token, (index, retiring, role), message, fds)?;
+        }
+        Ok(())
+    }
+
+    fn handle_worker(
+        &mut self,
+        token: Token,
+        (slot, retiring, role): (usize, bool, Role),
+        message: FromWorker,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(), Refusal> {
         match message {
-            FromWorker::Sockets(places) => self.slots[slot].hold(places, fds),
-            FromWorker::Opened => self.step(Event::Opened(slot))?,
-            FromWorker::Ready => {
+            FromWorker::Sockets(places) => {
+                let Some((_, process)) = self.slot_mut(slot, retiring).find(token) else { return Ok(()) };
+                let generation = Rc::clone(&process.generation);
+                if let Err(error) = self.slot_mut(slot, retiring).hold(&generation, places, fds) {
+                    warn!(slot, %error, "the worker's sockets were refused");
+                }
+            }
+            FromWorker::Opened if role == Role::Next => self.handle_proved(slot),
+            FromWorker::Opened if role == Role::Current => self.step(Event::Opened(slot))?,
+            FromWorker::Ready if role == Role::Current => {
                 info!(slot, pid = self.slots[slot].pid(), "worker ready");
                 self.step(Event::Ready(slot))?;
             }
+            FromWorker::Opened | FromWorker::Ready => {}
+            FromWorker::QueuesClosed if retiring => self.retiring[slot].release_sockets(),
+            FromWorker::QueuesClosed if role == Role::Old => {
+                let generation = Rc::clone(&self.generation);
+                self.slots[slot].release_all_but(&generation);
+            }
             FromWorker::QueuesClosed => self.slots[slot].release_sockets(),
+            FromWorker::HandedOver { moved, left } => {
+                info!(slot, "{moved} sessions handed over, {left} left");
+                if role == Role::Old {
+                    self.slot_mut(slot, retiring).handed_over = true;
+                    self.handle_handed_over(slot, retiring);
+                } else {
+                    self.handle_shared(slot);
+                }
+            }
+            FromWorker::Failed { text, advice, .. } if role == Role::Next => {
+                self.abort_reload(&format!("{text}\n{advice}"));
+            }
             FromWorker::Failed { text, advice, exit_code } if !self.announced => {
                 self.kill_all();
                 return Err(Refusal { text, advice, exit_code });
@@ -272,10 +382,17 @@ impl Supervisor {
             match signal {
                 Signal::SIGCHLD => self.reap()?,
                 Signal::SIGTERM | Signal::SIGINT => {
-                    let limit = self.start.config.daemon.drain_timeout;
+                    let limit = self.generation.config.daemon.drain_timeout;
                     self.handle_leave(Some(limit.as_millis() as u64))?;
                 }
                 Signal::SIGQUIT => self.handle_leave(None)?,
+                Signal::SIGHUP => {
+                    self.notify_reloading();
+                    if let Err(refusal) = self.reload_file(None, false) {
+                        error!("not reloaded: {}", refusal.text);
+                        self.finish_reload_notice();
+                    }
+                }
                 other => warn!("{other} does nothing yet"),
             }
         }
@@ -283,21 +400,54 @@ impl Supervisor {
     }
 
     fn reap(&mut self) -> Result<(), Refusal> {
-        for slot in 0..self.slots.len() {
-            let Some(status) = self.slots[slot].try_wait() else { continue };
+        let all = self.slots.iter_mut().chain(&mut self.retiring);
+        let ended: Vec<(Token, ExitStatus)> = all
+            .flat_map(Slot::processes)
+            .filter_map(|process| Some((process.token, process.try_wait()?)))
+            .collect();
+        for (token, status) in ended {
             // Its last words came before its end.
-            self.read_slot(slot)?;
-            self.slots[slot].forget_process(self.poll.registry());
-            if status.success() && self.leave.is_some() {
-                info!(slot, "worker has left");
-            } else {
-                warn!(slot, "worker ended: {status}");
-            }
-            self.step(Event::Exited { slot, clean: status.success() })?;
+            self.read_process(token)?;
+            self.handle_ended(token, status)?;
         }
         if self.steward.reap(self.poll.registry(), clock::coarse()) {
             self.start_steward();
         }
+        Ok(())
+    }
+
+    fn handle_ended(&mut self, token: Token, status: ExitStatus) -> Result<(), Refusal> {
+        let Some((index, retiring, role)) = self.locate(token) else { return Ok(()) };
+        let slot = if retiring { &mut self.retiring[index] } else { &mut self.slots[index] };
+        if let Some((_, process)) = slot.find(token) {
+            process.close_channel(self.poll.registry());
+        }
+        match role {
+            Role::Current => {
+                slot.current = None;
+                if status.success() && self.leave.is_some() {
+                    info!(slot = index, "worker has left");
+                } else {
+                    warn!(slot = index, "worker ended: {status}");
+                }
+                self.step(Event::Exited { slot: index, clean: status.success() })?;
+                self.handle_shared(index);
+            }
+            Role::Next => {
+                slot.next = None;
+                self.abort_reload(&format!("worker {index} ended: {status}"));
+            }
+            Role::Old => {
+                slot.old.retain(|process| process.token != token);
+                if !status.success() {
+                    warn!(slot = index, "an old worker ended: {status}");
+                }
+                slot.handed_over = true;
+                self.fold_ledgers();
+                self.handle_handed_over(index, retiring);
+            }
+        }
+        self.retiring.retain(|slot| !slot.old.is_empty());
         Ok(())
     }
 
@@ -310,8 +460,9 @@ impl Supervisor {
             self.kill_all();
             return Ok(());
         }
+        self.abort_reload("the daemon leaves");
         info!("leaving: nothing new is taken, what is here is finished");
-        self.notify.begin_leave(clock::coarse());
+        self.manager.begin_leave(clock::coarse());
         self.leave = Some(Leave::begin(clock::coarse(), limit));
         self.step(Event::Leave)
     }
@@ -330,9 +481,7 @@ impl Supervisor {
     }
 
     fn kill_all(&mut self) {
-        for slot in &mut self.slots {
-            slot.kill();
-        }
+        self.slots.iter_mut().chain(&mut self.retiring).for_each(Slot::kill);
         self.steward.end();
     }
 
@@ -341,11 +490,19 @@ impl Supervisor {
         if self.leave.is_some() && self.end.is_some() {
             return;
         }
-        if let Err(error) = self.steward.start(&self.prepared, &self.start, self.poll.registry(), STEWARD) {
+        let started = self.steward.start(
+            &self.prepared,
+            &self.generation,
+            &self.start.config_path,
+            self.poll.registry(),
+            STEWARD,
+        );
+        if let Err(error) = started {
             error!(%error, "the steward could not be started");
             self.steward.handle_failure(now);
         }
         self.told.clear();
+        self.tables_changed = true;
         self.tell_steward();
     }
 
@@ -353,49 +510,81 @@ impl Supervisor {
         while let Some(message) = self.steward.receive(self.poll.registry()) {
             match message {
                 FromSteward::Ready => info!("steward ready"),
-                FromSteward::Request { id, request } => {
-                    let result = self.handle_request(request);
-                    let error = result.err().map(|refusal| refusal.text);
-                    self.steward.send(&ToSteward::Answer { id, error });
-                }
+                FromSteward::Request { id, request } => self.handle_request(id, request),
             }
         }
     }
 
-    fn handle_request(&mut self, request: Request) -> Result<(), Refusal> {
-        match request {
-            Request::Drain if self.leave.is_some() => Ok(()),
+    fn handle_request(&mut self, id: u64, request: Request) {
+        let now = match request {
+            Request::Drain if self.leave.is_some() => Ok(Some(String::new())),
             Request::Drain => {
-                let limit = self.start.config.daemon.drain_timeout;
-                self.handle_leave(Some(limit.as_millis() as u64))
+                let limit = self.generation.config.daemon.drain_timeout;
+                self.handle_leave(Some(limit.as_millis() as u64)).map(|()| Some(String::new()))
             }
             Request::Stop => {
                 info!("stopped by the control socket");
                 self.end = Some(ExitCode::SUCCESS);
-                for slot in &mut self.slots {
-                    slot.kill();
-                }
-                Ok(())
+                self.slots.iter_mut().chain(&mut self.retiring).for_each(Slot::kill);
+                Ok(Some(String::new()))
+            }
+            Request::Reload { dry_run: true } => self.reload_file(Some(id), true),
+            Request::Reload { dry_run: false } => {
+                self.notify_reloading();
+                self.reload_file(Some(id), false).inspect_err(|_| self.finish_reload_notice())
+            }
+            Request::Scale(count) => self.scale(count, id).map(|()| None),
+            Request::Rebalance => self.rebalance(id).map(|()| None),
+        };
+        match now {
+            // The answer comes when it is done.
+            Ok(None) => {}
+            Ok(Some(text)) => self.answer(Some(id), Ok(text)),
+            Err(refusal) => {
+                let advice =
+                    if refusal.advice.is_empty() { String::new() } else { format!("\n  {}", refusal.advice) };
+                self.answer(Some(id), Err(format!("{}{advice}", refusal.text)));
             }
         }
     }
 
+    fn answer(&mut self, requester: Option<u64>, answer: Result<String, String>) {
+        if let Some(id) = requester {
+            // Whoever asks for the status next sees what was changed.
+            self.tell_steward();
+            self.steward.send(&ToSteward::Answer { id, answer }, &[]);
+        }
+    }
+
+    /// systemd(1): the reload ends with the next READY=1.
+    fn notify_reloading(&self) {
+        let _ = notify::send(&notify::reloading());
+    }
+
+    fn finish_reload_notice(&self) {
+        let _ = notify::send("READY=1");
+    }
+
     /// Tells the steward what changed since it was last told.
     fn tell_steward(&mut self) {
-        let states: Vec<WorkerState> = (0..self.slots.len()).map(|slot| self.state(slot)).collect();
-        if states != self.told && self.steward.send(&ToSteward::Workers(states.clone())) {
+        if self.tables_changed && self.send_tables() {
+            self.tables_changed = false;
+        }
+        let known = self.supervision.slot_count().min(self.slots.len());
+        let states: Vec<WorkerState> = (0..known).map(|slot| self.state(slot)).collect();
+        if states != self.told && self.steward.send(&ToSteward::Workers(states.clone()), &[]) {
             self.told = states;
         }
     }
 
     /// How the daemon is, for systemd.
     fn facts(&self) -> Facts {
-        let (slots, now) = (0..self.slots.len(), clock::coarse());
+        let (slots, now) = (0..self.supervision.slot_count().min(self.slots.len()), clock::coarse());
         let is_ready = |slot: &usize| matches!(self.supervision.phase(*slot), Phase::Ready { .. });
         Facts {
             ready_count: slots.clone().filter(is_ready).count(),
             active: self.slots.iter().map(|slot| slot.count(Process::Active)).sum(),
-            accepted: self.slots.iter().map(|slot| slot.count(Process::Accepted)).collect(),
+            accepted: slots.clone().map(|slot| self.slots[slot].count(Process::Accepted)).collect(),
             leaving: self.leave.is_some(),
             tended: slots.clone().all(|slot| self.supervision.is_tended(slot, now)),
         }
@@ -412,7 +601,10 @@ impl Supervisor {
         WorkerState {
             slot,
             pid: self.slots[slot].pid(),
-            generation: prepare::FIRST_GENERATION,
+            generation: self.slots[slot]
+                .current
+                .as_ref()
+                .map_or(self.generation.number, |p| p.generation.number),
             state: state.into(),
             restarts: self.supervision.restarts(slot),
             helped_by: self.supervision.lent_to(slot),

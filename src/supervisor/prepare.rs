@@ -5,25 +5,23 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{Read, Seek, Write};
-use std::os::fd::OwnedFd;
+use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
 
-use super::activation::{self, Assignment};
-use super::slot::Slot;
+use super::activation::{self, Activated};
+use super::generation::Generation;
 use super::{Refusal, Start};
-use crate::config::{Config, Listener, Workers};
-use crate::counters::Layout;
+use crate::config::{Config, Listener, Mode, Workers};
 use crate::explain::{self, BindFailure};
 use crate::sys::accounts::{self, Account};
 use crate::sys::activation::Passed;
 use crate::sys::holders::{self, Protocol};
 use crate::sys::listen::{self, Options};
 use crate::sys::process::{self, Image};
-use crate::sys::shared::{self, Region};
 
 /// The generation of the configuration that a daemon starts with.
 pub const FIRST_GENERATION: u64 = 1;
@@ -34,16 +32,11 @@ const RESERVED_FILES: u64 = 128;
 const PROBES: usize = 10;
 const PROBE_AGAIN: std::time::Duration = std::time::Duration::from_millis(50);
 
-/// What every process is started with.
+/// What every process is started with, whatever its generation.
 #[derive(Debug)]
 pub struct Prepared {
     pub image: Image,
-    /// The configuration as sealed JSON.
-    pub config: OwnedFd,
     pub account: Option<Account>,
-    pub slot_count: usize,
-    /// Every slot's counters, to read.
-    pub counters_to_read: Vec<OwnedFd>,
     pub control: UnixListener,
     pub started_at: u64,
     /// What the operator should know, once there is a log.
@@ -59,47 +52,43 @@ impl Drop for Prepared {
 }
 
 /// Does all that a start needs, and nothing that a refusal would have to undo;
-/// `passed` is what systemd opened for us.
-pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Vec<Slot>), Refusal> {
+/// `passed` is what systemd opened for us. Answers its sockets for each slot.
+pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Generation, Activated), Refusal> {
     let config = &start.config;
-    let slot_count = match config.daemon.workers {
-        Workers::Auto => process::usable_cpus().min(64),
-        Workers::Count(count) => count,
-    };
+    let slot_count = slot_count(config.daemon.workers);
     check_descriptors(config, slot_count)?;
     let account = account(config)?;
     let lock = lock(&start.control_socket)?;
-    let assignment = activation::assign(start, slot_count, &passed)?;
-    for (index, listener) in config.listeners.iter().enumerate() {
-        probe(index, listener, &assignment)?;
+    let assignment = activation::assign(config, slot_count, &passed)?;
+    for listener in &config.listeners {
+        // Where it has something, systemd listens for us.
+        probe(listener, |address| !assignment.has(config, listener, address))?;
     }
+    let activated = activation::adopt(config, &assignment, passed)?;
     let control = bind_control(&start.control_socket, account)?;
-    let layout = Layout::of(config);
-    let mut slots = (0..slot_count)
-        .map(|slot| Ok(Slot::new(slot, Region::create("evenkeel-counters", layout.word_count())?)))
-        .collect::<std::io::Result<Vec<Slot>>>()
-        .map_err(Refusal::of_system)?;
-    activation::give(config, &assignment, passed, &mut slots)?;
-    let counters_to_read = slots.iter().map(Slot::counters_to_read).collect::<std::io::Result<Vec<_>>>();
-    let json = serde_json::to_vec(config).expect("a configuration is plain data");
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     let prepared = Prepared {
         image: Image::own().map_err(Refusal::of_system)?,
-        config: shared::sealed("evenkeel-config", &json).map_err(Refusal::of_system)?,
         account,
-        slot_count,
-        counters_to_read: counters_to_read.map_err(Refusal::of_system)?,
         control,
         started_at: now.map_or(0, |time| time.as_secs()),
         notes: assignment.notes,
         socket: start.control_socket.clone(),
         _lock: lock,
     };
-    Ok((prepared, slots))
+    Ok((prepared, Generation::new(FIRST_GENERATION, config.clone(), slot_count)?, activated))
+}
+
+/// How many slots `workers` means on this host.
+pub fn slot_count(workers: Workers) -> usize {
+    match workers {
+        Workers::Auto => process::usable_cpus().min(64),
+        Workers::Count(count) => count,
+    }
 }
 
 /// More connections than descriptors allow cannot be promised.
-fn check_descriptors(config: &Config, slot_count: usize) -> Result<(), Refusal> {
+pub fn check_descriptors(config: &Config, slot_count: usize) -> Result<(), Refusal> {
     let limit = process::raise_file_limit().map_err(Refusal::of_system)?;
     let possible = limit.saturating_sub(RESERVED_FILES) / 2 * slot_count as u64;
     let wanted = config.daemon.max_connections;
@@ -195,24 +184,27 @@ fn bind_control(path: &Path, account: Option<Account>) -> Result<UnixListener, R
     Ok(listener)
 }
 
-/// Whether somebody else listens here already. A bind with SO_REUSEPORT would
+/// Whether somebody else listens already at those of its addresses that are
+/// of concern. A bind with SO_REUSEPORT would
 /// succeed beside our own user's sockets and share the port silently.
-fn probe(index: usize, listener: &Listener, assignment: &Assignment) -> Result<(), Refusal> {
+pub fn probe(listener: &Listener, concerns: impl Fn(SocketAddr) -> bool) -> Result<(), Refusal> {
     let options = Options {
         interface: listener.interface.clone(),
         transparent: listener.transparent,
         freebind: listener.freebind,
         ..Options::default()
     };
-    for (number, &address) in listener.bind.iter().enumerate() {
-        // systemd listens here, for us.
-        if assignment.has(index, number) {
-            continue;
-        }
-        let Err(error) = patiently(|| listen::probe_tcp(address, &options)) else { continue };
-        let facts = holders::gather(address, Protocol::Tcp, &options);
+    for &address in listener.bind.iter().filter(|&&address| concerns(address)) {
+        let (protocol, probed) = match listener.mode {
+            Mode::Tcp => (Protocol::Tcp, patiently(|| listen::probe_tcp(address, &options))),
+            // A group is everybody's: each socket gets its copy.
+            Mode::Udp if listen::is_group(address) => continue,
+            Mode::Udp => (Protocol::Udp, patiently(|| listen::probe_udp(address, &options))),
+        };
+        let Err(error) = probed else { continue };
+        let facts = holders::gather(address, protocol, &options);
         let errno = error.raw_os_error().unwrap_or(0);
-        let failure = BindFailure::probe(address, errno, Protocol::Tcp, &options, facts);
+        let failure = BindFailure::probe(address, errno, protocol, &options, facts);
         let told = explain::bind_failure(&failure);
         let text = format!("listener \"{}\": {}", listener.name, told.text);
         return Err(Refusal { text, advice: told.advice, exit_code: told.exit_code });

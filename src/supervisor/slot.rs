@@ -1,114 +1,269 @@
-//! One slot: its sockets, its counters, and the process that fills it now.
+//! One slot: its sockets, and the processes that fill it.
 //!
-//! Sockets and counters belong to the slot, not to the process: they are here
-//! from the slot's first worker until the daemon leaves.
+//! Sockets belong to the slot, not to a process: they are here from the slot's
+//! first worker until it is given up. During a reload a slot has up to three
+//! kinds of process: the current one, the next one that has not begun, and old
+//! ones that hand over or finish.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::process::{Child, ExitStatus};
+use std::rc::Rc;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use tracing::warn;
 
-use super::prepare::{FIRST_GENERATION, Prepared};
-use crate::control::{self, FromWorker, Place, ToWorker};
+use super::generation::Generation;
+use super::prepare::Prepared;
+use crate::control::{self, FromWorker, Place, SocketId, ToWorker};
 use crate::counters::{self, Process as Counter};
 use crate::sys::channel::Channel;
 use crate::sys::clock::Millis;
-use crate::sys::shared::Region;
 
 /// A worker's place.
 #[derive(Debug)]
 pub struct Slot {
-    number: usize,
-    counters: Region,
-    held: Vec<(Place, OwnedFd)>,
-    /// Places whose sockets systemd holds as well, beyond our end.
-    kept: Vec<Place>,
-    process: Option<Process>,
+    pub number: usize,
+    pub current: Option<Process>,
+    pub next: Option<Process>,
+    pub old: Vec<Process>,
+    held: Vec<(SocketId, OwnedFd)>,
+    /// Those that systemd holds as well, beyond our end.
+    lasting: Vec<SocketId>,
+    /// Its last old process has passed on what could be passed.
+    pub handed_over: bool,
+    /// Generations whose counters for this slot are not in the past yet.
+    pub ledgers: Vec<Rc<Generation>>,
 }
 
+/// One worker process.
 #[derive(Debug)]
-struct Process {
+pub struct Process {
     child: Child,
     channel: Option<Channel>,
+    pub token: Token,
+    pub generation: Rc<Generation>,
+}
+
+/// Which of a slot's processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    Current,
+    Next,
+    Old,
 }
 
 impl Slot {
-    pub fn new(number: usize, counters: Region) -> Slot {
-        Slot { number, counters, held: Vec::new(), kept: Vec::new(), process: None }
+    pub fn new(number: usize) -> Slot {
+        Slot {
+            number,
+            current: None,
+            next: None,
+            old: Vec::new(),
+            held: Vec::new(),
+            lasting: Vec::new(),
+            handed_over: false,
+            ledgers: Vec::new(),
+        }
     }
 
-    /// Read-only descriptors of its counters.
-    pub fn counters_to_read(&self) -> io::Result<OwnedFd> {
-        self.counters.read_only_fd()
-    }
-
-    /// Its process, 0 where it is empty.
+    /// The pid of its current process, 0 where it is empty.
     pub fn pid(&self) -> u32 {
-        self.process.as_ref().map_or(0, |process| process.child.id())
+        self.current.as_ref().map_or(0, Process::pid)
     }
 
-    /// What its worker counts of itself, or its last one did.
+    /// What its workers count of themselves, over the generations that count.
     pub fn count(&self, which: Counter) -> u64 {
-        counters::process_cell(self.counters.words(), which).map_or(0, counters::Cell::get)
+        let regions = self.ledgers.iter().filter_map(|ledger| ledger.regions.get(self.number));
+        regions
+            .filter_map(|region| counters::process_cell(region.words(), which))
+            .map(counters::Cell::get)
+            .sum()
     }
 
-    /// Starts a worker for it, with the sockets that the slot has.
-    pub fn spawn(&mut self, prepared: &Prepared, registry: &Registry, token: Token) -> io::Result<()> {
+    /// When its current worker's loop last turned, as that says.
+    pub fn beat(&self) -> Millis {
+        let region = self.current.as_ref().and_then(|process| process.generation.regions.get(self.number));
+        let cell = region.and_then(|region| counters::process_cell(region.words(), Counter::Beat));
+        cell.map_or(0, counters::Cell::get)
+    }
+
+    /// The process with this token.
+    pub fn find(&mut self, token: Token) -> Option<(Role, &mut Process)> {
+        let current = self.current.as_mut().map(|process| (Role::Current, process));
+        let next = self.next.as_mut().map(|process| (Role::Next, process));
+        let old = self.old.iter_mut().map(|process| (Role::Old, process));
+        current.into_iter().chain(next).chain(old).find(|(_, process)| process.token == token)
+    }
+
+    /// Every process of the slot.
+    pub fn processes(&mut self) -> impl Iterator<Item = &mut Process> {
+        self.current.iter_mut().chain(self.next.iter_mut()).chain(self.old.iter_mut())
+    }
+
+    /// Starts a worker of a generation, with the sockets that the slot has.
+    pub fn spawn(
+        &self,
+        prepared: &Prepared,
+        generation: &Rc<Generation>,
+        registry: &Registry,
+        token: Token,
+    ) -> io::Result<Process> {
         let (ours, theirs) = Channel::pair()?;
         ours.set_nonblocking()?;
         let arguments = ["worker".to_string(), self.number.to_string()];
         let child = prepared.image.spawn(&arguments, theirs)?;
         let fd = ours.as_fd().as_raw_fd();
-        self.process = Some(Process { child, channel: Some(ours) });
-        registry.register(&mut SourceFd(&fd), token, Interest::READABLE)?;
-        self.tell_birth(prepared)
+        let mut process = Process { child, channel: Some(ours), token, generation: Rc::clone(generation) };
+        let born = registry
+            .register(&mut SourceFd(&fd), token, Interest::READABLE)
+            .and_then(|()| self.tell_birth(&process, prepared));
+        if let Err(error) = born {
+            process.kill();
+            let _ = process.child.wait();
+            return Err(error);
+        }
+        Ok(process)
     }
 
-    fn tell_birth(&self, prepared: &Prepared) -> io::Result<()> {
-        let channel = self.channel().ok_or(io::ErrorKind::NotConnected)?;
+    fn tell_birth(&self, process: &Process, prepared: &Prepared) -> io::Result<()> {
+        let channel = process.channel.as_ref().ok_or(io::ErrorKind::NotConnected)?;
+        let generation = &process.generation;
         let birth = ToWorker::Birth {
             slot: self.number,
-            slot_count: prepared.slot_count,
-            generation: FIRST_GENERATION,
+            slot_count: generation.slot_count(),
+            generation: generation.number,
             account: prepared.account,
-            kept: self.kept.clone(),
+            lasting: self.lasting_of(generation),
         };
-        let readable = prepared.counters_to_read.iter().map(AsFd::as_fd);
-        let fds: Vec<BorrowedFd> =
-            [prepared.config.as_fd(), self.counters.as_fd()].into_iter().chain(readable).collect();
+        let own = generation.regions[self.number].as_fd();
+        let readable = generation.readable.iter().map(AsFd::as_fd);
+        let fds: Vec<BorrowedFd> = [generation.sealed.as_fd(), own].into_iter().chain(readable).collect();
         control::send(channel, &birth, &fds)?;
-        let held: Vec<(Place, BorrowedFd)> =
-            self.held.iter().map(|(place, fd)| (*place, fd.as_fd())).collect();
-        control::send_sockets(channel, &held, ToWorker::Sockets)?;
+        control::send_sockets(channel, &self.held_of(generation), ToWorker::Sockets)?;
         control::send(channel, &ToWorker::Begin, &[])
     }
 
-    fn channel(&self) -> Option<&Channel> {
-        self.process.as_ref()?.channel.as_ref()
+    /// The slot's sockets with their places in a generation.
+    fn held_of(&self, generation: &Generation) -> Vec<(Place, BorrowedFd<'_>)> {
+        let mut held = Vec::new();
+        for (place, id) in generation.places() {
+            // One, or as many as systemd opened.
+            let fitting = self.held.iter().filter(|(own, _)| *own == id);
+            held.extend(fitting.map(|(_, fd)| (place, fd.as_fd())));
+        }
+        held
+    }
+
+    fn lasting_of(&self, generation: &Generation) -> Vec<Place> {
+        let places = generation.places().into_iter();
+        places.filter(|(_, id)| self.lasting.contains(id)).map(|(place, _)| place).collect()
+    }
+
+    /// Keeps what systemd opened for it, before its first worker.
+    pub fn adopt(&mut self, sockets: Vec<(SocketId, OwnedFd)>) {
+        self.lasting = sockets.iter().map(|(id, _)| id.clone()).collect();
+        self.held = sockets;
+    }
+
+    /// Its worker is hung: ends it. Old ones that hand over are not.
+    pub fn kill_current(&mut self) {
+        if let Some(process) = &mut self.current {
+            process.kill();
+        }
+    }
+
+    /// Keeps what a process of its opened.
+    pub fn hold(&mut self, generation: &Generation, places: Vec<Place>, fds: Vec<OwnedFd>) -> io::Result<()> {
+        let known = generation.places();
+        for (place, fd) in control::pair_up(places, fds)? {
+            let id = known.iter().find(|(known, _)| *known == place).map(|(_, id)| id.clone());
+            self.held.push((id.ok_or(io::ErrorKind::InvalidData)?, fd));
+        }
+        Ok(())
+    }
+
+    /// The places, as a generation numbers them, of sockets that another
+    /// generation has no use for.
+    pub fn removed_places(&self, from: &Generation, to: &Generation) -> Vec<Place> {
+        let kept: Vec<SocketId> = to.places().into_iter().map(|(_, id)| id).collect();
+        from.places().into_iter().filter(|(_, id)| !kept.contains(id)).map(|(place, _)| place).collect()
+    }
+
+    /// Closes what a generation has no use for.
+    pub fn release_all_but(&mut self, generation: &Generation) {
+        let kept: Vec<SocketId> = generation.places().into_iter().map(|(_, id)| id).collect();
+        self.held.retain(|(id, _)| kept.contains(id));
+    }
+
+    /// The daemon leaves and the queues are served: nobody needs them more.
+    /// Those of UDP stay until the end: a socket less in the kernel's group,
+    /// and flows of the workers that are still finishing would move.
+    pub fn release_sockets(&mut self) {
+        self.held.retain(|(id, _)| id.udp);
+    }
+
+    /// Further descriptors of its sockets.
+    pub fn duplicates(&self, generation: &Generation) -> Vec<(Place, OwnedFd)> {
+        let held = self.held_of(generation).into_iter();
+        held.filter_map(|(place, fd)| Some((place, fd.try_clone_to_owned().ok()?))).collect()
+    }
+
+    /// Its worker polls another slot's sockets as well.
+    pub fn lend(&mut self, slot: usize, sockets: &[(Place, OwnedFd)]) {
+        let Some(process) = &mut self.current else { return };
+        let Some(channel) = &process.channel else { return };
+        let sockets: Vec<(Place, BorrowedFd)> =
+            sockets.iter().map(|(place, fd)| (*place, fd.as_fd())).collect();
+        if let Err(error) = control::send_sockets(channel, &sockets, |places| ToWorker::Lend { slot, places })
+        {
+            warn!(slot = self.number, %error, "the worker takes no loan: killed");
+            process.kill();
+        }
+    }
+
+    /// Tells its worker something.
+    pub fn tell(&mut self, message: &ToWorker) {
+        if let Some(process) = &mut self.current {
+            process.tell(message, &[]);
+        }
+    }
+
+    /// Its worker is to leave within so many milliseconds.
+    pub fn drain(&mut self, limit: Option<Millis>) {
+        self.tell(&ToWorker::Drain { limit });
+    }
+
+    /// Ends all its processes at once.
+    pub fn kill(&mut self) {
+        self.processes().for_each(Process::kill);
+    }
+}
+
+impl Process {
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Sends something. A worker that takes no messages is stuck: its end
     /// brings a new one.
-    fn tell(&mut self, message: &ToWorker, fds: &[BorrowedFd]) {
-        let Some(channel) = self.channel() else { return };
+    pub fn tell(&mut self, message: &ToWorker, fds: &[BorrowedFd]) {
+        let Some(channel) = &self.channel else { return };
         if let Err(error) = control::send(channel, message, fds) {
-            warn!(slot = self.number, %error, "the worker takes no messages: killed");
+            warn!(pid = self.pid(), %error, "the worker takes no messages: killed");
             self.kill();
         }
     }
 
-    /// What its worker says next, if it says anything.
+    /// What it says next, if it says anything.
     pub fn receive(&mut self, registry: &Registry) -> Option<(FromWorker, Vec<OwnedFd>)> {
-        let channel = self.channel()?;
-        match control::receive(channel) {
+        match control::receive(self.channel.as_ref()?) {
             Ok(Some(message)) => return Some(message),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
             Ok(None) => {}
             Err(error) => {
-                warn!(slot = self.number, %error, "the worker's message was not understood: killed");
+                warn!(pid = self.pid(), %error, "the worker's message was not understood: killed");
                 self.kill();
             }
         }
@@ -116,83 +271,20 @@ impl Slot {
         None
     }
 
-    fn close_channel(&mut self, registry: &Registry) {
-        if let Some(process) = &mut self.process
-            && let Some(channel) = process.channel.take()
-        {
+    /// It is gone: nothing more is heard of it.
+    pub fn close_channel(&mut self, registry: &Registry) {
+        if let Some(channel) = self.channel.take() {
             let _ = registry.deregister(&mut SourceFd(&channel.as_fd().as_raw_fd()));
         }
     }
 
-    /// Keeps what its worker opened.
-    pub fn hold(&mut self, places: Vec<Place>, fds: Vec<OwnedFd>) {
-        match control::pair_up(places, fds) {
-            Ok(sockets) => self.held.extend(sockets),
-            Err(error) => {
-                warn!(slot = self.number, %error, "the worker's sockets were refused: killed");
-                self.kill();
-            }
-        }
-    }
-
-    /// Keeps what systemd opened for it, before its first worker.
-    pub fn adopt(&mut self, sockets: Vec<(Place, OwnedFd)>) {
-        self.kept = sockets.iter().map(|(place, _)| *place).collect();
-        self.held = sockets;
-    }
-
-    /// The daemon leaves and the queues are served: nobody needs them more.
-    pub fn release_sockets(&mut self) {
-        self.held.clear();
-    }
-
-    /// Further descriptors of its sockets.
-    pub fn duplicates(&self) -> Vec<(Place, OwnedFd)> {
-        self.held.iter().filter_map(|(place, fd)| Some((*place, fd.try_clone().ok()?))).collect()
-    }
-
-    /// Its worker polls another slot's sockets as well.
-    pub fn lend(&mut self, slot: usize, sockets: &[(Place, OwnedFd)]) {
-        let Some(channel) = self.channel() else { return };
-        let sockets: Vec<(Place, BorrowedFd)> =
-            sockets.iter().map(|(place, fd)| (*place, fd.as_fd())).collect();
-        if let Err(error) = control::send_sockets(channel, &sockets, |places| ToWorker::Lend { slot, places })
-        {
-            warn!(slot = self.number, %error, "the worker takes no loan: killed");
-            self.kill();
-        }
-    }
-
-    /// It does so no more.
-    pub fn recall(&mut self, slot: usize) {
-        self.tell(&ToWorker::Recall { slot }, &[]);
-    }
-
-    /// Its worker's loop is to turn once.
-    pub fn ask(&mut self) {
-        self.tell(&ToWorker::Ask, &[]);
-    }
-
-    /// Its worker is to leave within so many milliseconds.
-    pub fn drain(&mut self, limit: Option<Millis>) {
-        self.tell(&ToWorker::Drain { limit }, &[]);
-    }
-
-    /// Ends its process at once.
+    /// Ends it at once.
     pub fn kill(&mut self) {
-        if let Some(process) = &mut self.process {
-            let _ = process.child.kill();
-        }
+        let _ = self.child.kill();
     }
 
-    /// How its process ended, if it has.
+    /// How it ended, if it has.
     pub fn try_wait(&mut self) -> Option<ExitStatus> {
-        self.process.as_mut()?.child.try_wait().ok().flatten()
-    }
-
-    /// The process is gone; the slot is empty.
-    pub fn forget_process(&mut self, registry: &Registry) {
-        self.close_channel(registry);
-        self.process = None;
+        self.child.try_wait().ok().flatten()
     }
 }

@@ -9,8 +9,8 @@ use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use tracing::warn;
 
-use super::Start;
-use super::prepare::{FIRST_GENERATION, Prepared};
+use super::generation::Generation;
+use super::prepare::Prepared;
 use crate::control::{self, FromSteward, StewardBirth, ToSteward};
 use crate::supervision::Backoff;
 use crate::sys::channel::Channel;
@@ -39,7 +39,8 @@ impl Steward {
     pub fn start(
         &mut self,
         prepared: &Prepared,
-        start: &Start,
+        generation: &Generation,
+        config_path: &str,
         registry: &Registry,
         token: Token,
     ) -> io::Result<()> {
@@ -51,22 +52,18 @@ impl Steward {
         let process = self.process.insert(Process { child, channel: ours, since: clock::coarse() });
         let birth = StewardBirth {
             account: prepared.account,
-            slot_count: prepared.slot_count,
-            generation: FIRST_GENERATION,
             supervisor_pid: std::process::id(),
-            config_path: start.config_path.clone(),
+            config_path: config_path.to_string(),
             started_at: prepared.started_at,
         };
-        let readable = prepared.counters_to_read.iter().map(AsFd::as_fd);
-        let fds: Vec<BorrowedFd> =
-            [prepared.config.as_fd(), prepared.control.as_fd()].into_iter().chain(readable).collect();
+        let fds = [generation.sealed.as_fd(), prepared.control.as_fd()];
         control::send(&process.channel, &ToSteward::Birth(birth), &fds)
     }
 
     /// Tells it something; false where it is not there to hear it.
-    pub fn send(&mut self, message: &ToSteward) -> bool {
+    pub fn send(&mut self, message: &ToSteward, fds: &[BorrowedFd]) -> bool {
         let Some(process) = &mut self.process else { return false };
-        match control::send(&process.channel, message, &[]) {
+        match control::send(&process.channel, message, fds) {
             Ok(()) => true,
             Err(error) => {
                 warn!(%error, "the steward takes no messages: killed");

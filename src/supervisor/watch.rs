@@ -3,7 +3,7 @@
 use tracing::warn;
 
 use super::{Refusal, Supervisor};
-use crate::counters::Process;
+use crate::control::ToWorker;
 use crate::supervision::watch::{Sign, Verdict};
 use crate::supervision::{Event, Phase};
 use crate::sys::clock;
@@ -12,10 +12,13 @@ impl Supervisor {
     /// Looks whether every worker's loop turns, and has those replaced that
     /// are stuck. Costs a few words of shared memory, no system call.
     pub(super) fn watch_workers(&mut self) -> Result<(), Refusal> {
-        let signs: Vec<Sign> = (0..self.slots.len()).map(|slot| self.sign(slot)).collect();
+        let known = self.supervision.slot_count().min(self.slots.len());
+        let signs: Vec<Sign> = (0..known).map(|slot| self.sign(slot)).collect();
+        // A reload may have changed it.
+        self.watch.set_timeout(self.generation.config.daemon.hang_timeout.as_millis() as u64);
         for verdict in self.watch.look(clock::coarse(), &signs) {
             match verdict {
-                Verdict::Ask(slot) => self.slots[slot].ask(),
+                Verdict::Ask(slot) => self.slots[slot].tell(&ToWorker::Ask),
                 Verdict::Hung { slot, silence } => {
                     warn!(
                         slot,
@@ -32,7 +35,7 @@ impl Supervisor {
     fn sign(&self, slot: usize) -> Sign {
         match self.supervision.phase(slot) {
             Phase::Starting => Sign::Starting,
-            Phase::Ready { .. } | Phase::Draining => Sign::Beat(self.slots[slot].count(Process::Beat)),
+            Phase::Ready { .. } | Phase::Draining => Sign::Beat(self.slots[slot].beat()),
             Phase::Unborn | Phase::Waiting { .. } | Phase::Hung { .. } | Phase::Gone => Sign::Absent,
         }
     }

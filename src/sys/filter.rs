@@ -1,11 +1,15 @@
-//! A listener that takes no new handshakes but finishes those under way.
+//! Socket filters: what a socket does not even queue.
 //!
-//! A classic BPF socket filter drops a segment that has SYN and not ACK. The
-//! handshakes that the kernel has already answered still complete, and what
-//! waits in the accept queue stays.
+//! Classic BPF. `refuse_new_handshakes` is for a TCP listener that leaves: it
+//! drops a segment that has SYN and not ACK; the handshakes that the kernel has
+//! already answered still complete, and what waits in the accept queue stays.
+//! `take_share` divides a multicast group among sockets that each get all of
+//! it. `take_nothing` is for a socket that only holds its port. A filter
+//! belongs to the socket, so every holder of it is affected, and it outlives
+//! the process that set it.
 //!
-//! Some kernels want CAP_NET_ADMIN for a filter on a TCP socket (6.18.44 does,
-//! measured; on a UDP socket it does not), which a worker has given up. Then
+//! On UDP sockets that needs no privilege. On TCP sockets some kernels want
+//! CAP_NET_ADMIN (6.18.44 does, measured), which a worker has given up. Then
 //! the listener asks for more hops left than a packet has: IP_MINTTL at 255 is
 //! looked at for segments to the listener itself, not for those that complete
 //! a handshake (net/ipv4/tcp_ipv4.c, tcp_v4_rcv: TCP_NEW_SYN_RECV comes
@@ -97,6 +101,46 @@ fn set(socket: impl AsFd, level: libc::c_int, name: libc::c_int, value: libc::c_
     };
     super::check(result).map(drop)
 }
+
+/// From now on the socket takes the share `index` of `count` of the datagrams
+/// that reach it, by address and port of their source. Sockets with the shares
+/// 0 to `count - 1` of one group take each datagram exactly once.
+pub fn take_share(socket: impl AsFd, v6: bool, index: u32, count: u32) -> io::Result<()> {
+    // Offsets from SKF_NET_OFF are into the IP header; offset 0 of a UDP
+    // socket's filter is the UDP header, which begins with the source port.
+    let network = libc::SKF_NET_OFF as u32;
+    let words: &[u32] = if v6 { &[8, 12, 16, 20] } else { &[12] };
+    let load = |size: u32, at: u32| op(libc::BPF_LD | size | libc::BPF_ABS, 0, 0, at);
+    let calculate = |what: u32, k: u32| op(libc::BPF_ALU | what, 0, 0, k);
+    let to_x = op(libc::BPF_MISC | libc::BPF_TAX, 0, 0, 0);
+    let mut program = vec![load(libc::BPF_H, 0)];
+    for word in words {
+        program.extend([
+            to_x,
+            load(libc::BPF_W, network.wrapping_add(*word)),
+            calculate(BPF_XOR | libc::BPF_X, 0),
+        ]);
+    }
+    // The high half of a product: every bit of the source has its say.
+    program.extend([
+        calculate(libc::BPF_MUL | libc::BPF_K, 0x9e37_79b1),
+        calculate(libc::BPF_RSH | libc::BPF_K, 16),
+        calculate(BPF_MOD | libc::BPF_K, count.max(1)),
+        op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, index),
+        op(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
+        op(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+    ]);
+    attach(socket, &program)
+}
+
+/// The socket queues nothing any more.
+pub fn take_nothing(socket: impl AsFd) -> io::Result<()> {
+    attach(socket, &[op(libc::BPF_RET | libc::BPF_K, 0, 0, 0)])
+}
+
+/// include/uapi/linux/filter.h; libc has them for some targets alone.
+const BPF_MOD: u32 = 0x90;
+const BPF_XOR: u32 = 0xa0;
 
 fn op(code: u32, jump_true: u8, jump_false: u8, k: u32) -> libc::sock_filter {
     libc::sock_filter { code: code as u16, jt: jump_true, jf: jump_false, k }

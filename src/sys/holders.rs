@@ -246,7 +246,11 @@ fn fold(protocol: Protocol, rows: Vec<Row>) -> Vec<Holder> {
             }
         }
     }
-    groups.into_values().collect()
+    let mut holders: Vec<Holder> = groups.into_values().collect();
+    for holder in &mut holders {
+        holder.processes.sort_by_key(|process| process.pid);
+    }
+    holders
 }
 
 #[cfg(test)]

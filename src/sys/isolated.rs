@@ -11,10 +11,11 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::waitpid;
+use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork, getegid, geteuid, pipe};
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, Socket, Type};
@@ -45,8 +46,10 @@ pub fn in_child(limit: Duration, work: impl FnOnce() -> Vec<u8>) -> io::Result<V
                 // It may have ended by itself meanwhile.
                 let _ = kill(child, Signal::SIGKILL);
             }
-            waitpid(child, None)?;
-            result
+            match (waitpid(child, None)?, result?) {
+                (WaitStatus::Exited(_, 0), bytes) => Ok(bytes),
+                (status, _) => Err(io::Error::other(format!("the child process failed: {status:?}"))),
+            }
         }
     }
 }
@@ -57,8 +60,12 @@ fn read_until(mut pipe: File, deadline: Instant) -> io::Result<Vec<u8>> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-        if poll(&mut [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)], timeout)? == 0 {
-            return Err(io::ErrorKind::TimedOut.into());
+        match poll(&mut [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)], timeout) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) => {}
+            // A signal came; the deadline is kept all the same.
+            Err(Errno::EINTR) => continue,
+            Err(errno) => return Err(errno.into()),
         }
         match pipe.read(&mut chunk)? {
             0 => return Ok(bytes),
@@ -109,5 +116,26 @@ fn loopback_up() -> io::Result<()> {
     match unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &request) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_that_fails_or_hangs_is_an_error_and_no_child_is_left() {
+        let long = Duration::from_secs(60);
+        assert_eq!(in_child(long, || vec![7; 200_000]).expect("an answer").len(), 200_000);
+        let failed = in_child(long, || std::process::exit(3)).expect_err("no answer");
+        assert!(failed.to_string().contains("Exited"), "{failed}");
+        let started = Instant::now();
+        let hung = in_child(Duration::from_millis(20), || {
+            loop {
+                std::thread::park();
+            }
+        });
+        assert_eq!(hung.expect_err("no answer").kind(), io::ErrorKind::TimedOut);
+        assert!(started.elapsed() < long);
     }
 }

@@ -23,6 +23,7 @@ use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, InterfaceIndexOrAddress, SockAddr, SockRef, Socket, Type};
 
+use crate::sys::filter;
 use crate::sys::holders::{Protocol, only_connections_remain};
 
 /// Seconds that TCP_DEFER_ACCEPT waits for the client's first bytes. The
@@ -79,6 +80,14 @@ pub enum MulticastInterface {
     Name(String),
     /// The interface that has this address; IPv4 only.
     Address(Ipv4Addr),
+}
+
+/// Which part of a group's datagrams a socket takes: `index` of `count`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct Share {
+    pub index: u32,
+    pub count: u32,
 }
 
 /// Which call failed while a socket was opened.
@@ -158,16 +167,18 @@ pub fn udp(address: SocketAddr, options: &Options) -> Result<OwnedFd, OpenError>
     at.option("SO_REUSEPORT", socket.set_reuse_port(true))?;
     at.before_bind(&socket, options)?;
     at.packet_info(&socket)?;
+    at.only_joined_groups(&socket)?;
     at.bind(&socket)?;
     Ok(socket.into())
 }
 
 /// Opens a UDP socket that is bound to a multicast group's address and has
 /// joined the group. Each socket of a group gets its own copy of every
-/// datagram; dividing them is the matter of a socket filter.
+/// datagram, or those of its `share`.
 pub fn multicast(
     group: SocketAddr,
     interface: &MulticastInterface,
+    share: Option<Share>,
     options: &Options,
 ) -> Result<OwnedFd, OpenError> {
     // A link-local IPv6 group is bound on one interface, and bind(2) wants
@@ -182,11 +193,10 @@ pub fn multicast(
     at.option("SO_REUSEPORT", socket.set_reuse_port(true))?;
     at.before_bind(&socket, options)?;
     at.packet_info(&socket)?;
-    // Only what this socket joined: the default hands a socket the datagrams
-    // of groups and interfaces that any other process joined.
-    match group {
-        SocketAddr::V4(_) => at.option("IP_MULTICAST_ALL", socket.set_multicast_all_v4(false))?,
-        SocketAddr::V6(_) => at.option("IPV6_MULTICAST_ALL", socket.set_multicast_all_v6(false))?,
+    at.only_joined_groups(&socket)?;
+    if let Some(Share { index, count }) = share {
+        // Before bind(2), or it would take everybody's share for a moment.
+        at.option("SO_ATTACH_FILTER", filter::take_share(&socket, group.is_ipv6(), index, count))?;
     }
     // To the group's address and not the wildcard: unicast datagrams and
     // other groups on this port then never reach the socket.
@@ -355,6 +365,16 @@ impl At {
             SocketAddr::V6(_) => {
                 self.option("IPV6_RECVPKTINFO", setsockopt(socket, sockopt::Ipv6RecvPacketInfo, &true))
             }
+        }
+    }
+
+    /// Only what this socket joined: the default hands a socket the datagrams
+    /// of groups and interfaces that any other process joined, and on the
+    /// wildcard address every worker would get a copy of each.
+    fn only_joined_groups(self, socket: &Socket) -> Result<(), OpenError> {
+        match self.0 {
+            SocketAddr::V4(_) => self.option("IP_MULTICAST_ALL", socket.set_multicast_all_v4(false)),
+            SocketAddr::V6(_) => self.option("IPV6_MULTICAST_ALL", socket.set_multicast_all_v6(false)),
         }
     }
 

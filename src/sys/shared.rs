@@ -105,11 +105,22 @@ pub fn sealed(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// The bytes of a sealed memfd.
+/// The bytes of a sealed memfd from a process that is trusted.
 pub fn read_sealed(fd: OwnedFd) -> io::Result<Vec<u8>> {
+    read_sealed_up_to(fd, usize::MAX)
+}
+
+/// The bytes of a sealed memfd; an error where there are more than `most`.
+pub fn read_sealed_up_to(fd: OwnedFd, most: usize) -> io::Result<Vec<u8>> {
     use std::os::unix::fs::FileExt;
     let file = File::from(fd);
     let length = file.metadata()?.len() as usize;
+    if length > most {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("{length} bytes where {most} may be"),
+        ));
+    }
     let mut bytes = vec![0; length];
     // By position: the file offset is shared with every other holder.
     file.read_exact_at(&mut bytes, 0)?;

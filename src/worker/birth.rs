@@ -10,15 +10,16 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use tracing::debug;
 
 use super::Failure;
-use crate::config::{Config, Listener};
+use crate::config::{self, Config, Listener, Mode, Multicast};
 use crate::control::{self, FromWorker, Place, ToWorker};
 use crate::counters::Layout;
 use crate::explain::{self, BindFailure};
 use crate::logging;
 use crate::sys::accounts::{self, Account};
 use crate::sys::channel::Channel;
+use crate::sys::filter;
 use crate::sys::holders::{self, Protocol};
-use crate::sys::listen::{self, Options};
+use crate::sys::listen::{self, MulticastInterface, Options, Share};
 use crate::sys::process;
 use crate::sys::shared::{self, Region};
 use crate::sys::stream::TcpOptions;
@@ -37,6 +38,8 @@ pub struct Born {
     pub all: Vec<Region>,
     pub sockets: Vec<(Place, OwnedFd)>,
     /// Places whose sockets outlive the daemon.
+    pub lasting: Vec<Place>,
+    /// Those of them that another process had before.
     pub kept: Vec<Place>,
     pub _log: logging::Log,
 }
@@ -46,7 +49,7 @@ impl Born {
     /// where the supervisor is gone.
     pub fn be(channel: &Channel) -> Result<Option<Born>, Failure> {
         let Some((birth, fds)) = receive(channel)? else { return Ok(None) };
-        let ToWorker::Birth { slot, slot_count, generation, account, kept } = birth else {
+        let ToWorker::Birth { slot, slot_count, generation, account, lasting } = birth else {
             return Err(Failure::new("the supervisor did not begin with a birth"));
         };
         process::set_name(&format!("ek-worker-{slot}"));
@@ -72,10 +75,24 @@ impl Born {
                 Some((message, _)) => return Err(Failure::new(format!("before Begin came {message:?}"))),
             }
         }
-        let sockets = complete(&config, given, channel)?;
+        let kept = given.keys().copied().collect();
+        let share = Share { index: slot as u32, count: slot_count as u32 };
+        let sockets = complete(&config, given, share, channel)?;
         give_up_privileges(account)?;
         let layout = Layout::of(&config);
-        Ok(Some(Born { slot, slot_count, generation, config, layout, own, all, sockets, kept, _log: log }))
+        Ok(Some(Born {
+            slot,
+            slot_count,
+            generation,
+            config,
+            layout,
+            own,
+            all,
+            sockets,
+            kept,
+            lasting,
+            _log: log,
+        }))
     }
 }
 
@@ -93,6 +110,7 @@ fn read_config(fd: OwnedFd) -> Result<Config, Failure> {
 fn complete(
     config: &Config,
     mut given: HashMap<Place, Vec<OwnedFd>>,
+    share: Share,
     channel: &Channel,
 ) -> Result<Vec<(Place, OwnedFd)>, Failure> {
     let mut sockets = Vec::new();
@@ -102,10 +120,15 @@ fn complete(
             let place = Place { listener: listener_index, address };
             match given.remove(&place) {
                 // Mostly one; systemd may have passed more.
-                Some(held) => sockets.extend(held.into_iter().map(|socket| (place, socket))),
+                Some(held) => {
+                    for socket in held {
+                        adopt(listener, address, share, &socket)?;
+                        sockets.push((place, socket));
+                    }
+                }
                 None => {
                     opened.push(sockets.len());
-                    sockets.push((place, open(listener, address)?));
+                    sockets.push((place, open(listener, address, share)?));
                 }
             }
         }
@@ -119,20 +142,65 @@ fn complete(
     Ok(sockets)
 }
 
-fn open(listener: &Listener, address: usize) -> Result<OwnedFd, Failure> {
+fn open(listener: &Listener, address: usize, share: Share) -> Result<OwnedFd, Failure> {
     let options = listen_options(listener);
-    let socket = listen::tcp(listener.bind[address], &options).map_err(|error| {
-        let facts = holders::gather(error.address, Protocol::Tcp, &options);
-        let told = explain::bind_failure(&BindFailure::new(&error, Protocol::Tcp, &options, facts));
+    let bind = listener.bind[address];
+    let (protocol, socket) = match listener.mode {
+        Mode::Tcp => (Protocol::Tcp, listen::tcp(bind, &options)),
+        Mode::Udp if listen::is_group(bind) => {
+            let share = (listener.udp.multicast == Multicast::Partition).then_some(share);
+            let interface = join_on(listener.udp.multicast_interface.as_ref());
+            (Protocol::Udp, listen::multicast(bind, &interface, share, &options))
+        }
+        Mode::Udp => (Protocol::Udp, listen::udp(bind, &options)),
+    };
+    let socket = socket.map_err(|error| {
+        let facts = holders::gather(error.address, protocol, &options);
+        let told = explain::bind_failure(&BindFailure::new(&error, protocol, &options, facts));
         let text = format!("listener \"{}\": {}", listener.name, told.text);
         Failure { text, advice: told.advice, exit_code: told.exit_code }
     })?;
-    // Set once here, inherited by every connection that is accepted.
-    let tcp = TcpOptions { keepalive: listener.tcp.keepalive, user_timeout: listener.tcp.user_timeout };
-    tcp.apply(&socket).map_err(|e| {
-        Failure::new(format!("listener \"{}\": {}: {e}", listener.name, listener.bind[address]))
-    })?;
+    if listener.mode == Mode::Tcp {
+        set_tcp_options(listener, &socket)?;
+    }
     Ok(socket)
+}
+
+fn join_on(interface: Option<&config::MulticastInterface>) -> MulticastInterface {
+    match interface {
+        None => MulticastInterface::Any,
+        Some(config::MulticastInterface::Name(name)) => MulticastInterface::Name(name.clone()),
+        Some(config::MulticastInterface::Address(address)) => MulticastInterface::Address(*address),
+    }
+}
+
+/// A socket of an earlier worker: its options may be those of an earlier
+/// configuration.
+fn adopt(listener: &Listener, address: usize, share: Share, socket: &OwnedFd) -> Result<(), Failure> {
+    let failure = |what: &str, error: std::io::Error| {
+        Failure::new(format!("listener \"{}\": a kept socket {what}: {error}", listener.name))
+    };
+    let bind = listener.bind[address];
+    match listener.mode {
+        Mode::Tcp => {
+            let backlog = i32::try_from(listener.backlog).unwrap_or(i32::MAX);
+            let socket = socket2::SockRef::from(socket);
+            socket.listen(backlog).map_err(|error| failure("does not listen", error))?;
+        }
+        // Another number of slots makes another share of the group.
+        Mode::Udp if listen::is_group(bind) && listener.udp.multicast == Multicast::Partition => {
+            filter::take_share(socket, bind.is_ipv6(), share.index, share.count)
+                .map_err(|error| failure("takes no share of its group", error))?;
+        }
+        Mode::Udp => {}
+    }
+    if listener.mode == Mode::Tcp { set_tcp_options(listener, socket) } else { Ok(()) }
+}
+
+/// Set once on the listener, inherited by every connection that it accepts.
+fn set_tcp_options(listener: &Listener, socket: &OwnedFd) -> Result<(), Failure> {
+    let tcp = TcpOptions { keepalive: listener.tcp.keepalive, user_timeout: listener.tcp.user_timeout };
+    tcp.apply(socket).map_err(|e| Failure::new(format!("listener \"{}\": {e}", listener.name)))
 }
 
 /// What `sys::listen` is to be told for a listener.

@@ -14,9 +14,12 @@ use mio::{Events, Interest, Poll, Token};
 use tracing::{error, info, warn};
 
 use super::birth::Born;
+use super::datagrams::{self, Datagrams};
+use super::handover::{Progress, Receiver, Sender};
 use super::leave::{Leave, Step};
 use super::listeners::{self, Accepted, Listeners, PAUSE};
 use super::sessions::{Context, Sessions};
+use crate::config::Mode;
 use crate::control::{self, FromWorker, Place, ToWorker};
 use crate::counters::{Counters, Process};
 use crate::relay::CloseReason;
@@ -31,8 +34,11 @@ const ACCEPT_BUDGET: usize = 64;
 const RESERVED_FILES: u64 = 64;
 
 /// Tokens of what is no session: the highest bit, which a packed key has not.
-const SPECIAL: usize = 1 << 63;
+pub const SPECIAL: usize = 1 << 63;
 const CHANNEL: Token = Token(SPECIAL);
+
+/// Channels to other workers, from here on by a running number.
+const FIRST_PEER: usize = 1 << 32;
 
 /// The token of a listening socket.
 pub fn listener_token(index: usize) -> Token {
@@ -44,15 +50,30 @@ pub fn special_number(token: Token) -> usize {
     token.0 & !SPECIAL
 }
 
+/// Sessions on their way out.
+struct Outgoing {
+    sender: Sender,
+    /// The worker leaves afterwards, and has so long for what cannot move.
+    then_leave: Option<Option<Millis>>,
+}
+
 struct Loop<'a> {
     poll: Poll,
     channel: Channel,
     listeners: Listeners,
     /// Places whose sockets outlive the daemon.
-    kept: Vec<Place>,
+    lasting: Vec<Place>,
     sessions: Sessions<'a>,
+    datagrams: Datagrams<'a>,
     session_limit: usize,
     leave: Option<Leave>,
+    /// Its slot's sockets, until the supervisor says `Serve`.
+    unserved: Vec<(Place, OwnedFd)>,
+    /// Those of them that another process had before.
+    kept: Vec<Place>,
+    sender: Option<Outgoing>,
+    receivers: Vec<(Token, Receiver)>,
+    peer_count: usize,
     /// The supervisor is gone; at this time the worker begins to leave.
     orphaned_until: Option<Millis>,
     is_orphan: bool,
@@ -89,34 +110,61 @@ impl<'a> Loop<'a> {
         };
         debug_assert_eq!(context.all.len(), born.slot_count);
         let reserved = RESERVED_FILES + born.slot_count as u64 + 2 * sockets.len() as u64;
+        let files = process::file_limit().saturating_sub(reserved);
+        let modes = |mode: Mode| context.config.listeners.iter().any(|listener| listener.mode == mode);
+        // Where both modes are served, flows have half of the descriptors.
+        let for_flows = if modes(Mode::Tcp) && modes(Mode::Udp) { files / 2 } else { files };
         // Two descriptors a session.
-        let session_limit = (process::file_limit().saturating_sub(reserved) / 2).max(1) as usize;
+        let for_sessions = if modes(Mode::Udp) { files - for_flows } else { files };
+        let session_limit = (for_sessions / 2).max(1) as usize;
         let state = Loop {
             poll: Poll::new().ok()?,
             channel,
             listeners: Listeners::default(),
-            kept: born.kept.clone(),
+            datagrams: Datagrams::new(context.clone(), for_flows as usize, clock::coarse()),
             sessions: Sessions::new(context, clock::coarse()),
             session_limit,
             leave: None,
+            unserved: sockets,
+            kept: born.kept.clone(),
+            lasting: born.lasting.clone(),
+            sender: None,
+            receivers: Vec::new(),
+            peer_count: 0,
             orphaned_until: None,
             is_orphan: false,
             paused_before: false,
             #[cfg(debug_assertions)]
             hang: super::hang::Hang::of_environment(born.slot),
         };
-        state.begin(sockets).inspect_err(|error| error!(%error, "cannot begin")).ok()
+        state.begin().inspect_err(|error| error!(%error, "cannot begin")).ok()
     }
 
-    fn begin(mut self, sockets: Vec<(Place, OwnedFd)>) -> io::Result<Loop<'a>> {
-        for (place, socket) in sockets {
-            self.listeners.add(self.poll.registry(), place, socket, None)?;
-        }
+    fn begin(self) -> io::Result<Loop<'a>> {
         self.channel.set_nonblocking()?;
         let channel = self.channel.as_fd().as_raw_fd();
         self.poll.registry().register(&mut SourceFd(&channel), CHANNEL, Interest::READABLE)?;
-        self.tell(&FromWorker::Ready);
         Ok(self)
+    }
+
+    /// The supervisor lets it accept.
+    fn begin_serving(&mut self) {
+        for (place, socket) in std::mem::take(&mut self.unserved) {
+            let kept = self.kept.contains(&place);
+            if let Err(error) = self.add(place, socket, None, kept) {
+                error!(%error, "a listener cannot be polled");
+                std::process::exit(1);
+            }
+        }
+        self.tell(&FromWorker::Ready);
+    }
+
+    fn add(&mut self, place: Place, socket: OwnedFd, lent_by: Option<usize>, kept: bool) -> io::Result<()> {
+        if self.datagrams.takes(place) {
+            self.datagrams.add(self.poll.registry(), place, socket, lent_by, kept)
+        } else {
+            self.listeners.add(self.poll.registry(), place, socket, lent_by)
+        }
     }
 
     fn tell(&self, message: &FromWorker) {
@@ -141,6 +189,10 @@ impl<'a> Loop<'a> {
             for event in &events {
                 match event.token() {
                     CHANNEL => self.handle_channel(now),
+                    token if datagrams::is_token(token) => self.datagrams.handle_event(token),
+                    token if token.0 & SPECIAL != 0 && special_number(token) >= FIRST_PEER => {
+                        self.handle_peer(token, now);
+                    }
                     token if token.0 & SPECIAL != 0 => {
                         self.listeners.handle_ready(listeners::index_of(token))
                     }
@@ -150,10 +202,13 @@ impl<'a> Loop<'a> {
             let before = self.sessions.len();
             self.sessions.turn(now);
             self.sessions.handle_deadlines(self.poll.registry(), now);
+            self.datagrams.turn(self.poll.registry(), now);
+            self.datagrams.handle_deadlines(now);
             if self.sessions.len() < before {
                 self.listeners.end_pause();
             }
             self.accept(now);
+            self.drive_handover(now);
             if self.handle_leave(now) {
                 return Ok(());
             }
@@ -166,14 +221,26 @@ impl<'a> Loop<'a> {
     /// When the loop has to run again though nothing happens; `now` where
     /// there is work left.
     fn next_wake(&self, now: Millis) -> Option<Millis> {
-        if self.sessions.has_work() || self.listeners.has_ready(now) {
+        if self.sessions.has_work() || self.datagrams.has_work() || self.listeners.has_ready(now) {
             return Some(now);
         }
         let leave = self.leave.as_ref().and_then(Leave::next_deadline);
-        [self.sessions.next_deadline(), self.listeners.pause_end(), leave, self.orphaned_until]
-            .into_iter()
-            .flatten()
-            .min()
+        let handover = self.sender.as_ref().and_then(|outgoing| {
+            let waits_for_queues = outgoing.then_leave.is_some() && !self.listeners.is_empty();
+            if waits_for_queues { None } else { Some(outgoing.sender.next_deadline(now)) }
+        });
+        let flows = self.datagrams.next_deadline();
+        [
+            handover,
+            flows,
+            self.sessions.next_deadline(),
+            self.listeners.pause_end(),
+            leave,
+            self.orphaned_until,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
     fn publish_lag(&self, since: Millis) {
@@ -244,8 +311,15 @@ impl<'a> Loop<'a> {
             },
             // Having been woken is the answer.
             ToWorker::Ask => {}
-            ToWorker::Recall { slot } => self.listeners.give_back(self.poll.registry(), slot),
+            ToWorker::Recall { slot } => {
+                self.listeners.give_back(self.poll.registry(), slot);
+                self.datagrams.give_back(self.poll.registry(), slot);
+            }
             ToWorker::Drain { limit } => self.begin_leave(now, limit),
+            ToWorker::Serve => self.begin_serving(),
+            ToWorker::HandOver { removed, limit } => self.begin_handover(fds, &removed, limit, now),
+            ToWorker::Share { count } => self.begin_sending(fds, count, None, now),
+            ToWorker::TakeOver => self.begin_receiving(fds),
             ToWorker::Birth { .. } | ToWorker::Sockets(_) | ToWorker::Begin => {
                 warn!("a message of the birth came late");
             }
@@ -258,9 +332,81 @@ impl<'a> Loop<'a> {
             if place.listener >= self.sessions.context().config.listeners.len() {
                 continue;
             }
-            if let Err(error) = self.listeners.add(self.poll.registry(), place, socket, Some(slot)) {
+            if let Err(error) = self.add(place, socket, Some(slot), true) {
                 warn!(%error, "a lent socket could not be polled");
             }
+        }
+    }
+
+    /// Its successor gets everything. What waits in queues that nobody will
+    /// have any more is accepted first.
+    fn begin_handover(&mut self, fds: Vec<OwnedFd>, removed: &[Place], limit: Option<Millis>, now: Millis) {
+        self.listeners.close_all_but(self.poll.registry(), removed);
+        self.datagrams.stop_receiving(self.poll.registry());
+        if !self.listeners.is_empty() {
+            self.begin_leave(now, limit);
+        }
+        self.begin_sending(fds, usize::MAX, Some(limit), now);
+    }
+
+    fn begin_sending(
+        &mut self,
+        fds: Vec<OwnedFd>,
+        count: usize,
+        then_leave: Option<Option<Millis>>,
+        now: Millis,
+    ) {
+        let token = self.peer_token();
+        let channel = fds.into_iter().next().map(Channel::from_fd);
+        let sender = channel.map(|channel| Sender::new(channel, self.poll.registry(), token, count));
+        match (sender, self.sender.is_some()) {
+            (Some(Ok(sender)), false) => self.sender = Some(Outgoing { sender, then_leave }),
+            _ => {
+                warn!("sessions cannot be handed over");
+                if let Some(limit) = then_leave {
+                    self.begin_leave(now, limit);
+                }
+            }
+        }
+    }
+
+    fn begin_receiving(&mut self, fds: Vec<OwnedFd>) {
+        let token = self.peer_token();
+        let Some(channel) = fds.into_iter().next().map(Channel::from_fd) else { return };
+        match Receiver::new(channel, self.poll.registry(), token) {
+            Ok(receiver) => self.receivers.push((token, receiver)),
+            Err(error) => warn!(%error, "sessions cannot be taken over"),
+        }
+    }
+
+    fn peer_token(&mut self) -> Token {
+        self.peer_count += 1;
+        Token(SPECIAL | (FIRST_PEER + self.peer_count))
+    }
+
+    fn handle_peer(&mut self, token: Token, now: Millis) {
+        let Some(index) = self.receivers.iter().position(|(own, _)| *own == token) else { return };
+        let receiver = &mut self.receivers[index].1;
+        if !receiver.step(&mut self.sessions, self.poll.registry(), self.session_limit, now) {
+            self.receivers.swap_remove(index);
+        }
+    }
+
+    /// Sends on, once no queue is to be served first.
+    fn drive_handover(&mut self, now: Millis) {
+        let Some(outgoing) = &mut self.sender else { return };
+        if outgoing.then_leave.is_some() && !self.listeners.is_empty() {
+            return;
+        }
+        let progress = outgoing.sender.step(&mut self.sessions, self.poll.registry(), now);
+        let moved = match progress {
+            Progress::Waiting => return,
+            Progress::Done { moved } | Progress::Failed { moved } => moved,
+        };
+        let then_leave = self.sender.take().and_then(|outgoing| outgoing.then_leave);
+        self.tell(&FromWorker::HandedOver { moved, left: self.sessions.len() });
+        if let Some(limit) = then_leave {
+            self.leave = Some(Leave::finishing(now, limit));
         }
     }
 
@@ -281,22 +427,26 @@ impl<'a> Loop<'a> {
             return;
         }
         // A filter there would keep the next daemon's clients out.
-        self.listeners.let_go(self.poll.registry(), &self.kept);
+        self.listeners.let_go(self.poll.registry(), &self.lasting);
         if let Err(error) = self.listeners.keep_out() {
             warn!(%error, "new handshakes cannot be kept out");
         }
+        self.datagrams.begin_leave();
         self.leave = Some(Leave::begin(now, limit));
     }
 
     /// Moves the leave on; true where the worker is done.
     fn handle_leave(&mut self, now: Millis) -> bool {
+        if self.sender.is_some() && self.listeners.is_empty() {
+            return false;
+        }
         if self.orphaned_until.is_some_and(|until| until <= now) {
             let limit = self.sessions.context().config.daemon.drain_timeout;
             self.begin_leave(now, Some(limit.as_millis() as u64));
         }
         loop {
             let Some(leave) = &mut self.leave else { return false };
-            match leave.step(now, self.sessions.len()) {
+            match leave.step(now, self.sessions.len() + self.datagrams.len()) {
                 Step::Wait => return false,
                 Step::Look => {
                     if handshakes::half_open(&self.ports()) == Some(false)
@@ -318,11 +468,16 @@ impl<'a> Loop<'a> {
                     self.tell(&FromWorker::QueuesClosed);
                     self.sessions.turn(now);
                 }
-                Step::Exit => return true,
+                Step::Exit => {
+                    self.datagrams.close_all(CloseReason::Drained, now);
+                    return true;
+                }
                 Step::GiveUp => {
                     let count = self.sessions.len();
-                    warn!("drain_timeout is over: {count} sessions are reset");
+                    let flows = self.datagrams.len();
+                    warn!("drain_timeout is over: {count} sessions are reset, {flows} flows ended");
                     self.sessions.close_all(CloseReason::Drained);
+                    self.datagrams.close_all(CloseReason::Drained, now);
                     return true;
                 }
             }

@@ -56,6 +56,11 @@ impl Leave {
         Leave { stage: Stage::Grace { until, look_at: now + LOOK_EVERY }, deadline }
     }
 
+    /// The leave of a worker whose listeners are closed already.
+    pub fn finishing(now: Millis, limit: Option<Millis>) -> Leave {
+        Leave { stage: Stage::Finishing, deadline: limit.map(|limit| now.saturating_add(limit)) }
+    }
+
     /// What to do now.
     pub fn step(&mut self, now: Millis, sessions: usize) -> Step {
         if self.deadline.is_some_and(|deadline| deadline <= now) {

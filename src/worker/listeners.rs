@@ -180,10 +180,23 @@ impl Listeners {
         }
     }
 
+    /// Whether none is polled.
+    pub fn is_empty(&self) -> bool {
+        self.entries.iter().all(Option::is_none)
+    }
+
     /// Closes all of them.
     pub fn close(&mut self, registry: &Registry) {
-        for entry in self.entries.drain(..).flatten() {
-            let _ = registry.deregister(&mut SourceFd(&entry.socket.as_raw_fd()));
+        self.close_all_but(registry, &[]);
+    }
+
+    /// Closes all of them but the worker's own at these places.
+    pub fn close_all_but(&mut self, registry: &Registry, places: &[Place]) {
+        for entry in &mut self.entries {
+            let keeps = |entry: &Entry| entry.lent_by.is_none() && places.contains(&entry.place);
+            if let Some(closed) = entry.take_if(|entry| !keeps(entry)) {
+                let _ = registry.deregister(&mut SourceFd(&closed.socket.as_raw_fd()));
+            }
         }
     }
 }

@@ -11,7 +11,9 @@
 //! supervisor's death, and never by bytes from the network.
 
 mod birth;
+mod datagrams;
 mod event_loop;
+mod handover;
 #[cfg(debug_assertions)]
 mod hang;
 mod leave;

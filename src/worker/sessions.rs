@@ -12,6 +12,7 @@
 //! Bounded by the descriptors of the process; each session has one deadline.
 
 mod connect;
+mod moving;
 
 use std::io;
 use std::net::SocketAddr;
@@ -30,6 +31,7 @@ use crate::relay::{CloseReason, Drive, End, MAX_READ, Readiness, Session, Side};
 use crate::slab::{Key, Slab};
 use crate::sys::clock::{self, Millis};
 use crate::sys::stream::{Stream, TcpOptions};
+pub use moving::Parcel;
 
 /// Bytes that one session may move each way in one turn, so that a busy one
 /// does not keep the others waiting.
@@ -52,8 +54,8 @@ impl End for Stream {
     }
 }
 
-/// Who this worker is, and what every session needs.
-#[derive(Debug)]
+/// Who this worker is, and what every session and flow needs.
+#[derive(Clone, Debug)]
 pub struct Context<'a> {
     pub slot: usize,
     pub generation: u64,
@@ -68,6 +70,13 @@ impl Context<'_> {
     /// Shows the supervisor that the loop turns.
     pub fn beat(&self, now: Millis) {
         self.counters.process(Process::Beat).set(now);
+    }
+
+    /// A balancer for each upstream.
+    pub fn balancers(&self, now: Millis) -> Vec<Balancer> {
+        let seed = (u64::from(std::process::id()) << 32) ^ now;
+        let upstreams = self.config.upstreams.iter();
+        upstreams.map(|upstream| Balancer::new(upstream, self.slot, self.all.len(), seed)).collect()
     }
 }
 
@@ -95,6 +104,8 @@ struct Entry {
     stage: Stage,
     queued: bool,
     half_closed: bool,
+    /// On its way to or from another process: nobody drives it.
+    frozen: bool,
     born: Millis,
     /// When the last byte moved.
     moved: Millis,
@@ -117,9 +128,7 @@ enum Stage {
 
 impl<'a> Sessions<'a> {
     pub fn new(context: Context<'a>, now: Millis) -> Sessions<'a> {
-        let slots = context.all.len();
-        let balancers =
-            context.config.upstreams.iter().map(|u| Balancer::new(u, context.slot, slots)).collect();
+        let balancers = context.balancers(now);
         Sessions {
             context,
             slab: Slab::new(),
@@ -150,7 +159,7 @@ impl<'a> Sessions<'a> {
         registry: &Registry,
         listener: usize,
         client: Stream,
-        _peer: SocketAddr,
+        peer: SocketAddr,
         now: Millis,
     ) {
         let config = &self.context.config.listeners[listener];
@@ -169,6 +178,7 @@ impl<'a> Sessions<'a> {
             stage: Stage::Open,
             queued: false,
             half_closed: false,
+            frozen: false,
             born: now,
             moved: now,
         };
@@ -185,7 +195,7 @@ impl<'a> Sessions<'a> {
         }
         match config.target {
             Target::Upstream(_) => {
-                let attempt = self.first_attempt(key, now);
+                let attempt = self.first_attempt(key, peer.ip(), now);
                 self.begin_connect(registry, key, attempt, now);
             }
             Target::Service(_) => {
@@ -206,7 +216,7 @@ impl<'a> Sessions<'a> {
     pub fn handle_event(&mut self, registry: &Registry, event: &mio::event::Event, now: Millis) {
         let (key, bit) = Key::unpack(event.token().0 as u64);
         let side = if bit { Side::Server } else { Side::Client };
-        let Some(entry) = self.slab.get_mut(key) else { return };
+        let Some(entry) = self.slab.get_mut(key).filter(|entry| !entry.frozen) else { return };
         entry.session.handle_ready(
             side,
             Readiness {
@@ -232,6 +242,7 @@ impl<'a> Sessions<'a> {
     fn enqueue(&mut self, key: Key) {
         if let Some(entry) = self.slab.get_mut(key)
             && !entry.queued
+            && !entry.frozen
         {
             entry.queued = true;
             self.queue.push(key);
@@ -256,7 +267,7 @@ impl<'a> Sessions<'a> {
     fn drive(&mut self, key: Key, now: Millis) {
         let Some(entry) = self.slab.get_mut(key) else { return };
         entry.queued = false;
-        if !matches!(entry.stage, Stage::Open) {
+        if entry.frozen || !matches!(entry.stage, Stage::Open) {
             return;
         }
         let before = entry.session.client_bytes();
@@ -360,12 +371,16 @@ impl<'a> Sessions<'a> {
     fn remove(&mut self, key: Key, reason: CloseReason) {
         let Some(entry) = self.slab.remove(key) else { return };
         self.deadlines.clear(key.index);
+        self.context.counters.ended(entry.listener as usize, reason).add(1);
+        self.count_gone(&entry);
+    }
+
+    /// It lives here no more, whatever the reason.
+    fn count_gone(&self, entry: &Entry) {
         let counters = &self.context.counters;
-        let listener = entry.listener as usize;
         counters.process(Process::Active).less_one();
-        counters.listener(listener, OfListener::Active).less_one();
-        counters.ended(listener, reason).add(1);
-        if let Some(server) = self.server_number(&entry) {
+        counters.listener(entry.listener as usize, OfListener::Active).less_one();
+        if let Some(server) = self.server_number(entry) {
             counters.server(server, OfServer::Active).less_one();
         }
     }

@@ -13,6 +13,7 @@
 #![allow(dead_code)]
 
 pub mod daemon;
+pub mod datagrams;
 pub mod machine;
 pub mod servers;
 

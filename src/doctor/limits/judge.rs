@@ -7,7 +7,7 @@ use crate::config::{Config, Listener, Target, Workers};
 use super::{Finding, Host, Level, Remedy};
 
 /// Descriptors of a process that carry no session: listeners, pipes, logs.
-const OWN_DESCRIPTORS: u64 = 64;
+const OWN_DESCRIPTORS: u64 = 128;
 /// Capability numbers (linux/capability.h).
 const CAP_NET_BIND_SERVICE: u32 = 10;
 const CAP_SYS_ADMIN: u32 = 21;
@@ -57,7 +57,7 @@ impl Load {
         };
         let room = host
             .open_files
-            .map(|(soft, _)| soft.saturating_sub(OWN_DESCRIPTORS).saturating_mul(workers) / session_sockets);
+            .map(|(_, hard)| hard.saturating_sub(OWN_DESCRIPTORS).saturating_mul(workers) / session_sockets);
         let wanted = config.map_or(0, |config| config.daemon.max_connections);
         Load { workers, session_sockets, wanted, room }
     }
@@ -108,10 +108,11 @@ fn open_files(host: &Host, load: &Load) -> Finding {
     let (Some((soft, hard)), Some(room)) = (host.open_files, load.room) else {
         return unknown(NAME, "RLIMIT_NOFILE");
     };
-    let found = format!("{soft} a process (hard limit {hard}), {} workers", load.workers);
+    let found =
+        format!("up to {hard} a process (now {soft}, which the daemon raises), {} workers", load.workers);
     let each = load.session_sockets;
     let needed = load.descriptors();
-    if load.wanted == 0 || needed <= soft {
+    if load.wanted == 0 || needed <= hard {
         let cost = format!("room for about {room} sessions of {each} sockets");
         return finding(NAME, Level::Ok, found, &cost, Vec::new());
     }

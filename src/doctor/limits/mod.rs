@@ -14,6 +14,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::config::Config;
+use crate::doctor::wrap::wrap;
 
 pub use host::Host;
 pub use judge::judge;
@@ -49,7 +50,7 @@ impl Level {
 pub enum Remedy {
     /// A line of /etc/sysctl.d/*.conf: `net.core.somaxconn = 4096`.
     Sysctl(String),
-    /// A line of the unit's [Service]: `LimitNOFILE=65536`.
+    /// A line of the unit's Service section: `LimitNOFILE=65536`.
     Unit(String),
     /// Something else, in words.
     Words(String),
@@ -114,10 +115,16 @@ impl Report {
             let _ = writeln!(text, "  {:8}{name:20}{found}", level.word());
             for line in [cost.clone()].into_iter().chain(remedy.iter().map(Remedy::text)) {
                 if !line.is_empty() {
-                    let _ = writeln!(text, "{:30}{line}", "");
+                    let _ = writeln!(text, "{:30}{}", "", wrap(&line, 30));
                 }
             }
         }
+        let short = self.findings.iter().filter(|finding| finding.level == Level::Short).count();
+        let _ = match short {
+            0 => writeln!(text, "nothing is short"),
+            1 => writeln!(text, "1 limit is short"),
+            count => writeln!(text, "{count} limits are short"),
+        };
         let _ = writeln!(
             text,
             "limits of a process are those of this shell; under systemd the unit sets them. sysctl --system applies \

@@ -187,8 +187,7 @@ fn wildcard_beside_specific(matrix: &Matrix) -> Rule {
         claim: "SO_REUSEADDR lets a wildcard and a specific address share a port",
         verdict: judge(&[&listening, &udp], &[]),
         found: format!(
-            "TCP listeners: {}; udp: {}; TCP listeners with SO_REUSEPORT: {}, as two groups, of which the specific \
-             one gets everything sent to its address",
+            "TCP listeners: {}; udp: {}; TCP listeners with SO_REUSEPORT: {}",
             listening.word(),
             udp.word(),
             port.word()

@@ -3,6 +3,8 @@
 
 use std::fmt::Write;
 
+use crate::doctor::wrap::wrap;
+
 use super::{Matrix, Outcome, Pair, Reuse, Trial, Verdict, network_name, rules};
 
 /// Each distinct answer and reason, in order of appearance.
@@ -87,6 +89,7 @@ fn row(cells: &[&(Trial, Outcome)], legend: &mut Legend) -> String {
 }
 
 fn claims(matrix: &Matrix) -> String {
+    const INDENT: usize = 42;
     let mut text = String::new();
     for rule in matrix.rules() {
         let verdict = match rule.verdict {
@@ -94,8 +97,8 @@ fn claims(matrix: &Matrix) -> String {
             Verdict::Differs => "differs",
             Verdict::NotTried => "not tried",
         };
-        let _ = writeln!(text, "  {:30}{verdict:10}{}", rule.name, rule.claim);
-        let _ = writeln!(text, "{:42}{}", "", rule.found);
+        let _ = writeln!(text, "  {:30}{verdict:10}{}", rule.name, wrap(rule.claim, INDENT));
+        let _ = writeln!(text, "{:INDENT$}-> {}", "", wrap(&rule.found, INDENT + 3));
     }
     text
 }

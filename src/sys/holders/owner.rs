@@ -102,13 +102,15 @@ fn shown(command: &str) -> String {
 /// The innermost unit in the path of the unified hierarchy or of systemd's
 /// own: `0::/system.slice/nginx.service/worker` is nginx.service.
 fn unit(cgroup: &str) -> Option<String> {
-    let path = cgroup.lines().find_map(|line| {
-        let (_, rest) = line.split_once(':')?;
-        let (controllers, path) = rest.split_once(':')?;
-        (controllers == "name=systemd" || (controllers.is_empty() && path != "/")).then_some(path)
-    })?;
     let is_unit = |part: &&str| [".service", ".scope", ".socket"].iter().any(|kind| part.ends_with(kind));
-    path.rsplit('/').find(is_unit).map(shown)
+    // On hosts with both hierarchies either one may be the one in use.
+    cgroup.lines().filter_map(path_of).find_map(|path| path.rsplit('/').find(is_unit).map(shown))
+}
+
+/// The path of a line of /proc/PID/cgroup, if systemd uses its hierarchy.
+fn path_of(line: &str) -> Option<&str> {
+    let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+    matches!(controllers, "" | "name=systemd").then_some(path)
 }
 
 fn reuse(pid: i32, descriptor: i32) -> io::Result<Reuse> {

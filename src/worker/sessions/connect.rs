@@ -5,6 +5,7 @@
 //! counted as such and spoils nobody's record.
 
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 
 use mio::Registry;
@@ -23,6 +24,8 @@ const RETRY_AFTER: Millis = 20;
 /// What a session remembers on its way to a server.
 #[derive(Debug)]
 pub(super) struct Attempt {
+    /// Whose session it is.
+    pub client: IpAddr,
     /// When the present connect, or the wait for one, is given up.
     pub until: Millis,
     /// The servers that failed.
@@ -56,7 +59,7 @@ impl Sessions<'_> {
     /// Connects to the next server that may be tried.
     pub(super) fn begin_connect(&mut self, registry: &Registry, key: Key, mut attempt: Attempt, now: Millis) {
         loop {
-            let Some((upstream, server)) = self.pick(key, &attempt.tried) else {
+            let Some((upstream, server)) = self.pick(key, &attempt) else {
                 return self.close(key, attempt.failure, now);
             };
             let number = self.context.layout.server(upstream, server);
@@ -108,8 +111,9 @@ impl Sessions<'_> {
         }
     }
 
-    fn pick(&mut self, key: Key, tried: &[u32]) -> Option<(usize, usize)> {
+    fn pick(&mut self, key: Key, attempt: &Attempt) -> Option<(usize, usize)> {
         let upstream = self.upstream(key)?;
+        let tried = &attempt.tried;
         if tried.len() as u64 > u64::from(self.context.config.upstreams[upstream].retries) {
             return None;
         }
@@ -118,7 +122,8 @@ impl Sessions<'_> {
             let number = context.layout.server(upstream, server);
             context.all.iter().map(|slot| slot.server(number, OfServer::Active).get()).sum()
         };
-        let server = self.balancers[upstream].pick(active, |server| tried.contains(&(server as u32)))?;
+        let server = self.balancers[upstream]
+            .pick(attempt.client, active, |server| tried.contains(&(server as u32)))?;
         Some((upstream, server))
     }
 
@@ -164,16 +169,16 @@ impl Sessions<'_> {
         let Stage::Connecting(attempt) = std::mem::replace(&mut entry.stage, Stage::Open) else {
             unreachable!("only a connecting session gives up its server");
         };
-        let mut tried = attempt.tried;
+        let Attempt { client, mut tried, .. } = attempt;
         tried.push(server);
         let until = now + self.connect_timeout(key);
-        self.begin_connect(registry, key, Attempt { until, tried, failure }, now);
+        self.begin_connect(registry, key, Attempt { client, until, tried, failure }, now);
     }
 
     /// The first attempt of a new session.
-    pub(super) fn first_attempt(&self, key: Key, now: Millis) -> Attempt {
+    pub(super) fn first_attempt(&self, key: Key, client: IpAddr, now: Millis) -> Attempt {
         let until = now + self.connect_timeout(key);
-        Attempt { until, tried: Vec::new(), failure: CloseReason::ConnectFailed }
+        Attempt { client, until, tried: Vec::new(), failure: CloseReason::ConnectFailed }
     }
 
     fn connect_timeout(&self, key: Key) -> Millis {

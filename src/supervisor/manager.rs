@@ -1,4 +1,5 @@
-//! What systemd is told: ready, stopping, how it goes, that we live.
+//! The service manager, as we speak to it: ready, stopping, how it goes, that
+//! we live.
 //!
 //! Owned by the supervisor, which calls `tick` when it is due. Without
 //! `$NOTIFY_SOCKET` nothing is sent and nothing is woken for. What is sent is
@@ -6,11 +7,11 @@
 //! extension every five seconds of a leave, and a sign of life at half of
 //! `$WATCHDOG_USEC`. It ends with the daemon.
 
-use sd_notify::NotifyState;
 use tracing::warn;
 
 use crate::spread::Spread;
 use crate::sys::clock::Millis;
+use crate::sys::notify;
 
 /// Between two statuses and between two extensions, in milliseconds.
 const EVERY: Millis = 5_000;
@@ -33,9 +34,9 @@ pub struct Facts {
     pub tended: bool,
 }
 
-/// The daemon's side of sd_notify(3).
+/// The daemon's side of the conversation.
 #[derive(Debug)]
-pub struct Notify {
+pub struct Manager {
     /// Somebody listens.
     heard: bool,
     /// The time between two signs of life.
@@ -48,13 +49,13 @@ pub struct Notify {
     extend_at: Option<Millis>,
 }
 
-impl Notify {
+impl Manager {
     /// As the environment has it.
-    pub fn of_environment(now: Millis) -> Notify {
+    pub fn of_environment(now: Millis) -> Manager {
         let heard = std::env::var_os("NOTIFY_SOCKET").is_some();
         // Half of it, as sd_watchdog_enabled(3) recommends.
-        let watchdog = sd_notify::watchdog_enabled().map(|limit| (limit.as_millis() as u64 / 2).max(1));
-        Notify {
+        let watchdog = notify::watchdog_micros().map(|limit| (limit / 2_000).max(1));
+        Manager {
             heard,
             watchdog: watchdog.filter(|_| heard),
             alive_at: now,
@@ -68,12 +69,12 @@ impl Notify {
     /// Every worker accepts on every listener.
     pub fn announce(&mut self, now: Millis, facts: &Facts) {
         self.status = self.text(now, facts);
-        self.send(&[NotifyState::Ready, NotifyState::Status(&self.status)]);
+        self.send(&format!("READY=1\nSTATUS={}", self.status));
     }
 
     /// The daemon begins to leave.
     pub fn begin_leave(&mut self, now: Millis) {
-        self.send(&[NotifyState::Stopping]);
+        self.send("STOPPING=1");
         self.extend_at = Some(now);
         self.status_at = now;
     }
@@ -91,12 +92,12 @@ impl Notify {
             self.alive_at = now + interval;
             // What is not said here ends the daemon: see `Supervision::is_tended`.
             if facts.tended {
-                self.send(&[NotifyState::Watchdog]);
+                self.send("WATCHDOG=1");
             }
         }
         if self.extend_at.is_some_and(|at| at <= now) {
             self.extend_at = Some(now + EVERY);
-            self.send(&[NotifyState::ExtendTimeoutUsec(EXTENSION)]);
+            self.send(&format!("EXTEND_TIMEOUT_USEC={EXTENSION}"));
         }
         if self.status_at <= now {
             self.status_at = now + EVERY;
@@ -104,7 +105,7 @@ impl Notify {
             self.before = (now, facts.accepted.iter().sum());
             if text != self.status {
                 self.status = text;
-                self.send(&[NotifyState::Status(&self.status)]);
+                self.send(&format!("STATUS={}", self.status));
             }
         }
     }
@@ -133,9 +134,9 @@ impl Notify {
         text
     }
 
-    fn send(&self, states: &[NotifyState]) {
+    fn send(&self, state: &str) {
         if self.heard
-            && let Err(error) = sd_notify::notify(states)
+            && let Err(error) = notify::send(state)
         {
             warn!(%error, "systemd could not be told");
         }
@@ -148,21 +149,21 @@ mod tests {
 
     #[test]
     fn the_status_says_workers_connections_rate_and_spread() {
-        let mut notify = Notify::of_environment(0);
+        let mut manager = Manager::of_environment(0);
         let facts = Facts { ready_count: 2, active: 3, accepted: vec![0, 0], ..Facts::default() };
-        assert_eq!(notify.text(5_000, &facts), "2 workers, 3 connections, 0 new/s");
-        notify.before = (5_000, 100);
+        assert_eq!(manager.text(5_000, &facts), "2 workers, 3 connections, 0 new/s");
+        manager.before = (5_000, 100);
         let facts = Facts { ready_count: 1, active: 3, accepted: vec![250, 350], ..Facts::default() };
-        assert_eq!(notify.text(10_000, &facts), "1 of 2 workers, 3 connections, 100 new/s, spread 1.17");
+        assert_eq!(manager.text(10_000, &facts), "1 of 2 workers, 3 connections, 100 new/s, spread 1.17");
         let facts = Facts { leaving: true, ..facts };
-        assert_eq!(notify.text(10_000, &facts), "leaving: 3 connections left");
+        assert_eq!(manager.text(10_000, &facts), "leaving: 3 connections left");
     }
 
     #[test]
     fn without_anybody_who_listens_nothing_wakes_the_supervisor() {
-        let mut notify = Notify { heard: false, watchdog: None, ..Notify::of_environment(0) };
-        assert_eq!(notify.next_deadline(), None);
-        notify.begin_leave(7);
-        assert_eq!(notify.next_deadline(), None);
+        let mut manager = Manager { heard: false, watchdog: None, ..Manager::of_environment(0) };
+        assert_eq!(manager.next_deadline(), None);
+        manager.begin_leave(7);
+        assert_eq!(manager.next_deadline(), None);
     }
 }

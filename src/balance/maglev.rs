@@ -1,0 +1,198 @@
+//! Which server a client's address belongs to: a Maglev table.
+//!
+//! Eisenbud and others, "Maglev: A Fast and Reliable Software Network Load
+//! Balancer", NSDI 2016, section 3.4, with weights. Each server walks the
+//! places of the table in an order of its own and takes the next free one
+//! whenever its turn comes; turns come by weight. The table depends on the
+//! servers' names and weights alone, not on their order, the slot, the time or
+//! the machine, so every process that reads the same file computes the same.
+//!
+//! Owned by a `Balancer`, never changed. 128 KiB a table. One server more or
+//! less moves that server's share and a few places besides.
+
+use std::net::IpAddr;
+
+/// Places of a table, a prime: a hundred for each of 655 servers, which keeps
+/// the shares within a few per cent of the weights.
+const PLACES: usize = 65_537;
+const FREE: u16 = u16::MAX;
+
+/// A server's number for every place.
+#[derive(Debug)]
+pub struct Maglev {
+    places: Box<[u16]>,
+}
+
+/// A server while the table is filled.
+struct Walker {
+    server: u16,
+    weight: u64,
+    credit: u64,
+    at: usize,
+    step: usize,
+}
+
+impl Maglev {
+    /// A table over servers of number, name and weight; `None` where nobody
+    /// has a weight.
+    pub fn new<'n>(servers: impl Iterator<Item = (usize, &'n str, u32)>) -> Option<Maglev> {
+        let mut servers: Vec<(usize, &str, u32)> = servers.filter(|(_, _, weight)| *weight > 0).collect();
+        servers.sort_by_key(|(_, name, _)| *name);
+        let heaviest = u64::from(servers.iter().map(|(_, _, weight)| *weight).max()?);
+        let mut walkers: Vec<Walker> = servers.iter().map(Walker::new).collect();
+        let mut places = vec![FREE; PLACES].into_boxed_slice();
+        let mut left = PLACES;
+        loop {
+            for walker in &mut walkers {
+                // The heaviest has a turn in each round, the others as often
+                // as their weights say.
+                walker.credit += walker.weight;
+                if walker.credit < heaviest {
+                    continue;
+                }
+                walker.credit -= heaviest;
+                walker.take(&mut places);
+                left -= 1;
+                if left == 0 {
+                    return Some(Maglev { places });
+                }
+            }
+        }
+    }
+
+    /// The servers for a client, its own first and then, for where that may
+    /// not be, the ones that others would fall back to. May name one twice.
+    pub fn servers(&self, client: IpAddr) -> impl Iterator<Item = usize> + '_ {
+        let at = (hash_address(client) % PLACES as u64) as usize;
+        let (before, after) = self.places.split_at(at);
+        after.iter().chain(before).map(|&server| usize::from(server))
+    }
+}
+
+impl Walker {
+    fn new((server, name, weight): &(usize, &str, u32)) -> Walker {
+        let hash = hash_bytes(name.as_bytes());
+        Walker {
+            server: u16::try_from(*server).expect("an upstream has fewer than 65,535 servers"),
+            weight: u64::from(*weight),
+            credit: 0,
+            at: (hash % PLACES as u64) as usize,
+            // Any step visits every place, for their number is prime.
+            step: (mix(hash) % (PLACES as u64 - 1)) as usize + 1,
+        }
+    }
+
+    fn take(&mut self, places: &mut [u16]) {
+        while places[self.at] != FREE {
+            self.at = (self.at + self.step) % PLACES;
+        }
+        places[self.at] = self.server;
+    }
+}
+
+/// A client's hash; an IPv4 address within IPv6 is the IPv4 address.
+fn hash_address(client: IpAddr) -> u64 {
+    match client.to_canonical() {
+        IpAddr::V4(v4) => hash_bytes(&v4.octets()),
+        IpAddr::V6(v6) => hash_bytes(&v6.octets()),
+    }
+}
+
+/// FNV-1a and a finish that spreads its bits. Fixed for ever: machines of one
+/// fleet have to agree, whatever version they run.
+fn hash_bytes(bytes: &[u8]) -> u64 {
+    let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    });
+    mix(hash)
+}
+
+/// The finish of splitmix64.
+pub(super) fn mix(value: u64) -> u64 {
+    let value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    value ^ (value >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn names(count: usize) -> Vec<String> {
+        (0..count).map(|i| format!("10.0.{}.{}:80", i / 256, i % 256)).collect()
+    }
+
+    fn table(weights: &[u32]) -> Maglev {
+        let names = names(weights.len());
+        Maglev::new(weights.iter().enumerate().map(|(i, weight)| (i, names[i].as_str(), *weight))).unwrap()
+    }
+
+    fn shares(maglev: &Maglev, count: usize) -> Vec<usize> {
+        (0..count).map(|i| maglev.places.iter().filter(|place| usize::from(**place) == i).count()).collect()
+    }
+
+    #[test]
+    fn the_order_of_the_servers_does_not_matter() {
+        let names = names(5);
+        let list: Vec<(usize, &str, u32)> =
+            names.iter().enumerate().map(|(i, n)| (i, n.as_str(), 1)).collect();
+        let one = Maglev::new(list.iter().copied()).unwrap();
+        let other = Maglev::new(list.iter().rev().copied()).unwrap();
+        assert_eq!(one.places, other.places);
+    }
+
+    // A change here moves every client of every fleet to another server.
+    #[test]
+    fn the_table_is_the_same_for_ever() {
+        let maglev = table(&[1, 1, 1]);
+        let first = |address: &str| maglev.servers(address.parse().unwrap()).next().unwrap();
+        let clients =
+            ["192.0.2.1", "192.0.2.2", "192.0.2.3", "2001:db8::1", "::ffff:192.0.2.1", "203.0.113.9"];
+        assert_eq!(clients.map(first), [2, 2, 2, 1, 2, 0]);
+    }
+
+    #[test]
+    fn nobody_with_a_weight_makes_no_table() {
+        assert!(Maglev::new([(0, "a", 0)].into_iter()).is_none());
+        assert!(Maglev::new(std::iter::empty()).is_none());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn shares_follow_the_weights(weights in prop::collection::vec(0u32..=256, 1..20)) {
+            prop_assume!(weights.iter().any(|weight| *weight > 0));
+            let sum: u64 = weights.iter().map(|weight| u64::from(*weight)).sum();
+            for (share, weight) in shares(&table(&weights), weights.len()).into_iter().zip(&weights) {
+                let fair = PLACES as f64 * f64::from(*weight) / sum as f64;
+                // Turns are exact; the last round may be cut anywhere.
+                prop_assert!((share as f64 - fair).abs() <= 2.0, "{share} for a fair {fair}");
+            }
+        }
+
+        #[test]
+        fn a_server_that_goes_moves_few_clients_of_others(count in 2usize..40, gone in 0usize..40) {
+            let gone = gone % count;
+            let names = names(count);
+            let all: Vec<(usize, &str, u32)> = names.iter().enumerate().map(|(i, n)| (i, n.as_str(), 1)).collect();
+            let before = Maglev::new(all.iter().copied()).unwrap();
+            let after = Maglev::new(all.iter().copied().filter(|(i, ..)| *i != gone)).unwrap();
+            let moved = before.places.iter().zip(&after.places)
+                .filter(|(b, a)| usize::from(**b) != gone && a != b).count();
+            // The paper's figure 12: some per cent at this size of table.
+            prop_assert!(moved * 100 < PLACES * 6, "{moved} of {PLACES} moved needlessly");
+        }
+
+        #[test]
+        fn every_server_is_named_in_the_end(count in 1usize..30, client: [u8; 4]) {
+            let maglev = table(&vec![1; count]);
+            let mut seen: Vec<usize> = maglev.servers(IpAddr::from(client)).collect();
+            seen.sort();
+            seen.dedup();
+            prop_assert_eq!(seen, (0..count).collect::<Vec<_>>());
+        }
+    }
+}

@@ -1,0 +1,417 @@
+//! The UDP flows of a worker: who is known, who may come, who has to go.
+//!
+//! ```text
+//!             +--> Drop (full of answered flows, leaving)
+//!   datagram -+--> Open --> unanswered --reply--> answered --idle, replies--> over
+//!             |                 |  ^                  |
+//!             |                 |  +-- server fails --+   (Move at the next datagram)
+//!             +--> Known        +--evicted, idle--> over
+//! ```
+//!
+//! A flow is one client at one address of one listener, named by the client's
+//! address and the local address that it asked. Owned by a worker; holds no
+//! socket, reads no clock. Bounded for each listener and in all: past the
+//! bound the flow that has waited longest for its first answer makes room for
+//! the new one, and where all were answered the new one is dropped, which
+//! allocates nothing. So a flood of made-up sources pushes out only itself.
+
+mod index;
+mod proxy;
+mod quarantine;
+#[cfg(test)]
+mod tests;
+
+use std::net::{IpAddr, SocketAddr};
+
+use crate::deadline::Deadlines;
+use crate::slab::{Key, Slab};
+use index::Index;
+
+pub use proxy::ProxyHeader;
+pub use quarantine::Quarantine;
+
+/// Whose datagrams a flow takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FlowKey {
+    /// Where the client sends from.
+    pub client: SocketAddr,
+    /// The address of ours that it asked; replies leave from there.
+    pub local: IpAddr,
+    /// The listener's number.
+    pub listener: u16,
+    /// The number of the address in its `bind`.
+    pub address: u16,
+}
+
+/// The server of a flow that a worker answers by itself.
+pub const NO_SERVER: u32 = u32::MAX;
+const NONE: u32 = u32::MAX;
+
+/// One flow: plain data.
+#[derive(Clone, Debug)]
+pub struct Flow {
+    /// Its name.
+    pub key: FlowKey,
+    /// The server's number in its upstream, or `NO_SERVER`.
+    pub server: u32,
+    /// The server failed; the next datagram goes to another.
+    failed: bool,
+    answered: bool,
+    /// A client's datagram came after the last reply.
+    awaits: bool,
+    requests: u32,
+    replies: u32,
+    last: u64,
+    /// Neighbours in the list of the unanswered.
+    older: u32,
+    newer: u32,
+}
+
+/// What a listener allows its flows, times in milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Silence that ends a flow.
+    pub idle_timeout: u64,
+    /// Replies that end a flow which has no more questions than replies; 0 =
+    /// any number.
+    pub replies: u32,
+    /// Flows at once.
+    pub max_flows: u32,
+    /// Its flows go to an upstream, and count towards the bound in all.
+    pub has_sockets: bool,
+}
+
+/// What to do with a client's datagram.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// It belongs to this flow.
+    Known(Key),
+    /// It belongs to this flow, whose server has failed.
+    Move(Key),
+    /// It begins a flow; first end that one, where one is named.
+    #[allow(missing_docs)]
+    Open { evict: Option<Key> },
+    /// Nothing.
+    Drop(DropReason),
+}
+
+/// What to do after a reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// Pass it on.
+    Pass,
+    /// Pass it on, and end the flow.
+    Last,
+    /// The flow is over: nobody is to get it.
+    Drop,
+}
+
+/// Why a datagram was dropped: the list that counters and documents share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DropReason {
+    /// The table, the local ports or the descriptors are full of flows that
+    /// were answered.
+    Shed,
+    /// It would begin a flow while the worker leaves.
+    Leaving,
+    /// No server may be tried, or each refused.
+    NoServer,
+    /// It waited too long for a process to take up its socket.
+    Stale,
+    /// It was longer than the buffer.
+    Truncated,
+    /// It is too long for the way, with what is put in front of it.
+    TooLong,
+    /// The server's side would not take it.
+    ToServer,
+    /// The client's side would not take it.
+    ToClient,
+    /// A reply to a flow that had ended by then.
+    Late,
+}
+
+impl DropReason {
+    /// All of them, in the order of the counters.
+    pub const ALL: [DropReason; 9] = [
+        DropReason::Shed,
+        DropReason::Leaving,
+        DropReason::NoServer,
+        DropReason::Stale,
+        DropReason::Truncated,
+        DropReason::TooLong,
+        DropReason::ToServer,
+        DropReason::ToClient,
+        DropReason::Late,
+    ];
+
+    /// Its name in `status` and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            DropReason::Shed => "shed",
+            DropReason::Leaving => "leaving",
+            DropReason::NoServer => "no_server",
+            DropReason::Stale => "stale",
+            DropReason::Truncated => "truncated",
+            DropReason::TooLong => "too_long",
+            DropReason::ToServer => "to_server",
+            DropReason::ToClient => "to_client",
+            DropReason::Late => "late",
+        }
+    }
+}
+
+/// All flows of a worker.
+#[derive(Debug)]
+pub struct Flows {
+    slab: Slab<Flow>,
+    index: Index,
+    deadlines: Deadlines,
+    books: Vec<Book>,
+    /// Flows with a socket, over all listeners, and their bound.
+    socket_count: u32,
+    socket_limit: u32,
+    leaving: bool,
+}
+
+/// One listener's flows.
+#[derive(Debug)]
+struct Book {
+    limits: Limits,
+    count: u32,
+    /// The ends of the list of the unanswered.
+    oldest: u32,
+    newest: u32,
+}
+
+impl Flows {
+    /// No flows. `seed` keeps outsiders from choosing what meets in the
+    /// index; `socket_limit` bounds the flows with sockets over all listeners.
+    pub fn new(limits: Vec<Limits>, socket_limit: u32, seed: u64, now: u64) -> Flows {
+        let book = |limits| Book { limits, count: 0, oldest: NONE, newest: NONE };
+        Flows {
+            slab: Slab::new(),
+            index: Index::new(seed),
+            deadlines: Deadlines::new(now),
+            books: limits.into_iter().map(book).collect(),
+            socket_count: 0,
+            socket_limit,
+            leaving: false,
+        }
+    }
+
+    /// A datagram from a client.
+    pub fn handle_client(&mut self, name: &FlowKey, now: u64) -> Arrival {
+        if let Some(key) = self.find(name) {
+            let flow = self.slab.get_mut(key).expect("the index names living flows");
+            flow.last = now;
+            flow.requests = flow.requests.saturating_add(1);
+            flow.awaits = true;
+            return if flow.failed { Arrival::Move(key) } else { Arrival::Known(key) };
+        }
+        if self.leaving {
+            return Arrival::Drop(DropReason::Leaving);
+        }
+        let book = &self.books[usize::from(name.listener)];
+        if book.count >= book.limits.max_flows {
+            return self.make_room(book.oldest);
+        }
+        if book.limits.has_sockets && self.socket_count >= self.socket_limit {
+            return self.make_room(self.oldest_unanswered_with_socket());
+        }
+        Arrival::Open { evict: None }
+    }
+
+    fn make_room(&self, oldest: u32) -> Arrival {
+        match self.slab.key_at(oldest) {
+            Some(key) => Arrival::Open { evict: Some(key) },
+            None => Arrival::Drop(DropReason::Shed),
+        }
+    }
+
+    fn oldest_unanswered_with_socket(&self) -> u32 {
+        let oldest = self.books.iter().filter(|book| book.limits.has_sockets && book.oldest != NONE);
+        let since =
+            |book: &&Book| self.slab.key_at(book.oldest).and_then(|key| self.get(key)).map(|f| f.last);
+        oldest.min_by_key(since).map_or(NONE, |book| book.oldest)
+    }
+
+    /// The flow to end where the system has no port or descriptor for a new
+    /// one.
+    pub fn evictable(&self) -> Option<Key> {
+        self.slab.key_at(self.oldest_unanswered_with_socket())
+    }
+
+    /// Opens the flow that `handle_client` spoke of; its first datagram counts.
+    pub fn open(&mut self, name: FlowKey, server: u32, now: u64) -> Key {
+        debug_assert!(self.find(&name).is_none(), "a flow is opened once");
+        let flow = Flow {
+            key: name,
+            server,
+            failed: false,
+            answered: false,
+            awaits: true,
+            requests: 1,
+            replies: 0,
+            last: now,
+            older: NONE,
+            newer: NONE,
+        };
+        let key = self.slab.insert(flow);
+        self.index.insert(&name, key.index, |index| name_at(&self.slab, index));
+        let book = &mut self.books[usize::from(name.listener)];
+        book.count += 1;
+        self.socket_count += u32::from(book.limits.has_sockets);
+        self.deadlines.set(key.index, now.saturating_add(book.limits.idle_timeout));
+        self.link(key.index);
+        key
+    }
+
+    /// A datagram from a flow's server.
+    pub fn handle_reply(&mut self, key: Key, now: u64) -> Reply {
+        let Some(flow) = self.slab.get_mut(key) else { return Reply::Drop };
+        flow.last = now;
+        flow.awaits = false;
+        flow.replies = flow.replies.saturating_add(1);
+        let enough = self.books[usize::from(flow.key.listener)].limits.replies;
+        // Not while a question is unanswered: a client may have asked several
+        // before the first answer came.
+        let last = enough > 0 && flow.replies >= enough.max(flow.requests);
+        if !flow.answered {
+            flow.answered = true;
+            self.unlink(key.index);
+        }
+        if last { Reply::Last } else { Reply::Pass }
+    }
+
+    /// A flow's server has failed: its next datagram is to go to another.
+    /// False where that is known already.
+    pub fn handle_failure(&mut self, key: Key) -> bool {
+        self.slab.get_mut(key).is_some_and(|flow| !std::mem::replace(&mut flow.failed, true))
+    }
+
+    /// A flow has another server.
+    pub fn handle_moved(&mut self, key: Key, server: u32) {
+        if let Some(flow) = self.slab.get_mut(key) {
+            flow.server = server;
+            flow.failed = false;
+        }
+    }
+
+    /// Ends a flow and tells what it was.
+    pub fn end(&mut self, key: Key) -> Option<Flow> {
+        let flow = self.slab.get(key)?;
+        if !flow.answered {
+            self.unlink(key.index);
+        }
+        let name = self.slab.get(key)?.key;
+        self.index.remove(&name, key.index, |index| name_at(&self.slab, index));
+        self.deadlines.clear(key.index);
+        let book = &mut self.books[usize::from(name.listener)];
+        book.count -= 1;
+        self.socket_count -= u32::from(book.limits.has_sockets);
+        self.slab.remove(key)
+    }
+
+    /// The flows that have been silent for too long; they still live.
+    pub fn expire(&mut self, now: u64, due: &mut Vec<Key>, fired: &mut Vec<u32>) {
+        self.deadlines.advance(now, fired);
+        for index in fired.drain(..) {
+            let Some(key) = self.slab.key_at(index) else { continue };
+            let flow = self.slab.get(key).expect("the key is fresh");
+            let end =
+                flow.last.saturating_add(self.books[usize::from(flow.key.listener)].limits.idle_timeout);
+            // The deadline stood still while datagrams passed.
+            if end <= now {
+                due.push(key);
+            } else {
+                self.deadlines.set(index, end);
+            }
+        }
+    }
+
+    /// When `expire` is to be called at the latest.
+    pub fn next_deadline(&self) -> Option<u64> {
+        self.deadlines.next()
+    }
+
+    /// No new flows from now on.
+    pub fn begin_leave(&mut self) {
+        self.leaving = true;
+    }
+
+    /// A living flow.
+    pub fn get(&self, key: Key) -> Option<&Flow> {
+        self.slab.get(key)
+    }
+
+    /// All living flows.
+    pub fn keys(&self) -> Vec<Key> {
+        self.slab.keys()
+    }
+
+    /// How many live.
+    pub fn len(&self) -> usize {
+        self.slab.len()
+    }
+
+    /// Whether none lives.
+    pub fn is_empty(&self) -> bool {
+        self.slab.is_empty()
+    }
+
+    /// How many with a socket live.
+    pub fn socket_count(&self) -> u32 {
+        self.socket_count
+    }
+
+    /// The bound of those.
+    pub fn socket_limit(&self) -> u32 {
+        self.socket_limit
+    }
+
+    fn find(&self, name: &FlowKey) -> Option<Key> {
+        let index = self.index.find(name, |index| name_at(&self.slab, index))?;
+        self.slab.key_at(index)
+    }
+
+    /// Puts a flow at the young end of its listener's unanswered.
+    fn link(&mut self, index: u32) {
+        let key = self.slab.key_at(index).expect("just inserted");
+        let flow = self.slab.get_mut(key).expect("just inserted");
+        let book = &mut self.books[usize::from(flow.key.listener)];
+        flow.older = book.newest;
+        let older = std::mem::replace(&mut book.newest, index);
+        match self.slab.key_at(older) {
+            Some(older) => self.slab.get_mut(older).expect("the list holds living flows").newer = index,
+            None => book.oldest = index,
+        }
+    }
+
+    fn unlink(&mut self, index: u32) {
+        let key = self.slab.key_at(index).expect("the caller holds it");
+        let flow = self.slab.get_mut(key).expect("the caller holds it");
+        let (older, newer) = (flow.older, flow.newer);
+        (flow.older, flow.newer) = (NONE, NONE);
+        let book = &mut self.books[usize::from(flow.key.listener)];
+        match self.slab.key_at(older) {
+            Some(older) => self.slab.get_mut(older).expect("the list holds living flows").newer = newer,
+            None => book.oldest = newer,
+        }
+        match self.slab.key_at(newer) {
+            Some(newer) => self.slab.get_mut(newer).expect("the list holds living flows").older = older,
+            None => book.newest = older,
+        }
+    }
+}
+
+impl Flow {
+    /// Whether its server may still send something that was asked for.
+    pub fn has_replies_outstanding(&self) -> bool {
+        self.server != NO_SERVER && (self.awaits || self.requests > self.replies)
+    }
+}
+
+fn name_at(slab: &Slab<Flow>, index: u32) -> FlowKey {
+    let key = slab.key_at(index).expect("the index names living flows");
+    slab.get(key).expect("the key is fresh").key
+}

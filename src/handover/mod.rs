@@ -1,0 +1,200 @@
+//! The bundle in which live sessions travel from process to process.
+//!
+//! ```text
+//!   memfd:  [length of the JSON: u32, little-endian][JSON of Bundle][kept bytes, in order]
+//!   message's descriptors: the memfd, then for each session its client's
+//!   socket and, where it has one, its server's
+//! ```
+//!
+//! Pure: bytes in, records out. Whoever receives a bundle treats it as
+//! hostile: every length, name and state is checked, and what does not hold is
+//! an error, never a panic. Bounded by `MAX_SESSIONS` a bundle, because a
+//! message carries 253 descriptors at most.
+
+use serde::{Deserialize, Serialize};
+
+use crate::relay::{CloseReason, Session, Snapshot};
+
+/// The version of this format; another one is refused, and the sender drains.
+pub const VERSION: u32 = 1;
+/// Sessions of one bundle: two descriptors each, and the bundle's own.
+pub const MAX_SESSIONS: usize = 100;
+/// The largest bundle: all sessions keep the most that they may, and as much
+/// again for the records.
+pub const MAX_BYTES: usize = MAX_SESSIONS * 4 * crate::relay::MAX_READ;
+
+/// What is wrong with a bundle.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BundleError {
+    /// It ends early, or says more than it holds.
+    #[error("the bundle's lengths do not agree")]
+    Lengths,
+    /// It is no JSON of this format.
+    #[error("the bundle's records cannot be read")]
+    Records,
+    /// It is of another version.
+    #[error("the bundle is of version {0}, this is {VERSION}")]
+    Version(u32),
+    /// There are more or fewer descriptors than sessions need.
+    #[error("{0} sockets came where {1} are needed")]
+    Sockets(usize, usize),
+    /// A session's state is one that no session has.
+    #[error("session {0} of the bundle is in no possible state")]
+    State(usize),
+}
+
+#[derive(Serialize, Deserialize)]
+struct Bundle {
+    version: u32,
+    sessions: Vec<Record>,
+}
+
+/// One session without its sockets. Times are milliseconds of the monotonic
+/// clock, which all processes of a host share.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// The listener's name: numbers may differ between configurations.
+    pub listener: String,
+    /// The server's address, once one is picked.
+    pub server: Option<String>,
+    /// How far it is.
+    pub stage: Stage,
+    /// The relay's state.
+    pub relay: Snapshot,
+    /// When it was accepted.
+    pub born: u64,
+    /// When the last byte moved.
+    pub moved: u64,
+}
+
+/// How far a session is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Stage {
+    /// On its way to a server.
+    #[allow(missing_docs)]
+    Connecting { until: u64, tried: Vec<String>, failure: CloseReason },
+    /// Bytes flow.
+    Open,
+}
+
+/// A session out of a bundle, to be joined with its sockets.
+#[derive(Debug)]
+pub struct Arrival {
+    /// What was said of it.
+    pub record: Record,
+    /// Its relay, with the bytes that it kept.
+    pub session: Session,
+}
+
+/// Writes a bundle; each record comes with the bytes that its relay keeps.
+pub fn encode(sessions: &[(Record, Vec<u8>)]) -> Vec<u8> {
+    let bundle = Bundle { version: VERSION, sessions: sessions.iter().map(|(r, _)| r.clone()).collect() };
+    let json = serde_json::to_vec(&bundle).expect("records are plain data");
+    let mut bytes = (json.len() as u32).to_le_bytes().to_vec();
+    bytes.extend(json);
+    for (_, kept) in sessions {
+        bytes.extend(kept);
+    }
+    bytes
+}
+
+/// Reads a bundle that came with so many sockets.
+pub fn decode(bytes: &[u8], socket_count: usize) -> Result<Vec<Arrival>, BundleError> {
+    let (length, rest) = bytes.split_first_chunk::<4>().ok_or(BundleError::Lengths)?;
+    let length = u32::from_le_bytes(*length) as usize;
+    let (json, mut kept) = rest.split_at_checked(length).ok_or(BundleError::Lengths)?;
+    #[derive(Deserialize)]
+    struct Version {
+        version: u32,
+    }
+    let version = serde_json::from_slice::<Version>(json).map_err(|_| BundleError::Records)?.version;
+    if version != VERSION {
+        return Err(BundleError::Version(version));
+    }
+    let bundle: Bundle = serde_json::from_slice(json).map_err(|_| BundleError::Records)?;
+    let needed: usize = bundle.sessions.iter().map(Record::socket_count).sum();
+    if needed != socket_count || bundle.sessions.len() > MAX_SESSIONS {
+        return Err(BundleError::Sockets(socket_count, needed));
+    }
+    let mut arrivals = Vec::new();
+    for (index, record) in bundle.sessions.into_iter().enumerate() {
+        let own = kept.split_off(..record.relay.kept()).ok_or(BundleError::Lengths)?;
+        let session = Session::restore(&record.relay, own).ok_or(BundleError::State(index))?;
+        if matches!(record.stage, Stage::Connecting { .. }) && !record.relay.is_relay() {
+            return Err(BundleError::State(index));
+        }
+        arrivals.push(Arrival { record, session });
+    }
+    if kept.is_empty() { Ok(arrivals) } else { Err(BundleError::Lengths) }
+}
+
+impl Record {
+    /// How many sockets belong to it: a service has no server.
+    pub fn socket_count(&self) -> usize {
+        1 + usize::from(self.server.is_some())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn record(session: &Session, server: bool) -> (Record, Vec<u8>) {
+        let (relay, kept) = session.snapshot().expect("unbroken");
+        let server = server.then(|| "10.0.0.1:80".to_string());
+        let record = Record { listener: "web".into(), server, stage: Stage::Open, relay, born: 5, moved: 9 };
+        (record, kept)
+    }
+
+    fn bundle() -> Vec<(Record, Vec<u8>)> {
+        let mut connecting = record(&Session::relay(), true);
+        connecting.0.stage =
+            Stage::Connecting { until: 77, tried: vec!["a".into()], failure: CloseReason::ConnectFailed };
+        vec![record(&Session::relay(), true), record(&Session::echo(b"kept bytes"), false), connecting]
+    }
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let sessions = bundle();
+        let arrivals = decode(&encode(&sessions), 5).expect("a sane bundle");
+        for ((record, kept), arrival) in sessions.iter().zip(&arrivals) {
+            assert_eq!(*record, arrival.record);
+            assert_eq!(arrival.session.snapshot().unwrap(), (record.relay.clone(), kept.clone()));
+        }
+        assert_eq!(arrivals.len(), 3);
+    }
+
+    #[test]
+    fn another_version_and_missing_sockets_are_named() {
+        let bytes = encode(&bundle());
+        assert_eq!(decode(&bytes, 4).unwrap_err(), BundleError::Sockets(4, 5));
+        let text = br#"{"version":9,"sessions":[{"new":"shape"}]}"#;
+        let mut newer = (text.len() as u32).to_le_bytes().to_vec();
+        newer.extend(text);
+        assert_eq!(decode(&newer, 0).unwrap_err(), BundleError::Version(9));
+    }
+
+    #[test]
+    fn a_bundle_that_is_cut_anywhere_is_an_error() {
+        let bytes = encode(&bundle());
+        for end in 0..bytes.len() {
+            assert!(decode(&bytes[..end], 5).is_err(), "cut at {end}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..500), count in 0usize..10) {
+            let _ = decode(&bytes, count);
+        }
+
+        #[test]
+        fn no_changed_byte_makes_it_panic(at in any::<prop::sample::Index>(), value in any::<u8>()) {
+            let mut bytes = encode(&bundle());
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+            let _ = decode(&bytes, 5);
+        }
+    }
+}

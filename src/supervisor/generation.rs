@@ -1,0 +1,71 @@
+//! One configuration in force: what every process of it is started with.
+//!
+//! Shared by the slots and processes that belong to it, and gone with the last
+//! of them. A reload makes the next one.
+
+use std::os::fd::OwnedFd;
+
+use super::Refusal;
+use crate::config::{Config, Mode};
+use crate::control::{Place, SocketId};
+use crate::counters::{Counters, Layout};
+use crate::sys::shared::{self, Region};
+
+/// A configuration with its number and its counters.
+#[derive(Debug)]
+pub struct Generation {
+    /// Counted from 1.
+    pub number: u64,
+    pub config: Config,
+    pub layout: Layout,
+    /// The configuration as sealed JSON.
+    pub sealed: OwnedFd,
+    /// Each slot's counters.
+    pub regions: Vec<Region>,
+    /// The same, to be read alone.
+    pub readable: Vec<OwnedFd>,
+}
+
+impl Generation {
+    /// A generation of so many slots, all counters zero.
+    pub fn new(number: u64, config: Config, slot_count: usize) -> Result<Generation, Refusal> {
+        let layout = Layout::of(&config);
+        let regions = (0..slot_count)
+            .map(|_| Region::create("evenkeel-counters", layout.word_count()))
+            .collect::<std::io::Result<Vec<Region>>>()
+            .map_err(Refusal::of_system)?;
+        let readable = regions.iter().map(Region::read_only_fd).collect::<std::io::Result<Vec<OwnedFd>>>();
+        let json = serde_json::to_vec(&config).expect("a configuration is plain data");
+        Ok(Generation {
+            number,
+            layout,
+            sealed: shared::sealed("evenkeel-config", &json).map_err(Refusal::of_system)?,
+            readable: readable.map_err(Refusal::of_system)?,
+            regions,
+            config,
+        })
+    }
+
+    /// How many slots it has.
+    pub fn slot_count(&self) -> usize {
+        self.regions.len()
+    }
+
+    /// A slot's counters.
+    pub fn counters(&self, slot: usize) -> Counters<'_> {
+        Counters::over(self.regions[slot].words(), &self.layout).expect("made for this layout")
+    }
+
+    /// Every socket that a slot has, in the order in which they are opened.
+    pub fn places(&self) -> Vec<(Place, SocketId)> {
+        let listeners = self.config.listeners.iter().enumerate();
+        let places = listeners.flat_map(|(listener, config)| {
+            config.bind.iter().enumerate().map(move |(address, &bound)| {
+                let udp = config.mode == Mode::Udp;
+                let id = SocketId { address: bound, udp, interface: config.interface.clone() };
+                (Place { listener, address }, id)
+            })
+        });
+        places.collect()
+    }
+}

@@ -1,0 +1,473 @@
+//! Bringing another configuration, or another number of workers, into force.
+//!
+//! ```text
+//!   Proving: a worker of the new generation is started for each slot and opens
+//!      |     what is new; the old ones serve on. Any failure: all new ones end.
+//!      v
+//!   Swapping: slot by slot the new worker serves and the old one hands over
+//!      |
+//!      v
+//!   Retiring: slots that are too many hand over to those that stay --> done
+//! ```
+//!
+//! Until the first swap nothing that serves is touched. Afterwards nothing can
+//! refuse: a worker that dies is replaced as always, by one of the new
+//! generation, and an old one that cannot hand over drains.
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::rc::Rc;
+
+use mio::Token;
+use tracing::{info, warn};
+
+use super::generation::Generation;
+use super::slot::Slot;
+use super::{Refusal, Supervisor, plan, prepare};
+use crate::config::{Config, Workers};
+use crate::control::{Place, ToWorker};
+use crate::counters::OfListener;
+use crate::sys::channel::Channel;
+use crate::sys::clock::{self, Millis};
+
+/// How long a new worker may take to open its sockets, in milliseconds.
+const PROVING_LIMIT: Millis = 30_000;
+/// How long an old worker may take until the next slot's turn comes anyway, in
+/// milliseconds: the grace for removed listeners and the sessions' move.
+const SWAP_LIMIT: Millis = 20_000;
+
+/// A reload under way.
+#[derive(Debug)]
+pub struct Reload {
+    /// Who is to be told the end.
+    requester: Option<u64>,
+    generation: Rc<Generation>,
+    old_slot_count: usize,
+    stage: Stage,
+    deadline: Millis,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// This slot's new worker is starting.
+    Proving(usize),
+    /// This slot's old worker hands over.
+    Swapping(usize),
+    Retiring,
+}
+
+/// Sessions to be moved from slot to slot.
+#[derive(Debug, Default)]
+pub struct Transfers {
+    waiting: VecDeque<(usize, usize, usize)>,
+    under_way: Option<usize>,
+    requester: Option<u64>,
+    planned: usize,
+}
+
+impl Reload {
+    /// When it moves on by itself.
+    pub fn deadline(&self) -> Millis {
+        self.deadline
+    }
+}
+
+impl Supervisor {
+    /// Reads the file again; an error leaves everything as it is.
+    pub(super) fn reload_file(
+        &mut self,
+        requester: Option<u64>,
+        dry_run: bool,
+    ) -> Result<Option<String>, Refusal> {
+        let mut config = (self.start.read_again)().map_err(|text| Refusal::new(78, text, ""))?;
+        plan::check(&self.generation.config, &config)?;
+        // `scale` stands until the file's own number changes.
+        match self.scaled {
+            Some((count, from_file)) if from_file == config.daemon.workers => {
+                config.daemon.workers = Workers::Count(count);
+            }
+            _ => self.scaled = None,
+        }
+        let slot_count = prepare::slot_count(config.daemon.workers);
+        if dry_run {
+            let mut lines = plan::changes(&self.generation.config, &config);
+            if lines.is_empty() {
+                lines.push("nothing changes".into());
+            }
+            lines.push(format!(
+                "cost: {slot_count} workers are replaced one by one; every session is handed over"
+            ));
+            return Ok(Some(lines.join("\n")));
+        }
+        self.begin_reload(config, slot_count, requester).map(|()| None)
+    }
+
+    /// Changes the number of workers.
+    pub(super) fn scale(&mut self, count: usize, requester: u64) -> Result<(), Refusal> {
+        let mut config = self.generation.config.clone();
+        let from_file = self.scaled.map_or(config.daemon.workers, |(_, from_file)| from_file);
+        config.daemon.workers = Workers::Count(count);
+        self.begin_reload(config, count, Some(requester))?;
+        self.scaled = Some((count, from_file));
+        Ok(())
+    }
+
+    fn begin_reload(
+        &mut self,
+        mut config: Config,
+        slot_count: usize,
+        requester: Option<u64>,
+    ) -> Result<(), Refusal> {
+        if self.leave.is_some() {
+            return Err(Refusal::new(1, "the daemon is leaving", ""));
+        }
+        if self.reload.is_some() || !self.retiring.is_empty() || !self.announced {
+            return Err(Refusal::new(1, "another change is under way", "try again in a moment"));
+        }
+        if let Some(slot) = self.slots.iter().skip(slot_count).find(|slot| slot.current.is_none()) {
+            let text = format!("slot {} is to go, and its worker is just being replaced", slot.number);
+            return Err(Refusal::new(1, text, "try again in a moment"));
+        }
+        prepare::check_descriptors(&config, slot_count)?;
+        let held = |address| self.generation.places().iter().any(|(_, id)| id.address == address);
+        for listener in &config.listeners {
+            prepare::probe(listener, |address| !held(address))?;
+        }
+        plan::carry_over(&self.generation.config, &mut config, |name| self.has_sessions(name));
+        let generation = Rc::new(Generation::new(self.generation.number + 1, config, slot_count)?);
+        let old_slot_count = self.slots.len();
+        for number in old_slot_count..slot_count {
+            self.slots.push(Slot::new(number));
+        }
+        self.supervision.resize(self.slots.len());
+        info!("generation {} is being proved", generation.number);
+        let deadline = clock::coarse() + PROVING_LIMIT;
+        self.reload =
+            Some(Reload { requester, generation, old_slot_count, stage: Stage::Proving(0), deadline });
+        self.prove(0);
+        Ok(())
+    }
+
+    fn has_sessions(&self, listener: &str) -> bool {
+        let generations = self
+            .slots
+            .iter()
+            .chain(&self.retiring)
+            .flat_map(|slot| slot.ledgers.iter().map(move |generation| (slot.number, generation)));
+        generations.into_iter().any(|(slot, generation)| {
+            let index = generation.config.listeners.iter().position(|l| l.name == listener);
+            index.is_some_and(|index| generation.counters(slot).listener(index, OfListener::Active).get() > 0)
+        })
+    }
+
+    /// Starts the new worker of a slot, or begins to swap after the last.
+    fn prove(&mut self, slot: usize) {
+        let Some(reload) = &mut self.reload else { return };
+        if slot == reload.generation.slot_count() {
+            return self.commit();
+        }
+        reload.stage = Stage::Proving(slot);
+        let generation = Rc::clone(&reload.generation);
+        let token = self.new_token();
+        match self.slots[slot].spawn(&self.prepared, &generation, self.poll.registry(), token) {
+            Ok(process) => self.slots[slot].next = Some(process),
+            Err(error) => self.abort_reload(&format!("worker {slot} could not be started: {error}")),
+        }
+    }
+
+    /// The new worker of a slot has its sockets.
+    pub(super) fn handle_proved(&mut self, slot: usize) {
+        if self.reload.as_ref().is_some_and(|reload| reload.stage == Stage::Proving(slot)) {
+            self.prove(slot + 1);
+        }
+    }
+
+    /// Nothing was touched: the new workers end, the old ones never knew.
+    pub(super) fn abort_reload(&mut self, why: &str) {
+        let Some(reload) = self.reload.take_if(|reload| matches!(reload.stage, Stage::Proving(_))) else {
+            return;
+        };
+        warn!("generation {} was refused: {why}", reload.generation.number);
+        for slot in &mut self.slots {
+            if let Some(mut process) = slot.next.take() {
+                process.kill();
+                // Reaped as an old one that has nothing to hand over.
+                slot.old.push(process);
+            }
+            // Sockets that only the new generation knew.
+            slot.release_all_but(&self.generation);
+        }
+        let added = self.slots.split_off(reload.old_slot_count);
+        self.retiring.extend(added.into_iter().filter(|slot| !slot.old.is_empty()));
+        self.supervision.resize(reload.old_slot_count);
+        self.answer(reload.requester, Err(why.to_string()));
+        self.finish_reload_notice();
+    }
+
+    fn commit(&mut self) {
+        let Some(reload) = &self.reload else { return };
+        self.generation = Rc::clone(&reload.generation);
+        self.swap(0);
+    }
+
+    /// The new worker of a slot serves; the old one hands over to it.
+    fn swap(&mut self, slot: usize) {
+        let Some(reload) = &mut self.reload else { return };
+        if slot == reload.generation.slot_count() {
+            return self.retire();
+        }
+        reload.stage = Stage::Swapping(slot);
+        reload.deadline = clock::coarse() + SWAP_LIMIT;
+        let generation = Rc::clone(&reload.generation);
+        let place = &mut self.slots[slot];
+        if place.next.is_none() && place.ledgers.iter().any(|ledger| ledger.number == generation.number) {
+            // Its old worker died meanwhile, and the new one took its place.
+            return self.swap(slot + 1);
+        }
+        place.handed_over = false;
+        place.ledgers.push(Rc::clone(&generation));
+        let new = place.next.take();
+        let old = std::mem::replace(&mut place.current, new);
+        self.supervision.handle_replaced(slot, clock::coarse());
+        self.watch.begin(slot, clock::coarse());
+        self.tables_changed = true;
+        if self.slots[slot].current.is_none() {
+            // It died after it was proved: replaced as any worker.
+            let _ = self.step(crate::supervision::Event::Exited { slot, clean: false });
+        }
+        self.slots[slot].tell(&ToWorker::Serve);
+        self.lend_again(slot);
+        match old {
+            None => {
+                self.slots[slot].release_all_but(&generation);
+                self.swap(slot + 1);
+            }
+            Some(old) => {
+                let removed = self.slots[slot].removed_places(&old.generation, &generation);
+                self.slots[slot].old.push(old);
+                if !self.hand_over(slot, false, slot, removed) {
+                    self.swap(slot + 1);
+                }
+            }
+        }
+    }
+
+    /// Where a slot loses its worker while others are being swapped, the new one
+    /// that was proved for it takes its place at once.
+    pub(super) fn take_proved(&mut self, slot: usize) -> bool {
+        let swaps = self.reload.as_ref().is_some_and(|reload| matches!(reload.stage, Stage::Swapping(_)));
+        let Some(mut new) = self.slots[slot].next.take_if(|_| swaps) else { return false };
+        new.tell(&ToWorker::Serve, &[]);
+        let place = &mut self.slots[slot];
+        place.ledgers.push(Rc::clone(&new.generation));
+        place.current = Some(new);
+        self.tables_changed = true;
+        let generation = Rc::clone(&self.generation);
+        self.slots[slot].release_all_but(&generation);
+        true
+    }
+
+    /// What an empty neighbour lent to the old worker goes to the new one.
+    fn lend_again(&mut self, to: usize) {
+        for slot in 0..self.slots.len() {
+            if slot != to
+                && slot < self.supervision.slot_count()
+                && self.supervision.lent_to(slot) == Some(to)
+            {
+                self.lend(slot, to);
+            }
+        }
+    }
+
+    /// Joins the last old process of a slot with the current one of another;
+    /// false where nobody will tell the end.
+    fn hand_over(&mut self, from: usize, retiring: bool, to: usize, removed: Vec<Place>) -> bool {
+        let limit = Some(self.generation.config.daemon.drain_timeout.as_millis() as u64);
+        let pair = Channel::pair();
+        let source = if retiring { &mut self.retiring[from] } else { &mut self.slots[from] };
+        let Some(old) = source.old.last_mut() else { return false };
+        match pair {
+            Ok((ours, theirs)) => {
+                old.tell(&ToWorker::HandOver { removed, limit }, &[ours.as_fd()]);
+                if let Some(new) = &mut self.slots[to].current {
+                    new.tell(&ToWorker::TakeOver, &[theirs.as_fd()]);
+                }
+                true
+            }
+            Err(error) => {
+                warn!(%error, "no channel for a hand-over: the old worker drains");
+                old.tell(&ToWorker::Drain { limit }, &[]);
+                false
+            }
+        }
+    }
+
+    /// Slots that are too many close their queues and hand over.
+    fn retire(&mut self) {
+        let Some(reload) = &mut self.reload else { return };
+        reload.stage = Stage::Retiring;
+        reload.deadline = clock::coarse() + SWAP_LIMIT;
+        let slot_count = reload.generation.slot_count();
+        let leaving = self.slots.split_off(slot_count);
+        self.supervision.resize(slot_count);
+        for mut slot in leaving {
+            let Some(old) = slot.current.take() else { continue };
+            let removed = old.generation.places().into_iter().map(|(place, _)| place).collect();
+            let number = slot.number;
+            slot.old.push(old);
+            slot.handed_over = false;
+            self.retiring.push(slot);
+            self.hand_over(self.retiring.len() - 1, true, number % slot_count, removed);
+        }
+        self.check_reload_done();
+    }
+
+    /// An old worker has handed over, or is gone.
+    pub(super) fn handle_handed_over(&mut self, slot: usize, retiring: bool) {
+        let Some(reload) = &self.reload else { return };
+        match reload.stage {
+            Stage::Swapping(swapping) if swapping == slot && !retiring => self.swap(slot + 1),
+            Stage::Retiring => self.check_reload_done(),
+            Stage::Proving(_) | Stage::Swapping(_) => {}
+        }
+    }
+
+    fn check_reload_done(&mut self) {
+        let retired = self.retiring.iter().all(|slot| slot.handed_over || slot.old.is_empty());
+        let done = |reload: &mut Reload| reload.stage == Stage::Retiring && retired;
+        let Some(reload) = self.reload.take_if(done) else { return };
+        info!("generation {} serves with {} workers", reload.generation.number, self.slots.len());
+        let text = format!("generation {} serves", reload.generation.number);
+        self.answer(reload.requester, Ok(text));
+        self.finish_reload_notice();
+    }
+
+    /// Moves a reload on that waits for somebody too long.
+    pub(super) fn handle_reload_deadline(&mut self) {
+        let Some(reload) = self.reload.as_ref().filter(|reload| reload.deadline <= clock::coarse()) else {
+            return;
+        };
+        match reload.stage {
+            Stage::Proving(slot) => self.abort_reload(&format!("worker {slot} did not open its sockets")),
+            Stage::Swapping(slot) => {
+                warn!(slot, "the old worker takes long to hand over: it is left to drain");
+                self.swap(slot + 1);
+            }
+            Stage::Retiring => {
+                warn!("retired workers take long to hand over: they are left to drain");
+                for slot in &mut self.retiring {
+                    slot.handed_over = true;
+                }
+                self.check_reload_done();
+            }
+        }
+    }
+
+    /// Moves sessions until every slot has as many, to within one.
+    pub(super) fn rebalance(&mut self, requester: u64) -> Result<(), Refusal> {
+        if self.reload.is_some() || self.transfers.under_way.is_some() || self.leave.is_some() {
+            return Err(Refusal::new(1, "another change is under way", "try again in a moment"));
+        }
+        let active = |slot: &Slot| -> u64 {
+            let counters = self.generation.counters(slot.number);
+            counters.process(crate::counters::Process::Active).get()
+        };
+        let counts: Vec<usize> = self.slots.iter().map(|slot| active(slot) as usize).collect();
+        let waiting = even_out(&counts);
+        let planned = waiting.iter().map(|(_, _, count)| count).sum();
+        let waiting = waiting.into();
+        self.transfers = Transfers { waiting, under_way: None, requester: Some(requester), planned };
+        self.next_transfer();
+        Ok(())
+    }
+
+    /// Begins the next transfer, or tells that all are done.
+    pub(super) fn next_transfer(&mut self) {
+        while let Some((from, to, count)) = self.transfers.waiting.pop_front() {
+            let Ok((ours, theirs)) = Channel::pair() else { continue };
+            if from >= self.slots.len() || to >= self.slots.len() {
+                continue;
+            }
+            if let Some(process) = &mut self.slots[to].current {
+                process.tell(&ToWorker::TakeOver, &[theirs.as_fd()]);
+            }
+            if let Some(process) = &mut self.slots[from].current {
+                process.tell(&ToWorker::Share { count }, &[ours.as_fd()]);
+                self.transfers.under_way = Some(from);
+                return;
+            }
+        }
+        self.transfers.under_way = None;
+        if let Some(requester) = self.transfers.requester.take() {
+            let text = format!("{} sessions moved", self.transfers.planned);
+            self.answer(Some(requester), Ok(text));
+        }
+    }
+
+    /// A worker that serves has shared, or is gone.
+    pub(super) fn handle_shared(&mut self, slot: usize) {
+        if self.transfers.under_way == Some(slot) {
+            self.next_transfer();
+        }
+    }
+
+    /// A token that no process has.
+    pub(super) fn new_token(&mut self) -> Token {
+        self.last_token += 1;
+        Token(self.last_token)
+    }
+}
+
+/// Which slot gives how many to which, so that all have as many to within one.
+fn even_out(counts: &[usize]) -> Vec<(usize, usize, usize)> {
+    let (sum, slots) = (counts.iter().sum::<usize>(), counts.len());
+    // The fullest keep the odd ones: that moves the fewest.
+    let mut order: Vec<usize> = (0..slots).collect();
+    order.sort_by_key(|&slot| std::cmp::Reverse(counts[slot]));
+    let mut target = vec![sum / slots; slots];
+    for &slot in order.iter().take(sum % slots) {
+        target[slot] += 1;
+    }
+    let mut need: VecDeque<(usize, usize)> =
+        (0..slots).filter(|&s| counts[s] < target[s]).map(|s| (s, target[s] - counts[s])).collect();
+    let mut transfers = Vec::new();
+    for from in 0..slots {
+        let mut left = counts[from].saturating_sub(target[from]);
+        while left > 0 {
+            let Some((to, wanted)) = need.front_mut() else { break };
+            let count = left.min(*wanted);
+            transfers.push((from, *to, count));
+            left -= count;
+            *wanted -= count;
+            if *wanted == 0 {
+                need.pop_front();
+            }
+        }
+    }
+    transfers
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn everybody_ends_with_as_many_and_the_fewest_move(counts in prop::collection::vec(0usize..1000, 1..65)) {
+            let transfers = even_out(&counts);
+            let mut after = counts.clone();
+            for (from, to, count) in &transfers {
+                after[*from] -= count;
+                after[*to] += count;
+            }
+            let (least, most) = (after.iter().min().unwrap(), after.iter().max().unwrap());
+            prop_assert!(most - least <= 1);
+            let moved: usize = transfers.iter().map(|(_, _, count)| count).sum();
+            let floor = counts.iter().sum::<usize>() / counts.len();
+            let needed: usize = counts.iter().map(|&count| floor.saturating_sub(count)).sum();
+            let over: usize = counts.iter().map(|&count| count.saturating_sub(floor + 1)).sum();
+            prop_assert!(moved <= needed.max(over) + counts.len());
+        }
+    }
+}

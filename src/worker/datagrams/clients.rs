@@ -1,0 +1,289 @@
+//! From clients: which flow each datagram belongs to, and on to its server.
+
+use std::io;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use mio::Registry;
+
+use super::outlet::Sent;
+use super::{Datagrams, FRONT_BUDGET, PLACES, has_own_address, unspecified};
+use crate::config::{SendProxy, Service, Target as Goes};
+use crate::counters::{Counters, OfFlows, OfListener, Process};
+use crate::flow::{Arrival, DropReason, FlowKey, NO_SERVER, ProxyHeader, Reply};
+use crate::relay::CloseReason;
+use crate::slab::Key;
+use crate::sys::clock::Millis;
+use crate::sys::datagram::{self, Outgoing};
+
+/// Where a datagram of a batch goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Target {
+    Nowhere,
+    /// The worker answers it.
+    Service,
+    Flow(Key),
+}
+
+/// How one datagram fared on the short way.
+enum Single {
+    Done,
+    ServerFailed,
+    NeedsMore,
+}
+
+impl Datagrams<'_> {
+    /// Reads one front up to its budget.
+    pub(super) fn receive_from_clients(&mut self, registry: &Registry, index: usize, now: Millis) {
+        for _ in 0..FRONT_BUDGET {
+            let Some(front) = self.fronts.get(index).filter(|front| front.ready) else { return };
+            let received = self.arena.receive(&front.socket, 0, PLACES);
+            let count = match received {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+                // Out of memory, perhaps: the next datagram brings an edge.
+                Err(_) => 0,
+            };
+            if count > 0 {
+                self.handle_batch(registry, index, count, now);
+            }
+            if count < PLACES
+                && let Some(front) = self.fronts.get_mut(index)
+            {
+                front.ready = false;
+                front.take_up = false;
+            }
+        }
+    }
+
+    fn handle_batch(&mut self, registry: &Registry, index: usize, count: usize, now: Millis) {
+        let front = self.fronts.get(index).expect("the caller read it");
+        let (place, take_up) = (front.place, front.take_up);
+        // Wall time, for that is what the kernel has stamped them with; and
+        // only now, so that a step of the clock cannot cost live traffic.
+        let arrived_after = take_up.then(|| {
+            let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+            wall.saturating_sub(self.context.config.listeners[place.listener].udp.stale_after)
+        });
+        let mut targets = std::mem::take(&mut self.targets);
+        targets.clear();
+        for at in 0..count {
+            let target = self.target_of(registry, place.listener, place.address, at, arrived_after, now);
+            targets.push(target.unwrap_or_else(|reason| {
+                self.drop_datagrams(place.listener, reason, self.arena.get(at).count());
+                Target::Nowhere
+            }));
+        }
+        let mut first = 0;
+        while first < count {
+            let target = targets[first];
+            let run = targets[first..].iter().take_while(|other| **other == target).count();
+            match target {
+                Target::Nowhere => {}
+                Target::Service => self.answer(index, first, first + run),
+                Target::Flow(key) => self.forward(registry, place.listener, key, first, first + run, now),
+            }
+            first += run;
+        }
+        self.targets = targets;
+    }
+
+    fn target_of(
+        &mut self,
+        registry: &Registry,
+        listener: usize,
+        address: usize,
+        at: usize,
+        arrived_after: Option<Duration>,
+        now: Millis,
+    ) -> Result<Target, DropReason> {
+        let received = self.arena.get(at);
+        let counters = &self.context.counters;
+        counters.flows(listener, OfFlows::DatagramsIn).add(received.count());
+        counters.listener(listener, OfListener::BytesIn).add(received.bytes.len() as u64);
+        if arrived_after.zip(received.stamp).is_some_and(|(after, stamp)| stamp < after) {
+            return Err(DropReason::Stale);
+        }
+        if received.truncated {
+            return Err(DropReason::Truncated);
+        }
+        let config = &self.context.config.listeners[listener];
+        let bind = config.bind[address];
+        // Port 0 cannot be answered, and no honest client has it.
+        let client = received.from.filter(|from| from.port() != 0).ok_or(DropReason::ToClient)?;
+        let local = match received.local {
+            _ if has_own_address(bind) => bind.ip(),
+            Some(local) if !local.is_multicast() => local,
+            _ => unspecified(bind),
+        };
+        let name = FlowKey { client, local, listener: listener as u16, address: address as u16 };
+        match config.target {
+            Goes::Upstream(_) => self.flow_of(registry, name, now).map(Target::Flow),
+            Goes::Service(_) => self.note_service(name, now).map(|()| Target::Service),
+        }
+    }
+
+    fn flow_of(&mut self, registry: &Registry, name: FlowKey, now: Millis) -> Result<Key, DropReason> {
+        match self.flows.handle_client(&name, now) {
+            Arrival::Known(key) => Ok(key),
+            Arrival::Move(key) => self.move_flow(registry, key, now).map(|()| key),
+            Arrival::Open { evict } => {
+                if self.is_daemon_full() {
+                    return Err(DropReason::Shed);
+                }
+                if let Some(key) = evict {
+                    self.end_flow(key, CloseReason::Evicted, now);
+                }
+                self.open_flow(registry, name, now)
+            }
+            Arrival::Drop(reason) => Err(reason),
+        }
+    }
+
+    /// Flows of a service are only counted: what finds no room is answered
+    /// all the same.
+    fn note_service(&mut self, name: FlowKey, now: Millis) -> Result<(), DropReason> {
+        let key = match self.flows.handle_client(&name, now) {
+            Arrival::Known(key) | Arrival::Move(key) => key,
+            Arrival::Open { evict } => {
+                if let Some(key) = evict {
+                    self.end_flow(key, CloseReason::Evicted, now);
+                }
+                self.count_opened(usize::from(name.listener));
+                self.flows.open(name, NO_SERVER, now)
+            }
+            Arrival::Drop(DropReason::Leaving) => return Err(DropReason::Leaving),
+            Arrival::Drop(_) => return Ok(()),
+        };
+        let answers = self.context.config.listeners[usize::from(name.listener)].target;
+        if answers != Goes::Service(Service::Discard) && self.flows.handle_reply(key, now) == Reply::Last {
+            self.end_flow(key, CloseReason::Finished, now);
+        }
+        Ok(())
+    }
+
+    /// Answers a run of datagrams itself.
+    fn answer(&mut self, index: usize, first: usize, end: usize) {
+        let Self { arena, fronts, outlet, identities, context, .. } = self;
+        let Some(front) = fronts.get_mut(index) else { return };
+        let listener = front.place.listener;
+        let config = &context.config.listeners[listener];
+        if config.target == Goes::Service(Service::Discard) {
+            return;
+        }
+        let (head, own) =
+            (identities[listener].as_bytes(), has_own_address(config.bind[front.place.address]));
+        let items = (first..end).map(|at| {
+            let received = arena.get(at);
+            let from = received.local.filter(|local| !own && !local.is_multicast());
+            Outgoing { head, bytes: received.bytes, to: received.from, from, segment: received.segment }
+        });
+        let sent = outlet.send(&front.socket, &mut front.can_cut, items);
+        self.count_sent_to_client(listener, &sent);
+    }
+
+    /// Sends a run of datagrams of one flow to its server.
+    fn forward(
+        &mut self,
+        registry: &Registry,
+        listener: usize,
+        key: Key,
+        first: usize,
+        end: usize,
+        now: Millis,
+    ) {
+        if self.flows.get(key).is_none() {
+            // It had to make room for another of the same batch.
+            return self.drop_datagrams(listener, DropReason::Shed, self.count_of(first, end));
+        }
+        if end == first + 1 {
+            match self.send_single(key, listener, first) {
+                Single::Done => return,
+                Single::NeedsMore => {}
+                // What was refused is an earlier one; this one was not sent,
+                // and goes to the next server.
+                Single::ServerFailed => {
+                    if self.move_flow(registry, key, now).is_err() {
+                        return self.drop_datagrams(listener, DropReason::NoServer, 1);
+                    }
+                }
+            }
+        }
+        let mut sent = self.send_run(key, listener, first, end);
+        let failed = sent.error.as_ref().is_some_and(|error| self.note_server_error(key, error));
+        if failed && sent.refused > 0 && self.move_flow(registry, key, now).is_ok() {
+            // Likewise: told at the first datagram of the run.
+            sent.refused -= 1;
+            let again = self.send_run(key, listener, first, first + 1);
+            sent.refused += again.refused;
+            sent.too_long += again.too_long;
+        }
+        self.drop_datagrams(listener, DropReason::TooLong, sent.too_long);
+        self.drop_datagrams(listener, DropReason::ToServer, sent.refused);
+        if sent.offload_failed {
+            self.note_offload_failure(listener);
+        }
+    }
+
+    /// The common case, one datagram and nothing in front of it, by the
+    /// cheapest call.
+    fn send_single(&mut self, key: Key, listener: usize, at: usize) -> Single {
+        let received = self.arena.get(at);
+        if received.segment.is_some() || self.sends_proxy_header(listener) {
+            return Single::NeedsMore;
+        }
+        let Some(Some(uplink)) = self.uplinks.get(key.index as usize) else { return Single::Done };
+        match datagram::send(&uplink.socket, received.bytes) {
+            Ok(()) => Single::Done,
+            Err(error) if self.note_server_error(key, &error) => Single::ServerFailed,
+            Err(error) => {
+                let too_long = error.raw_os_error() == Some(libc::EMSGSIZE);
+                let reason = if too_long { DropReason::TooLong } else { DropReason::ToServer };
+                self.drop_datagrams(listener, reason, 1);
+                Single::Done
+            }
+        }
+    }
+
+    /// Any number of datagrams, whatever they are.
+    fn send_run(&mut self, key: Key, listener: usize, first: usize, end: usize) -> Sent {
+        let Some(name) = self.flows.get(key).map(|flow| flow.key) else { return Sent::default() };
+        let port = self.context.config.listeners[listener].bind[usize::from(name.address)].port();
+        let header = self
+            .sends_proxy_header(listener)
+            .then(|| ProxyHeader::new(name.client, (name.local, port).into()));
+        let head = header.as_ref().map_or(&[][..], ProxyHeader::as_bytes);
+        let Self { arena, uplinks, outlet, .. } = self;
+        let Some(Some(uplink)) = uplinks.get_mut(key.index as usize) else { return Sent::default() };
+        let items = (first..end).map(|at| {
+            let received = arena.get(at);
+            Outgoing { head, bytes: received.bytes, to: None, from: None, segment: received.segment }
+        });
+        outlet.send(&uplink.socket, &mut uplink.can_cut, items)
+    }
+
+    fn sends_proxy_header(&self, listener: usize) -> bool {
+        match self.context.config.listeners[listener].target {
+            Goes::Upstream(upstream) => self.context.config.upstreams[upstream].send_proxy == SendProxy::V2,
+            Goes::Service(_) => false,
+        }
+    }
+
+    /// Whether the daemon has all the connections that it may.
+    fn is_daemon_full(&self) -> bool {
+        let limit = self.context.config.daemon.max_connections;
+        let active = |counters: &Counters| counters.process(Process::Active).get();
+        limit > 0 && self.context.all.iter().map(active).sum::<u64>() >= limit
+    }
+
+    fn count_of(&self, first: usize, end: usize) -> u64 {
+        (first..end).map(|at| self.arena.get(at).count()).sum()
+    }
+
+    pub(super) fn count_opened(&self, listener: usize) {
+        let counters = &self.context.counters;
+        counters.process(Process::Accepted).add(1);
+        counters.process(Process::Active).add(1);
+        counters.listener(listener, OfListener::Connections).add(1);
+        counters.listener(listener, OfListener::Active).add(1);
+    }
+}

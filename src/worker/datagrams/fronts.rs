@@ -1,0 +1,112 @@
+//! The UDP sockets that clients send to: the own slot's, and those of empty
+//! neighbours.
+//!
+//! Edge-triggered: readiness is remembered until a receive comes back short.
+//! A kept socket is taken up by reading it to its end once; until then what
+//! waited in it too long is stale. Replies always leave by the own slot's
+//! socket of the same address, so a flow does not end with a loan.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use mio::unix::SourceFd;
+use mio::{Interest, Registry, Token};
+
+use crate::control::Place;
+use crate::sys::datagram;
+
+/// One of them.
+#[derive(Debug)]
+pub struct Front {
+    pub place: Place,
+    pub socket: OwnedFd,
+    /// The slot that it belongs to, where that is not the worker's own.
+    pub lent_by: Option<usize>,
+    pub ready: bool,
+    /// Another process had it, and it was not read to its end since.
+    pub take_up: bool,
+    /// UDP_SEGMENT has not failed here.
+    pub can_cut: bool,
+    /// A filter gives it a share of a group: the kernel counts as dropped
+    /// what others take.
+    pub is_divided: bool,
+}
+
+/// All of them.
+#[derive(Debug, Default)]
+pub struct Fronts {
+    entries: Vec<Option<Front>>,
+    joins: bool,
+}
+
+impl Fronts {
+    /// Polls one more socket.
+    pub fn add(&mut self, registry: &Registry, front: Front, token: fn(usize) -> Token) -> io::Result<()> {
+        self.joins = datagram::prepare_listener(&front.socket)?;
+        let index = self.entries.iter().position(Option::is_none).unwrap_or(self.entries.len());
+        registry.register(&mut SourceFd(&front.socket.as_raw_fd()), token(index), Interest::READABLE)?;
+        if index == self.entries.len() {
+            self.entries.push(Some(front));
+        } else {
+            self.entries[index] = Some(front);
+        }
+        Ok(())
+    }
+
+    /// Polls a neighbour's sockets no more.
+    pub fn give_back(&mut self, registry: &Registry, slot: usize) {
+        for entry in &mut self.entries {
+            if let Some(lent) = entry.take_if(|front| front.lent_by == Some(slot)) {
+                // The supervisor's duplicate keeps a registration alive.
+                let _ = registry.deregister(&mut SourceFd(&lent.socket.as_raw_fd()));
+            }
+        }
+    }
+
+    /// Reads none of them any more; they are still there to send by.
+    pub fn stop(&mut self, registry: &Registry) {
+        for front in self.entries.iter_mut().flatten() {
+            let _ = registry.deregister(&mut SourceFd(&front.socket.as_raw_fd()));
+            front.ready = false;
+        }
+    }
+
+    /// Whether the kernel joins datagrams here, and so on flows' sockets.
+    pub fn joins(&self) -> bool {
+        self.joins
+    }
+
+    /// Remembers an event.
+    pub fn handle_ready(&mut self, index: usize) {
+        if let Some(Some(front)) = self.entries.get_mut(index) {
+            front.ready = true;
+        }
+    }
+
+    pub fn has_ready(&self) -> bool {
+        self.entries.iter().flatten().any(|front| front.ready)
+    }
+
+    /// How many numbers there are; some may name nothing.
+    pub fn end(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub fn get(&self, index: usize) -> Option<&Front> {
+        self.entries.get(index)?.as_ref()
+    }
+
+    pub fn get_mut(&mut self, index: usize) -> Option<&mut Front> {
+        self.entries.get_mut(index)?.as_mut()
+    }
+
+    /// The own slot's socket at a place.
+    pub fn own(&self, place: Place) -> Option<usize> {
+        let is_it = |front: &Front| front.place == place && front.lent_by.is_none();
+        self.entries.iter().position(|entry| entry.as_ref().is_some_and(is_it))
+    }
+
+    pub fn all(&self) -> impl Iterator<Item = &Front> {
+        self.entries.iter().flatten()
+    }
+}

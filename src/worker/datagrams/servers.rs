@@ -1,0 +1,352 @@
+//! Towards servers: a flow's own socket, from its opening to its rest, and
+//! the replies that come back on it.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use mio::unix::SourceFd;
+use mio::{Interest, Registry};
+
+use super::outlet::Sent;
+use super::{Datagrams, PLACES, flow_token, has_own_address};
+use crate::config::{ServerAddress, Target};
+use crate::control::Place;
+use crate::counters::{OfFlows, OfListener, OfServer};
+use crate::flow::{self, DropReason, FlowKey};
+use crate::relay::CloseReason;
+use crate::slab::Key;
+use crate::sys::clock::Millis;
+use crate::sys::datagram::{self, Outgoing};
+use crate::sys::filter;
+
+/// Replies that one flow may bring in one receive. Where the arena has fewer
+/// places left, what is in it goes out first.
+const FLOW_BATCH: usize = 16;
+
+/// A flow's own socket.
+#[derive(Debug)]
+pub(super) struct Uplink {
+    pub(super) socket: OwnedFd,
+    pub(super) can_cut: bool,
+    pub(super) queued: bool,
+}
+
+/// A reply that lies in the arena, and where it goes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Reply {
+    at: usize,
+    /// So much of it: a flow may end within a batch.
+    length: usize,
+    front: usize,
+    listener: usize,
+    client: SocketAddr,
+    from: Option<IpAddr>,
+}
+
+/// Whether an error of a flow's socket says that its server does not answer
+/// there; others are this host's own.
+pub(super) fn is_servers_fault(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::ECONNREFUSED | libc::EHOSTUNREACH | libc::ENETUNREACH | libc::EHOSTDOWN | libc::ENETDOWN)
+    )
+}
+
+/// Whether the host has no port, descriptor or memory for a socket.
+fn is_shortage(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        // Without a free port connect(2) says EAGAIN (net/ipv4/af_inet.c,
+        // inet_autobind).
+        Some(
+            libc::EMFILE
+                | libc::ENFILE
+                | libc::ENOBUFS
+                | libc::ENOMEM
+                | libc::EAGAIN
+                | libc::EADDRNOTAVAIL
+                | libc::EADDRINUSE
+        )
+    )
+}
+
+impl Datagrams<'_> {
+    /// Opens a flow to the next server that takes it.
+    pub(super) fn open_flow(
+        &mut self,
+        registry: &Registry,
+        name: FlowKey,
+        now: Millis,
+    ) -> Result<Key, DropReason> {
+        let listener = usize::from(name.listener);
+        let (server, socket) = self.connect_to_one(listener, name.client.ip(), None)?;
+        let key = self.flows.open(name, server as u32, now);
+        self.count_opened(listener);
+        self.count_server(listener, server, OfServer::Connections);
+        self.count_server(listener, server, OfServer::Active);
+        let fd = socket.as_raw_fd();
+        self.put_uplink(key, socket);
+        if registry.register(&mut SourceFd(&fd), flow_token(key), Interest::READABLE).is_err() {
+            self.end_flow(key, CloseReason::NoResources, now);
+            return Err(DropReason::Shed);
+        }
+        Ok(key)
+    }
+
+    /// Gives a flow whose server has failed to another, or, where there is no
+    /// other, to the same again.
+    pub(super) fn move_flow(&mut self, registry: &Registry, key: Key, now: Millis) -> Result<(), DropReason> {
+        let Some(flow) = self.flows.get(key) else { return Err(DropReason::Shed) };
+        let (name, old, outstanding) = (flow.key, flow.server, flow.has_replies_outstanding());
+        let listener = usize::from(name.listener);
+        let Ok((server, socket)) = self.connect_to_one(listener, name.client.ip(), Some(old)) else {
+            self.flows.handle_moved(key, old);
+            return Ok(());
+        };
+        // Ports may have run so short that this very flow had to go.
+        if self.flows.get(key).is_none() {
+            return Err(DropReason::Shed);
+        }
+        if let Target::Upstream(upstream) = self.context.config.listeners[listener].target {
+            let number = self.context.layout.server(upstream, old as usize);
+            self.context.counters.server(number, OfServer::Active).less_one();
+        }
+        self.count_server(listener, server, OfServer::Connections);
+        self.count_server(listener, server, OfServer::Active);
+        self.context.counters.flows(listener, OfFlows::Moved).add(1);
+        self.flows.handle_moved(key, server as u32);
+        let fd = socket.as_raw_fd();
+        if let Some(left) = self.put_uplink(key, socket)
+            && outstanding
+        {
+            self.rest(listener, left.socket, now);
+        }
+        if registry.register(&mut SourceFd(&fd), flow_token(key), Interest::READABLE).is_err() {
+            self.end_flow(key, CloseReason::NoResources, now);
+            return Err(DropReason::Shed);
+        }
+        Ok(())
+    }
+
+    fn put_uplink(&mut self, key: Key, socket: OwnedFd) -> Option<Uplink> {
+        let place = key.index as usize;
+        if place >= self.uplinks.len() {
+            self.uplinks.resize_with(place + 1, || None);
+        }
+        self.uplinks[place].replace(Uplink { socket, can_cut: true, queued: false })
+    }
+
+    fn count_server(&self, listener: usize, server: usize, which: OfServer) {
+        if let Target::Upstream(upstream) = self.context.config.listeners[listener].target {
+            let number = self.context.layout.server(upstream, server);
+            self.context.counters.server(number, which).add(1);
+        }
+    }
+
+    /// A socket to a server that is not the one that failed; others are tried
+    /// while the host finds no way to them.
+    fn connect_to_one(
+        &mut self,
+        listener: usize,
+        client: IpAddr,
+        failed: Option<u32>,
+    ) -> Result<(usize, OwnedFd), DropReason> {
+        let Target::Upstream(upstream) = self.context.config.listeners[listener].target else {
+            return Err(DropReason::NoServer);
+        };
+        // Allocates nothing while it is empty.
+        let mut tried: Vec<usize> = failed.into_iter().map(|server| server as usize).collect();
+        let most = tried.len() + self.context.config.upstreams[upstream].retries as usize;
+        while tried.len() <= most {
+            let context = &self.context;
+            let active = |server: usize| {
+                let number = context.layout.server(upstream, server);
+                context.all.iter().map(|slot| slot.server(number, OfServer::Active).get()).sum()
+            };
+            let picked = self.balancers[upstream].pick(client, active, |server| tried.contains(&server));
+            let Some(server) = picked else { break };
+            match self.connect_to(listener, upstream, server) {
+                Ok(socket) => return Ok((server, socket)),
+                Err(error) if is_shortage(&error) => return Err(DropReason::Shed),
+                Err(_) => {
+                    self.count_server(listener, server, OfServer::Failures);
+                    tried.push(server);
+                }
+            }
+        }
+        Err(DropReason::NoServer)
+    }
+
+    /// A socket to this server. Where the host has none left, one that rests
+    /// is given up early, and then a flow that was never answered.
+    fn connect_to(&mut self, listener: usize, upstream: usize, server: usize) -> io::Result<OwnedFd> {
+        let ServerAddress::Ip(address) = self.context.config.upstreams[upstream].servers[server].address
+        else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        while self.quarantine.len() + self.len() >= self.flows.socket_limit() as usize {
+            if !self.cut_quarantine(listener) {
+                break;
+            }
+        }
+        loop {
+            match datagram::connect(address, self.fronts.joins()) {
+                Err(error) if is_shortage(&error) => {
+                    if self.cut_quarantine(listener) {
+                        continue;
+                    }
+                    let Some(key) = self.flows.evictable() else { return Err(error) };
+                    // Its port is the one that is needed: it cannot rest.
+                    self.remove_flow(key, CloseReason::Evicted);
+                    self.context.counters.flows(listener, OfFlows::QuarantineCut).add(1);
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// Gives up the port that has rested the longest; false where none rests.
+    fn cut_quarantine(&mut self, listener: usize) -> bool {
+        let taken = self.quarantine.take_oldest().is_some();
+        if taken {
+            self.quarantine_changed = true;
+            self.context.counters.flows(listener, OfFlows::QuarantineCut).add(1);
+        }
+        taken
+    }
+
+    /// Keeps a port from use for a while, deaf to what still comes.
+    pub(super) fn rest(&mut self, listener: usize, socket: OwnedFd, now: Millis) {
+        self.quarantine_changed = true;
+        // Without the filter it would fill its receive buffer for nothing.
+        let _ = filter::take_nothing(&socket);
+        let back = self.quarantine.put(listener, socket, now);
+        drop(back);
+        while self.quarantine.len() + self.len() > self.flows.socket_limit() as usize {
+            if !self.cut_quarantine(listener) {
+                break;
+            }
+        }
+    }
+
+    /// Takes in what the network said of a flow's server; whether it was that.
+    pub(super) fn note_server_error(&mut self, key: Key, error: &io::Error) -> bool {
+        if !is_servers_fault(error) {
+            return false;
+        }
+        let Some(flow) = self.flows.get(key) else { return true };
+        let (listener, server) = (usize::from(flow.key.listener), flow.server as usize);
+        if self.flows.handle_failure(key) {
+            self.count_server(listener, server, OfServer::Failures);
+        }
+        true
+    }
+
+    /// Reads every flow that has something once, and sends on what came.
+    pub(super) fn receive_from_servers(&mut self, now: Millis) {
+        let mut queue = std::mem::replace(&mut self.queue, std::mem::take(&mut self.spare_queue));
+        let mut used = 0;
+        for key in queue.drain(..) {
+            if PLACES - used < FLOW_BATCH {
+                self.send_replies();
+                used = 0;
+            }
+            if self.flows.get(key).is_none() {
+                continue;
+            }
+            let Some(Some(uplink)) = self.uplinks.get_mut(key.index as usize) else { continue };
+            uplink.queued = false;
+            match self.arena.receive_connected(&uplink.socket, used, FLOW_BATCH) {
+                Ok(count) => {
+                    (used..used + count).for_each(|at| self.handle_reply(key, at, now));
+                    used += count;
+                    if count == FLOW_BATCH {
+                        self.enqueue(key);
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => {
+                    self.note_server_error(key, &error);
+                    // What the network said stands in front of what else
+                    // there is. Without memory the next datagram is waited for.
+                    if !is_shortage(&error) {
+                        self.enqueue(key);
+                    }
+                }
+            }
+        }
+        self.send_replies();
+        self.spare_queue = queue;
+    }
+
+    fn handle_reply(&mut self, key: Key, at: usize, now: Millis) {
+        let received = self.arena.get(at);
+        let Some(name) = self.flows.get(key).map(|flow| flow.key) else {
+            // The last reply of the flow was in this very batch.
+            let front = self.replies.last().map_or(0, |reply| reply.listener);
+            return self.drop_datagrams(front, DropReason::Late, received.count());
+        };
+        let listener = usize::from(name.listener);
+        if received.truncated {
+            return self.drop_datagrams(listener, DropReason::Truncated, 1);
+        }
+        let (count, step) = (received.count(), received.segment.unwrap_or(received.bytes.len()));
+        let mut passed = 0;
+        let mut is_last = false;
+        while passed < count && !is_last {
+            is_last = self.flows.handle_reply(key, now) == flow::Reply::Last;
+            passed += 1;
+        }
+        let place = Place { listener, address: usize::from(name.address) };
+        let own_address = has_own_address(self.context.config.listeners[listener].bind[place.address]);
+        if let Some(front) = self.fronts.own(place) {
+            let from = Some(name.local).filter(|local| !own_address && !local.is_unspecified());
+            let length = received.bytes.len().min(step.saturating_mul(passed as usize));
+            self.replies.push(Reply { at, length, front, listener, client: name.client, from });
+        }
+        self.drop_datagrams(listener, DropReason::Late, count - passed);
+        if is_last {
+            self.end_flow(key, CloseReason::Finished, now);
+        }
+    }
+
+    /// Sends all replies that lie in the arena, front by front.
+    fn send_replies(&mut self) {
+        let replies = std::mem::take(&mut self.replies);
+        let mut first = 0;
+        while first < replies.len() {
+            let Reply { front: index, listener, .. } = replies[first];
+            let run = replies[first..].iter().take_while(|reply| reply.front == index).count();
+            let Self { arena, fronts, outlet, .. } = self;
+            if let Some(front) = fronts.get_mut(index) {
+                let items = replies[first..first + run].iter().map(|reply| {
+                    let received = arena.get(reply.at);
+                    Outgoing {
+                        head: &[],
+                        bytes: &received.bytes[..reply.length],
+                        to: Some(reply.client),
+                        from: reply.from,
+                        segment: received.segment,
+                    }
+                });
+                let sent = outlet.send(&front.socket, &mut front.can_cut, items);
+                self.count_sent_to_client(listener, &sent);
+            }
+            first += run;
+        }
+        self.replies = replies;
+        self.replies.clear();
+    }
+
+    pub(super) fn count_sent_to_client(&mut self, listener: usize, sent: &Sent) {
+        let counters = &self.context.counters;
+        counters.flows(listener, OfFlows::DatagramsOut).add(sent.datagrams);
+        counters.listener(listener, OfListener::BytesOut).add(sent.bytes);
+        self.drop_datagrams(listener, DropReason::TooLong, sent.too_long);
+        self.drop_datagrams(listener, DropReason::ToClient, sent.refused);
+        if sent.offload_failed {
+            self.note_offload_failure(listener);
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! Sessions on their way to another process, and those that arrive.
+//!
+//! A session that is sent is frozen: out of epoll, out of the queue, without a
+//! deadline, until the receiver has acknowledged it (then it is forgotten) or
+//! has not (then it is thawed and goes on). One that arrives lies still until
+//! the acknowledgement is out: never do two processes drive it.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use mio::Registry;
+use mio::unix::SourceFd;
+
+use super::connect::Attempt;
+use super::{Entry, Sessions, Stage, is_unix, register};
+use crate::config::Target;
+use crate::counters::{OfListener, OfServer, Process};
+use crate::handover::{self, Arrival, Record};
+use crate::relay::{Readiness, Side};
+use crate::slab::Key;
+use crate::sys::clock::Millis;
+use crate::sys::stream::Stream;
+
+/// One session that is being sent.
+#[derive(Debug)]
+pub struct Parcel {
+    pub key: Key,
+    pub record: Record,
+    pub kept: Vec<u8>,
+}
+
+impl Sessions<'_> {
+    /// Freezes up to so many sessions that can travel.
+    pub fn pack(&mut self, registry: &Registry, count: usize) -> Vec<Parcel> {
+        let mut parcels = Vec::new();
+        for key in self.slab.keys() {
+            if parcels.len() == count {
+                break;
+            }
+            if let Some(parcel) = self.describe(key) {
+                let entry = self.slab.get_mut(key).expect("just described");
+                entry.frozen = true;
+                for stream in [Some(&entry.client), entry.server.as_ref()].into_iter().flatten() {
+                    // Closing alone would not end it: a duplicate will live on.
+                    let _ = registry.deregister(&mut SourceFd(&stream.as_raw_fd()));
+                }
+                self.deadlines.clear(key.index);
+                parcels.push(parcel);
+            }
+        }
+        parcels
+    }
+
+    fn describe(&self, key: Key) -> Option<Parcel> {
+        let entry = self.slab.get(key).filter(|entry| entry.is_movable())?;
+        let (relay, kept) = entry.session.snapshot()?;
+        let listener = &self.context.config.listeners[entry.listener as usize];
+        let name = |index: u32| match listener.target {
+            Target::Upstream(upstream) => {
+                self.context.config.upstreams[upstream].servers[index as usize].address.to_string()
+            }
+            Target::Service(_) => String::new(),
+        };
+        let stage = match &entry.stage {
+            Stage::Open => handover::Stage::Open,
+            Stage::Connecting(attempt) | Stage::Waiting(attempt) => handover::Stage::Connecting {
+                until: attempt.until,
+                tried: attempt.tried.iter().map(|&index| name(index)).collect(),
+                failure: attempt.failure,
+            },
+            Stage::Resetting { .. } => return None,
+        };
+        // A server that the configuration has no more keeps its session.
+        let server = entry.server.as_ref().map(|_| entry.server_index.map_or(String::new(), name));
+        let record = Record {
+            listener: listener.name.clone(),
+            server,
+            stage,
+            relay,
+            born: entry.born,
+            moved: entry.moved,
+        };
+        Some(Parcel { key, record, kept })
+    }
+
+    /// The sockets of a frozen session, in the bundle's order.
+    pub fn sockets(&self, key: Key) -> Vec<BorrowedFd<'_>> {
+        let entry = self.slab.get(key).expect("frozen sessions stay");
+        [Some(&entry.client), entry.server.as_ref()].into_iter().flatten().map(AsFd::as_fd).collect()
+    }
+
+    /// The receiver has it: nothing of it is left here.
+    pub fn forget(&mut self, key: Key) {
+        if let Some(entry) = self.slab.remove(key) {
+            self.deadlines.clear(key.index);
+            self.count_gone(&entry);
+        }
+    }
+
+    /// The receiver has not: it goes on here.
+    pub fn thaw(&mut self, registry: &Registry, key: Key, now: Millis) {
+        if let Some(entry) = self.slab.get_mut(key) {
+            entry.frozen = false;
+            self.activate(registry, key, now);
+        }
+    }
+
+    /// Takes in a session; it lies still until `activate`. `None` where its
+    /// listener is not known here.
+    pub fn take(&mut self, arrival: Arrival, mut sockets: Vec<OwnedFd>) -> Option<Key> {
+        let Arrival { record, session } = arrival;
+        let config = self.context.config;
+        let listener = config.listeners.iter().position(|listener| listener.name == record.listener)?;
+        let servers = match config.listeners[listener].target {
+            Target::Upstream(upstream) => &config.upstreams[upstream].servers[..],
+            Target::Service(_) => &[],
+        };
+        let find = |address: &String| {
+            servers.iter().position(|s| s.address.to_string() == *address).map(|i| i as u32)
+        };
+        let server_index = record.server.as_ref().and_then(find);
+        if sockets.len() != record.socket_count() {
+            return None;
+        }
+        let server = if sockets.len() == 2 { sockets.pop().map(Stream::from) } else { None };
+        let client = Stream::from(sockets.pop()?);
+        let stage = match record.stage {
+            handover::Stage::Open => Stage::Open,
+            handover::Stage::Connecting { until, tried, failure } => {
+                if servers.is_empty() {
+                    return None;
+                }
+                let tried = tried.iter().filter_map(find).collect();
+                let unknown = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+                let address = client.peer().ok().flatten().map_or(unknown, |peer| peer.ip());
+                let attempt = Attempt { client: address, until, tried, failure };
+                // Without its server in this configuration the connect that is
+                // under way is given up for the next one.
+                if server.is_some() && server_index.is_some() {
+                    Stage::Connecting(attempt)
+                } else {
+                    Stage::Waiting(attempt)
+                }
+            }
+        };
+        let waiting = matches!(stage, Stage::Waiting(_));
+        let half_closed = session.is_half_closed();
+        let entry = Entry {
+            session,
+            client,
+            server: server.filter(|_| !waiting),
+            server_index: server_index.filter(|_| !waiting),
+            listener: listener as u32,
+            stage,
+            queued: false,
+            half_closed,
+            frozen: true,
+            born: record.born,
+            moved: record.moved,
+        };
+        let counters = &self.context.counters;
+        counters.process(Process::Active).add(1);
+        counters.listener(listener, OfListener::Active).add(1);
+        if let Some(server) = self.server_number(&entry) {
+            counters.server(server, OfServer::Active).add(1);
+        }
+        Some(self.slab.insert(entry))
+    }
+
+    /// Lets a session that lay still go on: everything is tried once, because
+    /// the edges that told what was ready are lost.
+    pub fn activate(&mut self, registry: &Registry, key: Key, now: Millis) {
+        let Some(entry) = self.slab.get_mut(key) else { return };
+        entry.frozen = false;
+        let all = Readiness { readable: true, writable: true, probe: false };
+        entry.session.handle_ready(Side::Client, all);
+        if matches!(entry.stage, Stage::Open) {
+            entry.session.handle_ready(Side::Server, all);
+        }
+        if let Err(error) = register_both(registry, entry, key) {
+            tracing::warn!(%error, "a session that was handed over cannot be polled");
+            return self.close(key, crate::relay::CloseReason::NoResources, now);
+        }
+        if self.server_is_unix(key) {
+            self.slab.get_mut(key).expect("still there").session.probe_always(Side::Server);
+        }
+        let entry = self.slab.get(key).expect("still there");
+        match &entry.stage {
+            Stage::Open => {
+                self.set_deadline(key, now);
+                self.enqueue(key);
+            }
+            Stage::Connecting(attempt) => self.deadlines.set(key.index, attempt.until.max(now)),
+            Stage::Waiting(_) => self.deadlines.set(key.index, now),
+            Stage::Resetting { .. } => unreachable!("what resets does not travel"),
+        }
+    }
+
+    fn server_is_unix(&self, key: Key) -> bool {
+        let Some(entry) = self.slab.get(key) else { return false };
+        match (self.context.config.listeners[entry.listener as usize].target, entry.server_index) {
+            (Target::Upstream(upstream), Some(index)) => {
+                is_unix(&self.context.config.upstreams[upstream].servers[index as usize].address)
+            }
+            _ => false,
+        }
+    }
+}
+
+fn register_both(registry: &Registry, entry: &Entry, key: Key) -> io::Result<()> {
+    register(registry, entry.client.as_raw_fd(), key, Side::Client)?;
+    match &entry.server {
+        Some(server) => register(registry, server.as_raw_fd(), key, Side::Server),
+        None => Ok(()),
+    }
+}
+
+impl Entry {
+    fn is_movable(&self) -> bool {
+        !self.frozen && !matches!(self.stage, Stage::Resetting { .. }) && !self.session.is_broken()
+    }
+}

@@ -1,0 +1,686 @@
+//! UDP through the daemon: flows, servers, addresses, sizes, limits.
+
+mod support;
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::net::{SocketAddr, UdpSocket};
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use evenkeel::sys::datagram::{Outgoing, Sender};
+use nix::sys::signal::Signal;
+use support::daemon::{Daemon, signal};
+use support::datagrams::{
+    ask, client, let_pass, named_server, receive, receive_waiting, try_ask, udp_server,
+};
+use support::servers::local;
+use support::{eventually, pattern, within};
+
+fn main() {
+    support::run(tests![
+        four_workers_serve_four_thousand_clients_each_by_one_server,
+        replies_leave_from_the_very_address_that_was_asked,
+        every_ipv6_address_answers_for_itself needs ["ip"],
+        a_flow_whose_server_dies_moves_at_its_next_datagram,
+        a_flood_of_new_clients_harms_no_established_flow,
+        a_table_full_of_answered_flows_sheds_new_ones,
+        what_waited_too_long_is_dropped_when_a_new_worker_takes_up_the_socket,
+        what_waits_for_a_living_worker_is_never_stale,
+        a_late_reply_never_reaches_another_client,
+        another_user_cannot_bind_our_port,
+        every_size_passes_whole,
+        source_hash_survives_a_killed_worker_and_other_slots_notice_nothing,
+        an_empty_slot_is_served_by_its_neighbour_and_given_back,
+        bursts_pass_whole_and_in_order,
+        a_way_that_cannot_cut_gets_datagrams_one_by_one needs ["ip"],
+        services_answer_by_themselves,
+        flows_go_on_while_the_daemon_leaves,
+        a_daemon_without_flows_leaves_at_once,
+        a_second_signal_leaves_nobody_behind,
+        servers_are_told_the_client_in_front_of_every_datagram,
+        a_flow_ends_after_its_replies,
+        a_full_receive_buffer_is_counted,
+        balancing_is_by_flow_and_weight,
+        tcp_clients_keep_their_server_by_source_hash,
+        a_name_server_loses_no_answer needs ["dnsperf", "nsd"],
+        iperf_sees_no_loss needs ["iperf3"],
+    ])
+}
+
+const FRONT: &str = "[[listener]]\nname = \"front\"\nmode = \"udp\"\nupstream = \"back\"\n";
+
+/// The text of a daemon on 127.0.0.1:5300 in front of these servers.
+fn config(workers: usize, udp: &str, balance: &str, servers: &[SocketAddr]) -> String {
+    let mut text = format!(
+        "[daemon]\nworkers = {workers}\n{FRONT}bind = \"127.0.0.1:5300\"\n[listener.udp]\n{udp}\n\
+         [[upstream]]\nname = \"back\"\nbalance = \"{balance}\"\n"
+    );
+    for server in servers {
+        text += &format!("[[upstream.server]]\naddress = \"{server}\"\n");
+    }
+    text
+}
+
+fn forward(workers: usize, udp: &str, servers: &[SocketAddr]) -> Daemon {
+    Daemon::ready(&config(workers, udp, "round-robin", servers))
+}
+
+fn front() -> SocketAddr {
+    local(5300)
+}
+
+/// A chi-square test at p = 0.0001: it fails by chance once in ten thousand
+/// runs, where the kernel's hash is fair.
+fn four_workers_serve_four_thousand_clients_each_by_one_server() {
+    evenkeel::sys::process::raise_file_limit().unwrap();
+    let servers = ["a ", "b ", "c "].map(|name| named_server("127.0.0.1:0", name));
+    let daemon = forward(4, "", &servers.each_ref().map(|(address, _)| *address));
+    let clients: Vec<UdpSocket> = (0..4000).map(|_| client("127.0.0.1:0")).collect();
+    let chosen = Mutex::new(HashMap::<u8, usize>::new());
+    std::thread::scope(|scope| {
+        for part in clients.chunks(1000) {
+            let chosen = &chosen;
+            scope.spawn(move || {
+                for socket in part {
+                    let name = ask(socket, front(), b"which?")[0];
+                    for round in 0..4u8 {
+                        let question = [&[round][..], &pattern(usize::from(round), 200)].concat();
+                        let answer = ask(socket, front(), &question);
+                        assert_eq!((answer[0], &answer[2..]), (name, &question[..]));
+                    }
+                    *chosen.lock().unwrap().entry(name).or_default() += 1;
+                }
+            });
+        }
+    });
+    let listener = daemon.listener("front");
+    let flows = listener.flows.clone().expect("a udp listener has flows");
+    assert_eq!((listener.connections, listener.active, flows.opened), (4000, 4000, 4000));
+    assert_eq!((flows.datagrams_in, flows.datagrams_out, flows.moved), (20_000, 20_000, 0));
+    assert_eq!(listener.bytes_out, listener.bytes_in + 2 * 20_000);
+    assert!(listener.dropped.is_empty(), "{:?}", listener.dropped);
+    assert!(listener.spread.p_value > 0.0001, "{:?}", listener.spread);
+    // Round robin, begun at different places by four workers.
+    for count in chosen.lock().unwrap().values() {
+        assert!(count.abs_diff(4000 / 3) <= 8, "{:?}", chosen.lock());
+    }
+    // Every flow has a port of its own towards its server.
+    let ports: HashSet<SocketAddr> = servers
+        .iter()
+        .flat_map(|(_, seen)| seen.lock().unwrap().iter().map(|s| s.0).collect::<Vec<_>>())
+        .collect();
+    assert_eq!(ports.len(), 4000);
+}
+
+fn replies_leave_from_the_very_address_that_was_asked() {
+    let (server, seen) = named_server("127.0.0.1:0", "");
+    let text = config(2, "", "round-robin", &[server]).replace("127.0.0.1:5300", "0.0.0.0:5300");
+    let daemon = Daemon::ready(&text);
+    let socket = client("127.0.0.1:0");
+    for _ in 0..3 {
+        for host in ["127.0.0.1", "127.0.0.2", "127.0.0.3"] {
+            // `ask` claims that the answer comes from there.
+            ask(&socket, format!("{host}:5300").parse().unwrap(), host.as_bytes());
+        }
+    }
+    assert_eq!(daemon.listener("front").connections, 3, "one client at three addresses is three flows");
+    let ports: HashSet<SocketAddr> = seen.lock().unwrap().iter().map(|(from, _)| *from).collect();
+    assert_eq!(ports.len(), 3);
+}
+
+fn every_ipv6_address_answers_for_itself() {
+    for address in ["fd00::1", "fd00::2"] {
+        run("ip", &["-6", "address", "add", &format!("{address}/128"), "dev", "lo", "nodad"]);
+    }
+    let (server, _) = named_server("[::1]:0", "six ");
+    let text = config(2, "", "round-robin", &[server]).replace("127.0.0.1:5300", "[::]:5300");
+    let daemon = Daemon::ready(&text);
+    let socket = client("[::1]:0");
+    for host in ["::1", "fd00::1", "fd00::2", "fd00::1"] {
+        let server = format!("[{host}]:5300").parse().unwrap();
+        assert_eq!(ask(&socket, server, b"?"), b"six ?");
+    }
+    assert_eq!(daemon.listener("front").connections, 3);
+}
+
+fn a_flow_whose_server_dies_moves_at_its_next_datagram() {
+    let dying = client("127.0.0.1:0");
+    let (other, _) = named_server("127.0.0.1:0", "other ");
+    let daemon = forward(1, "", &[dying.local_addr().unwrap(), other]);
+    let socket = client("127.0.0.1:0");
+    socket.send_to(b"1", front()).unwrap();
+    let (bytes, flow) = receive(&dying).expect("the first server has the first flow");
+    dying.send_to(&[b"dying ", &bytes[..]].concat(), flow).unwrap();
+    assert_eq!(receive(&socket).unwrap().0, b"dying 1");
+    drop(dying);
+    // This one is lost with its server, as UDP may; its refusal is counted.
+    socket.send_to(b"2", front()).unwrap();
+    eventually("the failure is counted", || daemon.status().upstreams[0].servers[0].failures == 1);
+    assert_eq!(receive_waiting(&socket), [[0u8; 0]; 0], "nothing is invented");
+    assert_eq!(ask(&socket, front(), b"3"), b"other 3");
+    assert_eq!(ask(&socket, front(), b"4"), b"other 4");
+    let flows = daemon.listener("front").flows.unwrap();
+    assert_eq!((flows.moved, flows.opened, flows.active), (1, 1, 1));
+    assert_eq!(daemon.worker(0).restarts, 0);
+    let active: Vec<u64> = daemon.status().upstreams[0].servers.iter().map(|server| server.active).collect();
+    assert_eq!(active, [0, 1]);
+}
+
+/// The same datagram so many times.
+fn send(socket: &UdpSocket, bytes: &[u8], count: usize) {
+    for _ in 0..count {
+        socket.send_to(bytes, front()).unwrap();
+    }
+}
+
+/// Sends one datagram each from many addresses that were never seen, not
+/// faster than they are read: it is the table that is to be full, not the
+/// kernel's buffer.
+fn flood(daemon: &Daemon, count: usize) {
+    let read = || daemon.listener("front").flows.unwrap().datagrams_in;
+    let before = read();
+    for i in 0..count {
+        if i % 100 == 0 {
+            eventually("what was sent is read", || read() == before + i as u64);
+        }
+        let source =
+            UdpSocket::bind(format!("127.{}.{}.{}:0", 1 + i / 40_000, i / 200 % 200, 1 + i % 200)).unwrap();
+        source.send_to(b"made up", front()).unwrap();
+    }
+}
+
+fn a_flood_of_new_clients_harms_no_established_flow() {
+    let (server, seen) = udp_server("127.0.0.1:0", |bytes| (bytes != b"made up").then(|| bytes.to_vec()));
+    let daemon = forward(2, "max_flows = 1000", &[server]);
+    let clients: Vec<UdpSocket> = (0..200).map(|_| client("127.0.0.1:0")).collect();
+    clients.iter().for_each(|socket| drop(ask(socket, front(), b"before")));
+    flood(&daemon, 20_000);
+    for socket in &clients {
+        assert_eq!(ask(socket, front(), b"after"), b"after");
+    }
+    // A client that comes in the middle of it is served too.
+    let late = client("127.0.0.1:0");
+    assert_eq!(ask(&late, front(), b"late"), b"late");
+    let listener = daemon.listener("front");
+    let flows = listener.flows.unwrap();
+    assert!(flows.active <= 2000 && flows.evicted >= 17_000, "{flows:?}");
+    assert_eq!(flows.opened, flows.active + flows.evicted);
+    // The flows that were there kept their ports: nobody was pushed out.
+    let seen = seen.lock().unwrap();
+    let ports = |what: &[u8]| {
+        seen.iter().filter(|(_, bytes)| bytes == what).map(|(from, _)| *from).collect::<HashSet<_>>()
+    };
+    assert_eq!(ports(b"before"), ports(b"after"));
+    let lost: Vec<_> = daemon.status().workers.iter().filter(|worker| worker.restarts > 0).cloned().collect();
+    assert!(lost.is_empty(), "{lost:?}");
+}
+
+fn a_table_full_of_answered_flows_sheds_new_ones() {
+    let (server, _) = named_server("127.0.0.1:0", "");
+    let daemon = forward(1, "max_flows = 10", &[server]);
+    let clients: Vec<UdpSocket> = (0..10).map(|_| client("127.0.0.1:0")).collect();
+    clients.iter().for_each(|socket| drop(ask(socket, front(), b"x")));
+    let more = client("127.0.0.1:0");
+    send(&more, b"x", 5);
+    eventually("they are counted", || daemon.listener("front").dropped.get("shed") == Some(&5));
+    clients.iter().for_each(|socket| drop(ask(socket, front(), b"x")));
+    assert_eq!(daemon.listener("front").flows.unwrap().shed, 5);
+    assert!(receive_waiting(&more).is_empty());
+}
+
+fn what_waited_too_long_is_dropped_when_a_new_worker_takes_up_the_socket() {
+    let (server, _) = named_server("127.0.0.1:0", "");
+    let daemon = forward(1, "stale_after = \"600ms\"", &[server]);
+    let (old, fresh) = (client("127.0.0.1:0"), client("127.0.0.1:0"));
+    let pid = daemon.worker(0).pid;
+    signal(pid, Signal::SIGSTOP);
+    send(&old, b"old", 3);
+    let_pass(Duration::from_millis(700));
+    fresh.send_to(b"fresh", front()).unwrap();
+    signal(pid, Signal::SIGKILL);
+    assert_eq!(receive(&fresh).expect("what is fresh is answered").0, b"fresh");
+    assert_eq!(daemon.listener("front").dropped.get("stale"), Some(&3));
+    assert!(receive_waiting(&old).is_empty());
+    assert_eq!(ask(&old, front(), b"again"), b"again");
+}
+
+fn what_waits_for_a_living_worker_is_never_stale() {
+    let (server, _) = named_server("127.0.0.1:0", "");
+    let daemon = forward(1, "stale_after = \"100ms\"", &[server]);
+    let socket = client("127.0.0.1:0");
+    let pid = daemon.worker(0).pid;
+    for _ in 0..2 {
+        signal(pid, Signal::SIGSTOP);
+        socket.send_to(b"patience", front()).unwrap();
+        let_pass(Duration::from_millis(300));
+        signal(pid, Signal::SIGCONT);
+        assert_eq!(receive(&socket).expect("an answer").0, b"patience");
+    }
+    assert!(daemon.listener("front").dropped.is_empty());
+}
+
+/// 45 local ports, of which flows may have 40; ten flows that end unanswered,
+/// thirty new ones. Without the quarantine none of the thirty would get one of
+/// the ten ports once in a million runs.
+fn a_late_reply_never_reaches_another_client() {
+    fs::write("/proc/sys/net/ipv4/ip_local_port_range", "40000 40044").unwrap();
+    let server = client("127.0.0.1:6000");
+    let daemon =
+        forward(1, "idle_timeout = \"300ms\"\nquarantine = \"60s\"", &["127.0.0.1:6000".parse().unwrap()]);
+    let clients: Vec<UdpSocket> = (0..41).map(|i| client(&format!("127.0.0.1:{}", 7000 + i))).collect();
+    let (early, later) = clients.split_at(10);
+    let next = |from: &UdpSocket| {
+        from.send_to(b"?", front()).unwrap();
+        receive(&server).expect("the server is asked").1
+    };
+    let old: Vec<SocketAddr> = early.iter().map(next).collect();
+    eventually("the first flows are over", || daemon.listener("front").active == 0);
+    let new: Vec<SocketAddr> = later[..30].iter().map(next).collect();
+    for flow in &old {
+        server.send_to(b"late", *flow).unwrap();
+    }
+    for flow in &new {
+        server.send_to(b"right", *flow).unwrap();
+    }
+    for socket in &later[..30] {
+        assert_eq!(receive(socket).expect("its own answer").0, b"right");
+    }
+    assert!(new.iter().all(|port| !old.contains(port)));
+    let flows = daemon.listener("front").flows.unwrap();
+    assert_eq!((flows.quarantined, flows.quarantine_cut), (10, 0));
+    // The ports are used up: rather an old one early than nobody served.
+    next(&later[30]);
+    assert_eq!(daemon.listener("front").flows.unwrap().quarantine_cut, 1);
+}
+
+fn another_user_cannot_bind_our_port() {
+    let uids = fs::read_to_string("/proc/self/uid_map").unwrap();
+    if uids.split_whitespace().nth(2) == Some("1") {
+        println!("SKIPPED: this namespace knows one user");
+        return;
+    }
+    let (server, _) = named_server("127.0.0.1:0", "");
+    let _daemon = forward(2, "", &[server]);
+    let results = evenkeel::sys::isolated::in_child(Duration::from_secs(5), || {
+        nix::unistd::setgid(65534.into()).unwrap();
+        nix::unistd::setuid(65534.into()).unwrap();
+        let try_bind = |reuse_address: bool, reuse_port: bool, address: &str| {
+            let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None).unwrap();
+            socket.set_reuse_address(reuse_address).unwrap();
+            socket.set_reuse_port(reuse_port).unwrap();
+            let address: SocketAddr = address.parse().unwrap();
+            socket.bind(&address.into()).map_or_else(|e| e.raw_os_error().unwrap_or(0) as u8, |()| 0)
+        };
+        let options = [(true, false), (false, true), (true, true)];
+        let addresses = ["127.0.0.1:5300", "0.0.0.0:5300"];
+        addresses.iter().flat_map(|a| options.map(|(ra, rp)| try_bind(ra, rp, a))).collect()
+    });
+    assert_eq!(results.unwrap(), [libc_eaddrinuse(); 6]);
+    let socket = client("127.0.0.1:0");
+    (0..50).for_each(|_| drop(ask(&socket, front(), b"still ours")));
+}
+
+fn libc_eaddrinuse() -> u8 {
+    nix::errno::Errno::EADDRINUSE as i32 as u8
+}
+
+fn every_size_passes_whole() {
+    let (server, seen) = named_server("127.0.0.1:0", "");
+    let daemon = forward(1, "", &[server]);
+    let socket = client("127.0.0.1:0");
+    let sizes =
+        [0, 1, 2, 3, 63, 64, 65, 511, 512, 1199, 1200, 1471, 1472, 1473, 9000, 32_768, 65_506, 65_507];
+    let steps = (0..65_507).step_by(997);
+    for size in sizes.into_iter().chain(steps) {
+        let bytes = pattern(size, size);
+        assert!(ask(&socket, front(), &bytes) == bytes, "{size} bytes came back changed");
+    }
+    assert!(seen.lock().unwrap().iter().any(|(_, bytes)| bytes.is_empty()));
+    assert!(daemon.listener("front").dropped.is_empty());
+}
+
+fn source_hash_survives_a_killed_worker_and_other_slots_notice_nothing() {
+    let servers = ["a", "b", "c"].map(|name| named_server("127.0.0.1:0", name));
+    let daemon =
+        Daemon::ready(&config(4, "", "source-hash", &servers.each_ref().map(|(address, _)| *address)));
+    let clients: Vec<UdpSocket> = (1..=120).map(|i| client(&format!("127.0.1.{i}:0"))).collect();
+    let before: Vec<u8> = clients.iter().map(|socket| ask(socket, front(), b"?")[0]).collect();
+    assert_eq!(before.iter().collect::<HashSet<_>>().len(), 3, "all servers have clients");
+    let slots = daemon.listener("front").active_per_slot;
+    daemon.kill_worker(1);
+    // What is asked before the new worker is there waits in the kept socket.
+    let after: Vec<u8> = clients.iter().map(|socket| ask(socket, front(), b"!")[0]).collect();
+    assert_eq!(before, after);
+    let listener = daemon.listener("front");
+    assert_eq!(listener.active_per_slot, slots, "flows stay with their slots");
+    assert_eq!(listener.ended.get("worker_lost"), Some(&slots[1]));
+    // Other slots' flows have one port each, those of slot 1 have two.
+    let seen =
+        servers.iter().flat_map(|(_, seen)| seen.lock().unwrap().iter().map(|s| s.0).collect::<Vec<_>>());
+    assert_eq!(seen.collect::<HashSet<_>>().len() as u64, 120 + slots[1]);
+}
+
+fn an_empty_slot_is_served_by_its_neighbour_and_given_back() {
+    let (server, _) = named_server("127.0.0.1:0", "");
+    let daemon = forward(2, "", &[server]);
+    let clients: Vec<UdpSocket> = (0..60).map(|_| client("127.0.0.1:0")).collect();
+    clients.iter().for_each(|socket| drop(ask(socket, front(), b"before")));
+    // A worker that dies again and again is started later and later.
+    within(Duration::from_secs(60), "the neighbour helps out", || {
+        let worker = daemon.worker(1);
+        if worker.pid != 0 && worker.state == "ready" {
+            // It may be gone already.
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(worker.pid as i32), Signal::SIGKILL);
+        }
+        worker.helped_by == Some(0)
+    });
+    clients.iter().for_each(|socket| assert_eq!(ask(socket, front(), b"during"), b"during"));
+    within(Duration::from_secs(60), "the slot is filled again", || {
+        let worker = daemon.worker(1);
+        worker.state == "ready" && worker.helped_by.is_none()
+    });
+    clients.iter().for_each(|socket| assert_eq!(ask(socket, front(), b"after"), b"after"));
+    assert!(daemon.listener("front").dropped.is_empty());
+}
+
+/// Sixteen datagrams of 1,200 bytes and a shorter one, in one call.
+fn burst(socket: &UdpSocket, to: SocketAddr) -> Vec<u8> {
+    let bytes = pattern(0, 16 * 1200 + 100);
+    let item = Outgoing { head: &[], bytes: &bytes, to: Some(to), from: None, segment: Some(1200) };
+    Sender::default().send(socket, [item], |_, result| result.expect("the kernel cuts datagrams"));
+    bytes
+}
+
+fn has_no_offloads() -> bool {
+    let missing = !evenkeel::sys::host::udp_offloads().is_ok_and(|can| can == (true, true));
+    if missing {
+        println!("SKIPPED: this kernel has no UDP offloads");
+    }
+    missing
+}
+
+fn bursts_pass_whole_and_in_order() {
+    if has_no_offloads() {
+        return;
+    }
+    let (server, seen) = named_server("127.0.0.1:0", "");
+    let daemon = forward(1, "", &[server]);
+    let socket = client("127.0.0.1:0");
+    for _ in 0..20 {
+        let bytes = burst(&socket, front());
+        let got: Vec<Vec<u8>> = (0..17).map(|_| receive(&socket).expect("each comes back").0).collect();
+        assert!(got.concat() == bytes && got.iter().take(16).all(|datagram| datagram.len() == 1200));
+    }
+    assert!(seen.lock().unwrap().iter().all(|(_, bytes)| bytes.len() == 1200 || bytes.len() == 100));
+    let flows = daemon.listener("front").flows.unwrap();
+    assert_eq!((flows.datagrams_in, flows.datagrams_out, flows.offload_failures), (340, 340, 0));
+}
+
+fn a_way_that_cannot_cut_gets_datagrams_one_by_one() {
+    if has_no_offloads() {
+        return;
+    }
+    // A route that is too narrow for the parts makes UDP_SEGMENT fail.
+    run(
+        "ip",
+        &["route", "replace", "local", "127.9.9.9", "dev", "lo", "table", "local", "mtu", "lock", "1000"],
+    );
+    let (server, seen) = udp_server("127.9.9.9:0", |_| None);
+    let daemon = forward(1, "", &[server]);
+    let socket = client("127.0.0.1:0");
+    for round in 1..=3 {
+        let bytes = burst(&socket, front());
+        eventually("all arrive", || seen.lock().unwrap().len() == 17 * round);
+        let got: Vec<Vec<u8>> =
+            seen.lock().unwrap()[17 * (round - 1)..].iter().map(|s| s.1.clone()).collect();
+        assert!(got.concat() == bytes);
+    }
+    let listener = daemon.listener("front");
+    assert_eq!(listener.flows.unwrap().offload_failures, 1, "it is tried once a socket");
+    assert!(listener.dropped.is_empty());
+    assert_eq!(daemon.log().matches("UDP_SEGMENT").count(), 1);
+}
+
+fn services_answer_by_themselves() {
+    let listener = |name: &str, port: u16, service: &str| {
+        format!(
+            "[[listener]]\nname = \"{name}\"\nmode = \"udp\"\nbind = \"0.0.0.0:{port}\"\nservice = \"{service}\"\n"
+        )
+    };
+    let text = format!(
+        "[daemon]\nworkers = 1\n{}{}{}",
+        listener("e", 5301, "echo"),
+        listener("i", 5302, "identify"),
+        listener("d", 5303, "discard")
+    );
+    let daemon = Daemon::ready(&text);
+    let socket = client("127.0.0.1:0");
+    assert_eq!(ask(&socket, "127.0.0.2:5301".parse().unwrap(), b"hello"), b"hello");
+    assert_eq!(ask(&socket, local(5301), b""), b"");
+    let line = format!("evenkeel listener=i slot=0 pid={} generation=1\n", daemon.worker(0).pid);
+    for _ in 0..2 {
+        let answer = String::from_utf8(ask(&socket, local(5302), b"hello")).unwrap();
+        assert_eq!(answer, format!("{line}hello"));
+    }
+    socket.send_to(b"hello", local(5303)).unwrap();
+    eventually("it was read", || daemon.listener("d").flows.unwrap().datagrams_in == 1);
+    assert!(receive_waiting(&socket).is_empty());
+    let counts = ["e", "i", "d"].map(|name| daemon.listener(name).connections);
+    assert_eq!(counts, [2, 1, 1]);
+    // What does not fit with the line in front is dropped and counted.
+    socket.send_to(&vec![0; 65_507], local(5302)).unwrap();
+    eventually("it is counted", || daemon.listener("i").dropped.get("too_long") == Some(&1));
+}
+
+/// Most of sixteen workers have none of six flows and are gone at once; were
+/// their sockets gone too, the kernel would steer the flows elsewhere.
+fn flows_go_on_while_the_daemon_leaves() {
+    let (server, _) = named_server("127.0.0.1:0", "");
+    let mut daemon = forward(16, "idle_timeout = \"1500ms\"", &[server]);
+    let clients: Vec<UdpSocket> = (0..6).map(|_| client("127.0.0.1:0")).collect();
+    clients.iter().for_each(|socket| drop(ask(socket, front(), b"before")));
+    daemon.signal(Signal::SIGTERM);
+    eventually("nothing new is taken, and idle workers are gone", || {
+        clients.iter().for_each(|socket| assert_eq!(ask(socket, front(), b"during"), b"during"));
+        send(&client("127.0.0.1:0"), b"?", 1);
+        let leaving = daemon.listener("front").dropped.get("leaving").is_some_and(|count| *count > 0);
+        // With the steward.
+        leaving && daemon.children().len() <= 7
+    });
+    for _ in 0..10 {
+        clients.iter().for_each(|socket| assert_eq!(ask(socket, front(), b"still"), b"still"));
+    }
+    let status = daemon.wait(Duration::from_secs(10));
+    assert!(status.success(), "{status}");
+}
+
+fn a_daemon_without_flows_leaves_at_once() {
+    let (server, _) = named_server("127.0.0.1:0", "");
+    let mut daemon = forward(2, "", &[server]);
+    daemon.signal(Signal::SIGTERM);
+    assert!(daemon.wait(Duration::from_secs(5)).success());
+}
+
+fn a_second_signal_leaves_nobody_behind() {
+    let (server, _) = named_server("127.0.0.1:0", "");
+    for _ in 0..5 {
+        let mut daemon = forward(2, "", &[server]);
+        let clients: Vec<UdpSocket> = (0..20).map(|_| client("127.0.0.1:0")).collect();
+        clients.iter().for_each(|socket| drop(ask(socket, front(), b"x")));
+        daemon.signal(Signal::SIGTERM);
+        eventually("it leaves", || daemon.log().contains("leaving"));
+        daemon.signal(Signal::SIGTERM);
+        assert_eq!(daemon.wait(Duration::from_secs(5)).code(), Some(1));
+        // The port is free only when every process of the daemon is gone.
+        eventually("the port is free", || UdpSocket::bind(front()).is_ok());
+    }
+}
+
+fn servers_are_told_the_client_in_front_of_every_datagram() {
+    let (server, seen) = udp_server("127.0.0.1:0", |bytes| Some(bytes[28..].to_vec()));
+    let text = config(1, "", "round-robin", &[server]).replace("balance", "send_proxy = \"v2\"\nbalance");
+    let daemon = Daemon::ready(&text);
+    let socket = client("127.0.0.1:0");
+    let port = socket.local_addr().unwrap().port().to_be_bytes();
+    let header =
+        [&b"\r\n\r\n\0\r\nQUIT\n\x21\x12\0\x0c\x7f\0\0\x01\x7f\0\0\x01"[..], &port, &5300u16.to_be_bytes()]
+            .concat();
+    for question in [&b"one"[..], b"two", b""] {
+        assert_eq!(ask(&socket, front(), question), question);
+    }
+    if !has_no_offloads() {
+        let bytes = burst(&socket, front());
+        let got: Vec<Vec<u8>> = (0..17).map(|_| receive(&socket).expect("each comes back").0).collect();
+        assert!(got.concat() == bytes);
+    }
+    assert!(seen.lock().unwrap().iter().all(|(_, bytes)| bytes.starts_with(&header)));
+    socket.send_to(&vec![0; 65_500], front()).unwrap();
+    eventually("no room for the header", || daemon.listener("front").dropped.get("too_long") == Some(&1));
+}
+
+fn a_flow_ends_after_its_replies() {
+    let (server, seen) = named_server("127.0.0.1:0", "");
+    let daemon = forward(1, "replies = 2", &[server]);
+    let socket = client("127.0.0.1:0");
+    for _ in 0..6 {
+        ask(&socket, front(), b"?");
+    }
+    let flows = daemon.listener("front").flows.unwrap();
+    assert_eq!((flows.opened, flows.finished, flows.active, flows.quarantined), (3, 3, 0, 0));
+    let ports: HashSet<SocketAddr> = seen.lock().unwrap().iter().map(|(from, _)| *from).collect();
+    assert!(ports.len() <= 3);
+}
+
+fn a_full_receive_buffer_is_counted() {
+    let (server, _) = named_server("127.0.0.1:0", "");
+    let text = config(1, "", "round-robin", &[server])
+        .replace("[listener.udp]", "receive_buffer = \"8KiB\"\n[listener.udp]");
+    let daemon = Daemon::ready(&text);
+    let socket = client("127.0.0.1:0");
+    let pid = daemon.worker(0).pid;
+    signal(pid, Signal::SIGSTOP);
+    send(&socket, &[0; 1000], 100);
+    signal(pid, Signal::SIGCONT);
+    eventually("every datagram is accounted for", || {
+        let listener = daemon.listener("front");
+        let dropped = listener.dropped.get("receive_buffer").copied().unwrap_or(0);
+        dropped > 0 && listener.flows.unwrap().datagrams_in + dropped == 100
+    });
+}
+
+fn balancing_is_by_flow_and_weight() {
+    let servers = ["a", "b"].map(|name| named_server("127.0.0.1:0", name).0);
+    for balance in ["round-robin", "least-connections", "two-choices"] {
+        let text = config(2, "", balance, &servers);
+        let text = text.replace(
+            &format!("address = \"{}\"", servers[1]),
+            &format!("address = \"{}\"\nweight = 3", servers[1]),
+        );
+        let daemon = Daemon::ready(&text);
+        let clients: Vec<UdpSocket> = (0..80).map(|_| client("127.0.0.1:0")).collect();
+        let to_b = clients.iter().filter(|socket| ask(socket, front(), b"?")[0] == b'b').count();
+        let slack = if balance == "two-choices" { 8 } else { 2 };
+        assert!(to_b.abs_diff(60) <= slack, "{balance}: {to_b} of 80");
+        let active: Vec<u64> =
+            daemon.status().upstreams[0].servers.iter().map(|server| server.active).collect();
+        assert_eq!(active, [80 - to_b as u64, to_b as u64]);
+    }
+}
+
+fn tcp_clients_keep_their_server_by_source_hash() {
+    use std::io::Read;
+    let serve = |name: &'static [u8]| {
+        support::servers::tcp_server("127.0.0.1:0", move |mut stream| {
+            std::io::Write::write_all(&mut stream, name)
+        })
+        .0
+    };
+    let servers = [serve(b"a"), serve(b"b"), serve(b"c")];
+    let text =
+        config(4, "", "source-hash", &servers).replace("\"udp\"", "\"tcp\"").replace("[listener.udp]", "");
+    let _daemon = Daemon::ready(&text);
+    let mut names = HashSet::new();
+    for last in 1..=40 {
+        let chosen: HashSet<u8> = (0..4)
+            .map(|_| {
+                let socket =
+                    socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+                socket.bind(&SocketAddr::from(([127, 0, 3, last], 0)).into()).unwrap();
+                socket.connect(&front().into()).unwrap();
+                let mut byte = [0];
+                std::net::TcpStream::from(socket).read_exact(&mut byte).unwrap();
+                byte[0]
+            })
+            .collect();
+        assert_eq!(chosen.len(), 1, "one client has one server");
+        names.extend(chosen);
+    }
+    assert_eq!(names.len(), 3);
+}
+
+fn a_name_server_loses_no_answer() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let zone =
+        "$ORIGIN test.\n@ 60 SOA ns a. 1 60 60 60 60\n@ 60 NS ns\nns 60 A 127.0.0.1\n* 60 A 192.0.2.1\n";
+    fs::write(path("zone"), zone).unwrap();
+    let text = format!(
+        "server:\n ip-address: 127.0.0.1@5353\n username: \"\"\n zonesdir: \"\"\n database: \"\"\n pidfile: \"\"\n \
+         rrl-ratelimit: 0\n xfrdfile: \"{}\"\n zonelistfile: \"{}\"\nremote-control:\n control-enable: no\n\
+         zone:\n name: test.\n zonefile: \"{}\"\n",
+        path("xfrd"),
+        path("list"),
+        path("zone")
+    );
+    fs::write(path("nsd.conf"), text).unwrap();
+    let queries: String = (0..500).map(|i| format!("host{i}.test. A\n")).collect();
+    fs::write(path("queries"), queries).unwrap();
+    let mut nsd =
+        Command::new("nsd").args(["-d", "-c", &path("nsd.conf")]).stderr(Stdio::null()).spawn().unwrap();
+    let daemon = forward(4, "replies = 1", &["127.0.0.1:5353".parse().unwrap()]);
+    let probe = client("127.0.0.1:0");
+    probe.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    let question = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x02ns\x04test\x00\x00\x01\x00\x01";
+    within(Duration::from_secs(20), "the name server answers", || {
+        try_ask(&probe, front(), question).is_some()
+    });
+    let out = Command::new("dnsperf")
+        .args(["-s", "127.0.0.1", "-p", "5300", "-d", &path("queries"), "-l", "5", "-c", "50", "-q", "50"])
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let _ = nsd.kill();
+    let _ = nsd.wait();
+    assert!(text.contains("Queries lost:         0 "), "{text}");
+    println!("{text}");
+    assert!(daemon.listener("front").flows.unwrap().finished > 1000);
+}
+
+fn iperf_sees_no_loss() {
+    let mut server =
+        Command::new("iperf3").args(["-s", "-1", "-p", "5201"]).stdout(Stdio::null()).spawn().unwrap();
+    let text = format!(
+        "[daemon]\nworkers = 2\n{FRONT}bind = \"127.0.0.1:5300\"\nreceive_buffer = \"8MiB\"\n\
+         [[listener]]\nname = \"control\"\nmode = \"tcp\"\nupstream = \"back\"\nbind = \"127.0.0.1:5300\"\n\
+         [[upstream]]\nname = \"back\"\n[[upstream.server]]\naddress = \"127.0.0.1:5201\"\n"
+    );
+    let _daemon = Daemon::ready(&text);
+    let out = Command::new("iperf3")
+        .args(["-c", "127.0.0.1", "-p", "5300", "-u", "-b", "50M", "-l", "1200", "-t", "3", "-J"])
+        .output()
+        .unwrap();
+    let _ = server.kill();
+    let _ = server.wait();
+    let report: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    let sum = &report["end"]["sum"];
+    assert!(sum["packets"].as_u64().is_some_and(|packets| packets > 10_000), "{report}");
+    assert_eq!(sum["lost_packets"], 0, "{sum}");
+}
+
+#[track_caller]
+fn run(program: &str, arguments: &[&str]) {
+    let status = Command::new(program).args(arguments).status().unwrap();
+    assert!(status.success(), "{program} {arguments:?}: {status}");
+}

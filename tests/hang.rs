@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use support::daemon::{Daemon, signal};
+use support::daemon::{Daemon, evenkeel, signal};
 use support::servers::{connect, exchange, local};
 use support::{eventually, within};
 
@@ -20,6 +20,7 @@ fn main() {
         a_worker_that_is_stopped_while_nothing_happens_is_replaced_too,
         a_worker_that_burns_cpu_is_replaced,
         a_worker_that_hangs_while_leaving_is_replaced_and_its_queue_served,
+        slots_that_a_scale_brought_are_watched_too,
         an_idle_daemon_is_left_alone_and_hardly_wakes,
         a_tree_that_was_paused_kills_nobody,
         a_supervisor_that_was_paused_kills_nobody,
@@ -172,6 +173,28 @@ fn a_worker_that_hangs_while_leaving_is_replaced_and_its_queue_served() {
     drop(clients);
     assert!(daemon.wait(Duration::from_secs(10)).success(), "{}", daemon.log());
     assert!(daemon.log().contains("worker hung"), "{}", daemon.log());
+}
+
+fn slots_that_a_scale_brought_are_watched_too() {
+    let daemon = daemon(2, "300ms", "echo");
+    let scale = |count: &str| {
+        let socket = daemon.socket();
+        let done = evenkeel(&["scale", count, "--socket", socket.to_str().expect("text")]);
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    };
+    scale("4");
+    signal(daemon.worker(3).pid, Signal::SIGSTOP);
+    eventually("it is replaced", || {
+        let worker = daemon.worker(3);
+        worker.restarts == 1 && worker.state == "ready"
+    });
+    scale("1");
+    signal(daemon.worker(0).pid, Signal::SIGSTOP);
+    eventually("it is replaced", || {
+        let worker = daemon.worker(0);
+        worker.restarts == 1 && worker.state == "ready"
+    });
+    exchange(&mut connect(local(8080)), b"served").expect("it serves");
 }
 
 /// How often a process went to sleep by itself.

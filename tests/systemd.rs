@@ -34,6 +34,8 @@ fn main() {
         the_unit_starts_and_stops_within_the_drain_timeout needs ["a machine"],
         a_restart_with_a_socket_unit_refuses_nobody needs ["a machine"],
         a_killed_supervisor_is_replaced_at_once needs ["a machine"],
+        a_reload_tells_systemctl_how_it_went needs ["a machine"],
+        udp_sockets_of_a_socket_unit_are_served_and_not_to_be_stolen needs ["a machine"],
         a_stopped_supervisor_is_replaced_by_the_watchdog needs ["a machine"],
         too_few_lines_in_the_socket_unit_are_refused_with_their_number needs ["a machine"],
         the_root_drop_in_keeps_the_supervisor_root_alone needs ["a machine"],
@@ -514,4 +516,56 @@ fn a_leave_by_the_control_socket_is_followed_by_a_start() {
     });
     println!("an idle daemon left and came back within {:?}", begin.elapsed());
     assert_eq!(machine.property("NRestarts"), "1");
+}
+
+fn a_reload_tells_systemctl_how_it_went() {
+    let machine = socket_machine("", 2);
+    machine.systemctl(&["start", "evenkeel.socket", "evenkeel.service"]);
+    let supervisor = machine.supervisor();
+    let mut session = connect(local(8080));
+    exchange(&mut session, b"before").expect("served");
+    let file = machine.path("/etc/evenkeel/evenkeel.toml");
+    let good = fs::read_to_string(&file).expect("the file");
+    fs::write(&file, good.replace("drain_timeout = \"2s\"", "drain_timeout = \"3s\"")).expect("written");
+    machine.systemctl(&["reload", "evenkeel"]);
+    assert_eq!(machine.status()["generation"], 2);
+    exchange(&mut session, b"after").expect("the session went on");
+    fs::write(&file, good.replace("workers", "worker")).expect("written");
+    assert!(!machine.run(&["systemctl", "reload", "evenkeel"]).status.success(), "a refusal is a failure");
+    assert!(machine.log().contains("worker"), "{}", machine.log());
+    assert_eq!((machine.property("ActiveState"), machine.supervisor()), ("active".into(), supervisor));
+    exchange(&mut session, b"still").expect("the session went on");
+    // The sockets are systemd's still, after another generation took them up.
+    fs::write(&file, &good).expect("written");
+    let (served, errors) = under_traffic(|served| {
+        traffic_goes_on(served);
+        machine.systemctl(&["restart", "evenkeel"]);
+        traffic_goes_on(served);
+    });
+    assert!(errors.is_empty(), "{} of {served}: {:?}", errors.len(), errors.first());
+}
+
+fn udp_sockets_of_a_socket_unit_are_served_and_not_to_be_stolen() {
+    let config = format!("[daemon]\nworkers = 2\n{}", FRONT.replace("\"tcp\"", "\"udp\""));
+    let drop_in = fs::read_to_string("systemd/drop-ins/socket.conf").expect("the drop-in");
+    let machine = Machine::boot(&[
+        ("/etc/evenkeel/evenkeel.toml", &config),
+        ("/etc/systemd/system/evenkeel.socket", &SOCKET.replace("ListenStream", "ListenDatagram")),
+        ("/etc/systemd/system/evenkeel.service.d/socket.conf", &drop_in),
+    ]);
+    machine.systemctl(&["start", "evenkeel.socket", "evenkeel.service"]);
+    for _ in 0..20 {
+        let client = std::net::UdpSocket::bind("127.0.0.1:0").expect("a port");
+        client.set_read_timeout(Some(Duration::from_secs(10))).expect("a time-out");
+        client.send_to(b"hello", local(8080)).expect("sent");
+        let mut answer = [0; 16];
+        let (count, from) = client.recv_from(&mut answer).expect("an answer");
+        assert_eq!((&answer[..count], from), (&b"hello"[..], local(8080)));
+    }
+    // A socket of another user that sets SO_REUSEADDR gets the port of one
+    // that sets it too, with all its datagrams.
+    let thief = Socket::new(Domain::IPV4, Type::DGRAM, None).expect("a socket");
+    thief.set_reuse_address(true).expect("an option");
+    let stolen = thief.bind(&local(8080).into());
+    assert_eq!(stolen.expect_err("the port is taken").kind(), ErrorKind::AddrInUse);
 }

@@ -35,6 +35,7 @@ fn main() {
         a_restart_with_a_socket_unit_refuses_nobody needs ["a machine"],
         a_killed_supervisor_is_replaced_at_once needs ["a machine"],
         a_reload_tells_systemctl_how_it_went needs ["a machine"],
+        a_change_that_would_leave_a_socket_without_a_reader_is_refused needs ["a machine"],
         udp_sockets_of_a_socket_unit_are_served_and_not_to_be_stolen needs ["a machine"],
         a_stopped_supervisor_is_replaced_by_the_watchdog needs ["a machine"],
         too_few_lines_in_the_socket_unit_are_refused_with_their_number needs ["a machine"],
@@ -568,4 +569,24 @@ fn udp_sockets_of_a_socket_unit_are_served_and_not_to_be_stolen() {
     thief.set_reuse_address(true).expect("an option");
     let stolen = thief.bind(&local(8080).into());
     assert_eq!(stolen.expect_err("the port is taken").kind(), ErrorKind::AddrInUse);
+}
+
+fn a_change_that_would_leave_a_socket_without_a_reader_is_refused() {
+    let machine = socket_machine("", 2);
+    machine.systemctl(&["start", "evenkeel.socket", "evenkeel.service"]);
+    for (count, word) in [
+        ("1", "nobody would serve the socket at 127.0.0.1:8080"),
+        ("3", "ListenStream=127.0.0.1:8080 3 times"),
+    ] {
+        let done = machine.run(&["evenkeel", "scale", count]);
+        let text = String::from_utf8_lossy(&done.stderr).into_owned();
+        println!("scale {count}: {text}");
+        assert!(!done.status.success() && text.contains(word), "{text}");
+    }
+    let file = machine.path("/etc/evenkeel/evenkeel.toml");
+    let text = fs::read_to_string(&file).expect("the file").replace(":8080", ":8081");
+    fs::write(&file, text).expect("written");
+    assert!(!machine.run(&["systemctl", "reload", "evenkeel"]).status.success());
+    serve(60);
+    assert_eq!(machine.status()["workers"].as_array().expect("an array").len(), 2);
 }

@@ -12,6 +12,7 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
 use super::Refusal;
+use super::slot::Slot;
 use crate::config::{Config, Listener, Mode};
 use crate::control::{Place, SocketId};
 use crate::sys::accounts;
@@ -70,6 +71,47 @@ pub fn adopt(config: &Config, assignment: &Assignment, passed: Vec<Passed>) -> R
         activated.push(own);
     }
     Ok(activated)
+}
+
+/// Refuses a change of the running daemon after which nobody would serve a
+/// socket of systemd's: it stays open, and whoever is steered to it waits.
+pub fn check_change(slots: &[Slot], config: &Config, slot_count: usize) -> Result<(), Refusal> {
+    let is_wanted = |id: &SocketId| {
+        let mut listeners = config.listeners.iter();
+        listeners.any(|own| (own.mode == Mode::Udp) == id.udp && own.bind.contains(&id.address))
+    };
+    for slot in slots {
+        let lost = slot.lasting().iter().find(|id| slot.number >= slot_count || !is_wanted(id));
+        if let Some(id) = lost {
+            let (number, address) = (slot.number, id.address);
+            return Err(Refusal::new(
+                78,
+                format!(
+                    "nobody would serve the socket at {address} that systemd opened for slot {number} and keeps open"
+                ),
+                "change the .socket unit and evenkeel.toml together, and restart both units",
+            ));
+        }
+    }
+    let fixed = slots.iter().flat_map(Slot::held).find(|(id, fd)| {
+        slots.iter().any(|slot| slot.lasting().contains(id)) && !activation::can_be_joined(fd)
+    });
+    if let Some((id, _)) = fixed
+        && slot_count > slots.len()
+    {
+        let (address, count) = (id.address, slots.len());
+        let line = if id.udp { "ListenDatagram" } else { "ListenStream" };
+        return Err(Refusal::new(
+            78,
+            format!(
+                "systemd opened {address} for {count} workers, and this process cannot add a socket to its"
+            ),
+            format!(
+                "write {line}={address} {slot_count} times in the .socket unit, set workers = {slot_count}, and restart both units"
+            ),
+        ));
+    }
+    Ok(())
 }
 
 fn match_up(config: &Config, slot_count: usize, kinds: &[Kind], uid: u32) -> Result<Assignment, Refusal> {

@@ -23,7 +23,7 @@ use tracing::{info, warn};
 
 use super::generation::Generation;
 use super::slot::Slot;
-use super::{Refusal, Supervisor, plan, prepare};
+use super::{Refusal, Supervisor, activation, plan, prepare};
 use crate::config::{Config, Workers};
 use crate::control::{Place, ToWorker};
 use crate::counters::OfListener;
@@ -128,6 +128,7 @@ impl Supervisor {
             let text = format!("slot {} is to go, and its worker is just being replaced", slot.number);
             return Err(Refusal::new(1, text, "try again in a moment"));
         }
+        activation::check_change(&self.slots, &config, slot_count)?;
         prepare::check_descriptors(&config, slot_count)?;
         let held = |address| self.generation.places().iter().any(|(_, id)| id.address == address);
         for listener in &config.listeners {

@@ -161,6 +161,16 @@ impl Slot {
         places.filter(|(_, id)| self.lasting.contains(id)).map(|(place, _)| place).collect()
     }
 
+    /// All its sockets.
+    pub fn held(&self) -> &[(SocketId, OwnedFd)] {
+        &self.held
+    }
+
+    /// The sockets that systemd holds as well.
+    pub fn lasting(&self) -> &[SocketId] {
+        &self.lasting
+    }
+
     /// Keeps what systemd opened for it, before its first worker.
     pub fn adopt(&mut self, sockets: Vec<(SocketId, OwnedFd)>) {
         self.lasting = sockets.iter().map(|(id, _)| id.clone()).collect();

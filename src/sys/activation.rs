@@ -114,6 +114,11 @@ fn owner(fd: &OwnedFd) -> u32 {
     file.metadata().map_or(u32::MAX, |metadata| metadata.uid())
 }
 
+/// Whether this process may open further sockets beside this one.
+pub fn can_be_joined(fd: &OwnedFd) -> bool {
+    owner(fd) == nix::unistd::geteuid().as_raw() && SockRef::from(fd).reuse_port().unwrap_or(false)
+}
+
 /// The number of a descriptor, for messages.
 pub fn number(passed: &Passed) -> RawFd {
     passed.fd.as_raw_fd()

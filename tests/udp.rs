@@ -26,6 +26,7 @@ fn main() {
         a_flow_whose_server_dies_moves_at_its_next_datagram,
         a_flood_of_new_clients_harms_no_established_flow,
         a_table_full_of_answered_flows_sheds_new_ones,
+        the_daemons_limit_holds_for_flows,
         what_waited_too_long_is_dropped_when_a_new_worker_takes_up_the_socket,
         what_waits_for_a_living_worker_is_never_stale,
         a_late_reply_never_reaches_another_client,
@@ -229,6 +230,17 @@ fn a_table_full_of_answered_flows_sheds_new_ones() {
     clients.iter().for_each(|socket| drop(ask(socket, front(), b"x")));
     assert_eq!(daemon.listener("front").flows.unwrap().shed, 5);
     assert!(receive_waiting(&more).is_empty());
+}
+
+fn the_daemons_limit_holds_for_flows() {
+    let (server, _) = named_server("127.0.0.1:0", "");
+    let text = config(1, "", "round-robin", &[server]).replace("[daemon]", "[daemon]\nmax_connections = 5");
+    let daemon = Daemon::ready(&text);
+    let clients: Vec<UdpSocket> = (0..8).map(|_| client("127.0.0.1:0")).collect();
+    clients.iter().take(5).for_each(|socket| drop(ask(socket, front(), b"x")));
+    clients.iter().skip(5).for_each(|socket| send(socket, b"x", 1));
+    eventually("they are counted", || daemon.listener("front").dropped.get("shed") == Some(&3));
+    clients.iter().take(5).for_each(|socket| drop(ask(socket, front(), b"y")));
 }
 
 fn what_waited_too_long_is_dropped_when_a_new_worker_takes_up_the_socket() {

@@ -33,6 +33,10 @@ pub enum Process {
     LoopLag,
     /// How often accepting was paused for want of descriptors or memory.
     AcceptPauses,
+    /// When the event loop last turned, in milliseconds of the monotonic
+    /// clock. What the worker says of itself, and so never trusted further
+    /// than to judge that worker.
+    Beat,
 }
 
 /// Counters of one listener in this slot.
@@ -118,6 +122,12 @@ impl Layout {
     pub fn server(&self, upstream: usize, server: usize) -> usize {
         self.first_servers[upstream] + server
     }
+}
+
+/// A cell of the worker as a whole, whatever the layout behind it is; `None`
+/// where the region is too small for any.
+pub fn process_cell(words: &[AtomicU64], which: Process) -> Option<Cell<'_>> {
+    words.get(which as usize).map(Cell)
 }
 
 /// One slot's counters, to read, and for its owner to write.
@@ -284,6 +294,7 @@ mod tests {
             counters.process(Process::Active),
             counters.process(Process::LoopLag),
             counters.process(Process::AcceptPauses),
+            counters.process(Process::Beat),
         ];
         for listener in 0..3 {
             use OfListener::{Active, BytesIn, BytesOut, Connections};

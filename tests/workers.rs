@@ -50,6 +50,16 @@ fn echo_daemon(workers: usize) -> Daemon {
     Daemon::ready(&format!("[daemon]\nworkers = {workers}\n{}", IDENTIFY.replace("identify", "echo")))
 }
 
+/// Waits until a slot's second worker accepts.
+#[track_caller]
+fn wait_replaced(daemon: &Daemon, slot: usize) {
+    eventually("a new worker", || {
+        // One document: the old worker's end may come between two.
+        let worker = daemon.worker(slot);
+        worker.restarts == 1 && worker.state == "ready"
+    });
+}
+
 /// The slot that answered.
 fn slot_of(stream: &mut TcpStream) -> std::io::Result<usize> {
     let mut line = Vec::new();
@@ -208,7 +218,7 @@ fn counters_survive_their_worker() {
     exchange(&mut held, b"12345").unwrap();
     eventually("the others have ended", || daemon.listener("front").active == 1);
     daemon.kill_worker(0);
-    eventually("a new worker", || daemon.worker(0).state == "ready" && daemon.worker(0).restarts == 1);
+    wait_replaced(&daemon, 0);
     let listener = daemon.listener("front");
     assert_eq!((listener.connections, listener.bytes_in, listener.active), (101, 505, 0));
     assert_eq!(listener.ended.get("worker_lost"), Some(&1));
@@ -393,7 +403,7 @@ fn workers_and_steward_give_up_the_user() {
         );
     }
     daemon.kill_worker(0);
-    eventually("a new worker", || daemon.worker(0).restarts == 1 && daemon.worker(0).state == "ready");
+    wait_replaced(&daemon, 0);
     assert!(uids(daemon.worker(0).pid).contains("65534"));
     for _ in 0..20 {
         slot_of(&mut connect(local(80))).unwrap();

@@ -101,7 +101,12 @@ pub fn socket(named: Option<&Path>) -> PathBuf {
     named.map(Path::to_path_buf).or_else(from_environment).unwrap_or_else(default_socket)
 }
 
-/// This user's default.
+/// This user's default; in a unit, the folder that systemd made for it.
 pub fn default_socket() -> PathBuf {
+    let of_unit = std::env::var("RUNTIME_DIRECTORY").unwrap_or_default();
+    // systemd.exec(5): several are joined by colons.
+    if let Some(folder) = of_unit.split(':').next().filter(|folder| !folder.is_empty()) {
+        return Path::new(folder).join("control.sock");
+    }
     client::default_socket(accounts::current_uid(), std::env::var("XDG_RUNTIME_DIR").ok().as_deref())
 }

@@ -23,6 +23,8 @@ const LONGEST_USER_TIMEOUT: Duration = Duration::from_millis(i32::MAX as u64);
 /// Below 4 KiB a socket hardly works; the kernel doubles the number, so that
 /// 512 MiB is the largest round one that its int takes.
 const BUFFER_BYTES: std::ops::RangeInclusive<u64> = 4096..=512 << 20;
+/// Below this a loaded machine's scheduling looks like a hang.
+const SHORTEST_HANG: Duration = Duration::from_millis(100);
 const MILLISECOND: Duration = Duration::from_millis(1);
 
 /// The file as it was read, with the places that `checks` speaks of.
@@ -64,6 +66,7 @@ fn daemon(t: &mut Table) -> Daemon {
         group: t.optional("group", account).map(At::into_value),
         control_socket: t.optional("control_socket", socket_path).map(At::into_value),
         max_connections: t.read("max_connections", 0, number(0..=1_000_000_000)),
+        hang_timeout: t.read("hang_timeout", "2s", duration(SHORTEST_HANG..=LONGEST)),
         orphan_timeout: t.read("orphan_timeout", "10s", duration(Duration::ZERO..=LONGEST)),
         drain_timeout: t.read("drain_timeout", "30s", duration(Duration::ZERO..=LONGEST)),
     }

@@ -58,6 +58,8 @@ pub struct Daemon {
     pub control_socket: Option<PathBuf>,
     /// Connections of the whole daemon at once; 0 = what descriptors allow.
     pub max_connections: u64,
+    /// A worker whose loop does not turn for so long is replaced.
+    pub hang_timeout: Duration,
     /// How long workers go on accepting without a supervisor.
     pub orphan_timeout: Duration,
     /// How long a graceful leave may take.

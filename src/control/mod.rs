@@ -44,9 +44,10 @@ pub struct SocketId {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToWorker {
     /// Who it is. Descriptors: the configuration (sealed JSON), its own
-    /// counters, then the counters of all slots to read.
+    /// counters, then the counters of all slots to read. What is `outliving` is
+    /// open elsewhere too, and who waits there is served after the daemon's end.
     #[allow(missing_docs)]
-    Birth { slot: usize, slot_count: usize, generation: u64, account: Option<Account> },
+    Birth { slot: usize, slot_count: usize, generation: u64, account: Option<Account>, outliving: Vec<Place> },
     /// Sockets that its slot has already, one descriptor a place.
     Sockets(Vec<Place>),
     /// Open what was not given, and give up privileges.
@@ -71,6 +72,8 @@ pub enum ToWorker {
     /// That slot is filled again.
     #[allow(missing_docs)]
     Recall { slot: usize },
+    /// Turn once: the beat of that turn is the answer.
+    Ask,
     /// Leave gracefully; after so many milliseconds (`None` = no limit) what
     /// is left is reset.
     #[allow(missing_docs)]
@@ -156,7 +159,7 @@ pub struct WorkerState {
     pub pid: u32,
     /// The generation that it serves.
     pub generation: u64,
-    /// `starting`, `ready`, `draining` or `backoff`.
+    /// `starting`, `ready`, `draining`, `hung` or `backoff`.
     pub state: String,
     /// How often the slot's worker was replaced.
     pub restarts: u64,

@@ -96,6 +96,7 @@ fn serve(channel: Channel) -> Result<(), String> {
         return Err("the supervisor did not begin with a birth".into());
     };
     process::set_name("ek-steward");
+    process::leave_oom_protection();
     let mut fds = fds.into_iter();
     let mut next = || fds.next().ok_or("the birth came with too few descriptors");
     let config = shared::read_sealed(next()?).map_err(|e| e.to_string())?;
@@ -103,6 +104,9 @@ fn serve(channel: Channel) -> Result<(), String> {
     let listener = UnixListener::from(next()?);
     if let Some(account) = birth.account {
         accounts::become_account(account).map_err(|e| format!("cannot become uid {}: {e}", account.uid))?;
+    }
+    if accounts::current_uid() != 0 {
+        accounts::drop_capabilities().map_err(|e| format!("capabilities: {e}"))?;
     }
     process::set_no_new_privileges().map_err(|e| e.to_string())?;
     let _log = control::start_log(&config.log, "steward");

@@ -13,16 +13,22 @@
 //! its sockets: the order of listen(2) is the order in the kernel's group.
 //! While a slot that has sockets is empty for more than a second, a neighbour
 //! accepts for it as well, so that nobody waits in a queue without a reader.
-//! It ends with `Finish`, when a leave was asked for and every slot is gone.
+//! A worker that was found hung (`watch`) is killed; until it is gone its slot
+//! counts as empty. It ends with `Finish`, when a leave was asked for and every slot is gone.
 
 mod backoff;
 #[cfg(test)]
 mod tests;
+pub mod watch;
 
 pub use backoff::Backoff;
 
 /// How long a slot may be empty before a neighbour helps out, in milliseconds.
 pub const LEND_AFTER: u64 = 1_000;
+
+/// How long a killed process may take to end, in milliseconds: freeing the
+/// memory and the sockets of a large one takes a while.
+const END_PATIENCE: u64 = 10_000;
 
 /// Something that happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +42,8 @@ pub enum Event {
     /// The slot's worker is gone; `clean` = it had finished its work.
     #[allow(missing_docs)]
     Exited { slot: usize, clean: bool },
+    /// The slot's worker gives no sign of life.
+    Hung(usize),
     /// The daemon is to leave gracefully.
     Leave,
     /// Time passed.
@@ -55,6 +63,8 @@ pub enum Action {
     Recall { slot: usize, from: usize },
     /// The slot's worker is to drain.
     Drain(usize),
+    /// The slot's process is to be killed.
+    Kill(usize),
     /// Every worker accepts on every listener, for the first time.
     Announce,
     /// No worker is left.
@@ -76,6 +86,9 @@ pub enum Phase {
     Ready { since: u64 },
     /// A process finishes its work.
     Draining,
+    /// A process that gives no sign of life was killed, and is not gone yet.
+    #[allow(missing_docs)]
+    Hung { since: u64, ready_for: u64 },
     /// Done for good.
     Gone,
 }
@@ -132,6 +145,7 @@ impl Supervision {
             }
             Event::Ready(slot) => self.handle_ready(slot, now, &mut actions),
             Event::Exited { slot, clean } => self.handle_exit(slot, clean, now),
+            Event::Hung(slot) => self.handle_hung(slot, now, &mut actions),
             Event::Leave => self.handle_leave(now, &mut actions),
             Event::Tick => {}
         }
@@ -167,16 +181,37 @@ impl Supervision {
         }
     }
 
-    fn handle_exit(&mut self, slot: usize, clean: bool, now: u64) {
+    /// It is replaced when it is gone. One that cannot even die (a dead disk)
+    /// leaves its slot empty, and a neighbour helps out.
+    fn handle_hung(&mut self, slot: usize, now: u64, actions: &mut Vec<Action>) {
+        let ready_for = match self.slots[slot].phase {
+            Phase::Ready { since } => now.saturating_sub(since),
+            Phase::Starting | Phase::Draining => 0,
+            Phase::Unborn | Phase::Waiting { .. } | Phase::Hung { .. } | Phase::Gone => return,
+        };
+        self.end_loans_of(slot);
+        let state = &mut self.slots[slot];
+        state.phase = Phase::Hung { since: now, ready_for };
+        state.empty_since = Some(state.empty_since.unwrap_or(now));
+        actions.push(Action::Kill(slot));
+    }
+
+    /// What this slot's worker accepted for is nobody's again.
+    fn end_loans_of(&mut self, slot: usize) {
         for other in &mut self.slots {
             if other.lent_to == Some(slot) {
                 other.lent_to = None;
             }
         }
+    }
+
+    fn handle_exit(&mut self, slot: usize, clean: bool, now: u64) {
+        self.end_loans_of(slot);
         let leaving = self.leaving;
         let state = &mut self.slots[slot];
         let ready_for = match state.phase {
             Phase::Ready { since } => now.saturating_sub(since),
+            Phase::Hung { ready_for, .. } => ready_for,
             _ => 0,
         };
         // What it did not open, nobody waits for.
@@ -204,7 +239,7 @@ impl Supervision {
                 Phase::Waiting { .. } => self.slots[slot].phase = Phase::Gone,
                 Phase::Ready { .. } => self.drain(slot, actions),
                 // Drained when it is ready.
-                Phase::Starting | Phase::Draining | Phase::Gone => {}
+                Phase::Starting | Phase::Draining | Phase::Hung { .. } | Phase::Gone => {}
             }
         }
     }
@@ -294,6 +329,24 @@ impl Supervision {
     /// What a slot is doing.
     pub fn phase(&self, slot: usize) -> Phase {
         self.slots[slot].phase
+    }
+
+    /// Whether somebody sees to the slot: its worker beats (`watch` would have
+    /// found it hung), is being replaced, or a neighbour accepts for it. Where
+    /// a killed process does not go and nobody can help, only an end of the
+    /// whole daemon is left.
+    pub fn is_tended(&self, slot: usize, now: u64) -> bool {
+        match self.slots[slot].phase {
+            Phase::Hung { since, .. } => {
+                self.slots[slot].lent_to.is_some() || now.saturating_sub(since) < END_PATIENCE
+            }
+            Phase::Unborn
+            | Phase::Waiting { .. }
+            | Phase::Starting
+            | Phase::Ready { .. }
+            | Phase::Draining
+            | Phase::Gone => true,
+        }
     }
 
     /// How often a slot's worker was replaced.

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::Action::{Announce, Drain, Finish, Lend, Recall, Spawn};
+use super::Action::{Announce, Drain, Finish, Kill, Lend, Recall, Spawn};
 use super::*;
 
 /// All slots ready at time 0.
@@ -87,6 +87,49 @@ fn a_leave_before_anything_opened_just_ends() {
     assert_eq!(supervision.step(crash(0), 2), [Finish]);
 }
 
+#[test]
+fn a_hung_worker_is_killed_and_replaced_when_it_is_gone() {
+    let mut supervision = running(2);
+    assert_eq!(supervision.step(Event::Hung(1), 100), [Kill(1)]);
+    assert_eq!(supervision.step(Event::Hung(1), 101), [], "said twice");
+    assert_eq!(supervision.phase(1), Phase::Hung { since: 100, ready_for: 100 });
+    assert_eq!(supervision.step(crash(1), 102), [Spawn(1)]);
+    assert_eq!(supervision.restarts(1), 1);
+}
+
+#[test]
+fn a_hung_worker_that_does_not_die_is_helped_and_helps_nobody() {
+    let mut supervision = running(3);
+    supervision.step(Event::Hung(1), 0);
+    assert_eq!(supervision.next_deadline(), Some(LEND_AFTER));
+    assert_eq!(supervision.step(Event::Tick, LEND_AFTER), [Lend { slot: 1, to: 2 }]);
+    assert_eq!(supervision.step(Event::Hung(2), 1_100), [Kill(2), Lend { slot: 1, to: 0 }]);
+    assert_eq!(supervision.step(Event::Tick, 2_100), [Lend { slot: 2, to: 0 }]);
+    assert_eq!(supervision.step(crash(1), 2_200), [Spawn(1)]);
+    assert_eq!(supervision.step(Event::Ready(1), 2_210), [Recall { slot: 1, from: 0 }]);
+}
+
+#[test]
+fn a_slot_is_untended_when_its_process_does_not_end_and_nobody_helps() {
+    let mut alone = running(1);
+    alone.step(Event::Hung(0), 0);
+    assert!(alone.is_tended(0, END_PATIENCE - 1));
+    assert!(!alone.is_tended(0, END_PATIENCE));
+    let mut helped = running(2);
+    helped.step(Event::Hung(0), 0);
+    helped.step(Event::Tick, LEND_AFTER);
+    assert!(helped.is_tended(0, END_PATIENCE));
+}
+
+#[test]
+fn a_worker_that_hangs_while_draining_is_replaced_to_serve_its_queue() {
+    let mut supervision = running(1);
+    supervision.step(Event::Leave, 0);
+    assert_eq!(supervision.step(Event::Hung(0), 1), [Kill(0)]);
+    assert_eq!(supervision.step(crash(0), 2), [Spawn(0)]);
+    assert_eq!(supervision.step(Event::Ready(0), 3), [Drain(0)]);
+}
+
 proptest! {
     /// Random crashes, readiness and leaps of time: a slot never has two
     /// processes, a loan goes to a worker that accepts and is called back,
@@ -94,7 +137,7 @@ proptest! {
     #[test]
     fn no_order_of_events_breaks_the_slots(
         count in 1usize..6,
-        steps in prop::collection::vec((0u8..6, 0usize..6, 1u64..40_000), 1..200),
+        steps in prop::collection::vec((0u8..7, 0usize..6, 1u64..40_000), 1..200),
     ) {
         let mut supervision = Supervision::new(count);
         let mut now = 0;
@@ -120,6 +163,10 @@ proptest! {
                     }
                     Recall { slot, from } => prop_assert_eq!(lent[slot].take(), Some(from)),
                     Drain(slot) => prop_assert!(lives[slot]),
+                    Kill(slot) => {
+                        prop_assert!(lives[slot]);
+                        lent.iter_mut().for_each(|to| if *to == Some(slot) { *to = None });
+                    }
                     Announce => {}
                     Finish => finished = true,
                 }
@@ -133,6 +180,13 @@ proptest! {
                     lives[slot] = false;
                     lent.iter_mut().for_each(|to| if *to == Some(slot) { *to = None });
                     crash(slot)
+                }
+                2 => {
+                    let accepts = !matches!(supervision.phase(slot), Phase::Hung { .. });
+                    if lives[slot] && accepts {
+                        lent.iter_mut().for_each(|to| if *to == Some(slot) { *to = None });
+                    }
+                    Event::Hung(slot)
                 }
                 _ if index == leave => Event::Leave,
                 _ => Event::Tick,

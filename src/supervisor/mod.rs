@@ -6,14 +6,17 @@
 //! network. It ends when it was told to leave and every worker is gone, and
 //! keeps its privilege until then: later workers need the same uid to bind.
 
+mod activation;
 mod generation;
 mod leave;
 mod ledger;
+mod notify;
 mod plan;
 mod prepare;
 mod reload;
 mod slot;
 mod steward;
+mod watch;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -28,12 +31,14 @@ use tracing::{error, info, warn};
 
 use crate::config::{Config, Workers};
 use crate::control::{FromSteward, FromWorker, Request, ToSteward, ToWorker, WorkerState};
+use crate::counters::Process;
+use crate::supervision::watch::Watch;
 use crate::supervision::{Action, Event, Phase, Supervision};
 use crate::sys::clock::{self, Millis};
-use crate::sys::notify;
 use crate::sys::signals::Signals;
 use generation::Generation;
 use leave::Leave;
+use notify::{Facts, Notify};
 use prepare::Prepared;
 use reload::{Reload, Transfers};
 use slot::{Role, Slot};
@@ -91,6 +96,8 @@ struct Supervisor {
     retiring: Vec<Slot>,
     steward: Steward,
     supervision: Supervision,
+    watch: Watch,
+    notify: Notify,
     reload: Option<Reload>,
     transfers: Transfers,
     /// What `scale` set, and what the file said then.
@@ -110,17 +117,20 @@ struct Supervisor {
 
 /// Runs the daemon until it has left; its exit code.
 pub fn run(start: Start) -> Result<ExitCode, Refusal> {
+    // Before anything is opened: what systemd passed is known by number.
+    let passed = crate::sys::activation::take().map_err(Refusal::of_system)?;
     // Before anything is started: a signal that comes early waits.
     let signals = Signals::block(&HANDLED).map_err(Refusal::of_system)?;
-    let (prepared, generation) = prepare::prepare(&start)?;
+    let (prepared, generation, mut slots) = prepare::prepare(&start, passed)?;
     let _log = crate::control::start_log(&start.config.log, "supervisor");
+    prepared.notes.iter().for_each(|note| warn!("{note}"));
     crate::sys::process::set_name("ek-supervisor");
     let poll = Poll::new().map_err(Refusal::of_system)?;
     let fd = signals.as_fd().as_raw_fd();
     poll.registry().register(&mut SourceFd(&fd), SIGNALS, Interest::READABLE).map_err(Refusal::of_system)?;
     let generation = Rc::new(generation);
     let slot_count = generation.slot_count();
-    let mut slots: Vec<Slot> = (0..slot_count).map(Slot::new).collect();
+    let hang_timeout = start.config.daemon.hang_timeout.as_millis() as u64;
     slots.iter_mut().for_each(|slot| slot.ledgers.push(Rc::clone(&generation)));
     let mut supervisor = Supervisor {
         start,
@@ -131,6 +141,8 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         slots,
         retiring: Vec::new(),
         steward: Steward::default(),
+        watch: Watch::new(slot_count, hang_timeout),
+        notify: Notify::of_environment(clock::coarse()),
         supervision: Supervision::new(slot_count),
         reload: None,
         transfers: Transfers::default(),
@@ -181,9 +193,13 @@ impl Supervisor {
             }
             self.handle_signals()?;
             self.step(Event::Tick)?;
+            self.watch_workers()?;
             self.handle_leave_deadline();
             self.handle_reload_deadline();
             self.check_finished();
+            if self.notify.is_due(clock::coarse()) {
+                self.notify.tick(clock::coarse(), &self.facts());
+            }
             if self.steward.is_due(clock::coarse()) {
                 self.start_steward();
             }
@@ -196,7 +212,9 @@ impl Supervisor {
     fn next_wake(&self) -> Option<Millis> {
         let leave = self.leave.as_ref().and_then(Leave::kill_at);
         let reload = self.reload.as_ref().map(Reload::deadline);
-        [self.supervision.next_deadline(), self.steward.due_at(), leave, reload].into_iter().flatten().min()
+        let watched = [self.watch.next_deadline(), self.notify.next_deadline()];
+        let own = [self.supervision.next_deadline(), self.steward.due_at(), leave, reload];
+        own.into_iter().chain(watched).flatten().min()
     }
 
     /// Lets supervision decide, and does what it says.
@@ -207,6 +225,11 @@ impl Supervisor {
                 Action::Lend { slot, to } => self.lend(slot, to),
                 Action::Recall { slot, from } => self.slots[from].tell(&ToWorker::Recall { slot }),
                 Action::Drain(slot) => self.drain(slot),
+                Action::Kill(slot) => {
+                    if let Some(process) = &mut self.slots[slot].current {
+                        process.kill();
+                    }
+                }
                 Action::Announce => self.announce(),
                 Action::Finish => self.finishing = true,
             }
@@ -229,6 +252,7 @@ impl Supervisor {
             Ok(mut process) => {
                 process.tell(&ToWorker::Serve, &[]);
                 self.slots[slot].current = Some(process);
+                self.watch.begin(slot, clock::coarse());
                 Ok(())
             }
             Err(error) if self.announced => {
@@ -263,10 +287,7 @@ impl Supervisor {
         let listeners: Vec<String> =
             self.generation.config.listeners.iter().map(|l| l.name.clone()).collect();
         info!("ready: {} workers accept on {}", self.slots.len(), listeners.join(", "));
-        let status = format!("{} workers, {} listeners", self.slots.len(), listeners.len());
-        if let Err(error) = notify::send(&format!("READY=1\nSTATUS={status}")) {
-            warn!(%error, "systemd could not be told");
-        }
+        self.notify.announce(clock::coarse(), &self.facts());
         if let Some(greeting) = self.start.greeting.take() {
             eprint!("{greeting}");
         }
@@ -442,7 +463,7 @@ impl Supervisor {
         }
         self.abort_reload("the daemon leaves");
         info!("leaving: nothing new is taken, what is here is finished");
-        let _ = notify::send("STOPPING=1");
+        self.notify.begin_leave(clock::coarse());
         self.leave = Some(Leave::begin(clock::coarse(), limit));
         self.step(Event::Leave)
     }
@@ -538,11 +559,11 @@ impl Supervisor {
 
     /// systemd(1): the reload ends with the next READY=1.
     fn notify_reloading(&self) {
-        let _ = notify::send(&notify::reloading());
+        self.notify.begin_reload();
     }
 
     fn finish_reload_notice(&self) {
-        let _ = notify::send("READY=1");
+        self.notify.end_reload();
     }
 
     /// Tells the steward what changed since it was last told.
@@ -557,11 +578,25 @@ impl Supervisor {
         }
     }
 
+    /// How the daemon is, for systemd.
+    fn facts(&self) -> Facts {
+        let (slots, now) = (0..self.slots.len(), clock::coarse());
+        let is_ready = |slot: &usize| matches!(self.supervision.phase(*slot), Phase::Ready { .. });
+        Facts {
+            ready_count: slots.clone().filter(is_ready).count(),
+            active: self.slots.iter().map(|slot| slot.count(Process::Active)).sum(),
+            accepted: self.slots.iter().map(|slot| slot.count(Process::Accepted)).collect(),
+            leaving: self.leave.is_some(),
+            tended: slots.clone().all(|slot| self.supervision.is_tended(slot, now)),
+        }
+    }
+
     fn state(&self, slot: usize) -> WorkerState {
         let state = match self.supervision.phase(slot) {
             Phase::Unborn | Phase::Starting => "starting",
             Phase::Waiting { .. } => "backoff",
             Phase::Ready { .. } => "ready",
+            Phase::Hung { .. } => "hung",
             Phase::Draining | Phase::Gone => "draining",
         };
         WorkerState {

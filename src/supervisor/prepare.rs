@@ -12,11 +12,14 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
 
+use super::activation::{self, Assignment};
 use super::generation::Generation;
+use super::slot::Slot;
 use super::{Refusal, Start};
 use crate::config::{Config, Listener, Mode, Workers};
 use crate::explain::{self, BindFailure};
 use crate::sys::accounts::{self, Account};
+use crate::sys::activation::Passed;
 use crate::sys::holders::{self, Protocol};
 use crate::sys::listen::{self, Options};
 use crate::sys::process::{self, Image};
@@ -37,6 +40,8 @@ pub struct Prepared {
     pub account: Option<Account>,
     pub control: UnixListener,
     pub started_at: u64,
+    /// What the operator should know, once there is a log.
+    pub notes: Vec<String>,
     socket: PathBuf,
     _lock: Flock<File>,
 }
@@ -47,27 +52,39 @@ impl Drop for Prepared {
     }
 }
 
-/// Does all that a start needs, and nothing that a refusal would have to undo.
-pub fn prepare(start: &Start) -> Result<(Prepared, Generation), Refusal> {
+/// Does all that a start needs, and nothing that a refusal would have to undo;
+/// `passed` is what systemd opened for us.
+pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Generation, Vec<Slot>), Refusal> {
     let config = &start.config;
     let slot_count = slot_count(config.daemon.workers);
     check_descriptors(config, slot_count)?;
     let account = account(config)?;
     let lock = lock(&start.control_socket)?;
-    for listener in &config.listeners {
-        probe(listener, |_| true)?;
+    let assignment = activation::assign(start, slot_count, &passed)?;
+    for (index, listener) in config.listeners.iter().enumerate() {
+        probe(listener, |address| !is_passed(listener, index, address, &assignment))?;
     }
     let control = bind_control(&start.control_socket, account)?;
+    let generation = Generation::new(FIRST_GENERATION, config.clone(), slot_count)?;
+    let mut slots: Vec<Slot> = (0..slot_count).map(Slot::new).collect();
+    activation::give(&generation, &assignment, passed, &mut slots)?;
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     let prepared = Prepared {
         image: Image::own().map_err(Refusal::of_system)?,
         account,
         control,
         started_at: now.map_or(0, |time| time.as_secs()),
+        notes: assignment.notes,
         socket: start.control_socket.clone(),
         _lock: lock,
     };
-    Ok((prepared, Generation::new(FIRST_GENERATION, config.clone(), slot_count)?))
+    Ok((prepared, generation, slots))
+}
+
+/// Whether systemd listens at an address already, for us.
+fn is_passed(listener: &Listener, index: usize, address: SocketAddr, assignment: &Assignment) -> bool {
+    let number = listener.bind.iter().position(|&bound| bound == address);
+    number.is_some_and(|number| assignment.has(index, number))
 }
 
 /// How many slots `workers` means on this host.

@@ -139,13 +139,18 @@ impl Supervisor {
         for number in old_slot_count..slot_count {
             self.slots.push(Slot::new(number));
         }
-        self.supervision.resize(self.slots.len());
+        self.resize(self.slots.len());
         info!("generation {} is being proved", generation.number);
         let deadline = clock::coarse() + PROVING_LIMIT;
         self.reload =
             Some(Reload { requester, generation, old_slot_count, stage: Stage::Proving(0), deadline });
         self.prove(0);
         Ok(())
+    }
+
+    fn resize(&mut self, slot_count: usize) {
+        self.supervision.resize(slot_count);
+        self.watch.resize(slot_count, self.generation.config.daemon.hang_timeout.as_millis() as u64);
     }
 
     fn has_sessions(&self, listener: &str) -> bool {
@@ -199,7 +204,7 @@ impl Supervisor {
         }
         let added = self.slots.split_off(reload.old_slot_count);
         self.retiring.extend(added.into_iter().filter(|slot| !slot.old.is_empty()));
-        self.supervision.resize(reload.old_slot_count);
+        self.resize(reload.old_slot_count);
         self.answer(reload.requester, Err(why.to_string()));
         self.finish_reload_notice();
     }
@@ -229,6 +234,7 @@ impl Supervisor {
         let new = place.next.take();
         let old = std::mem::replace(&mut place.current, new);
         self.supervision.handle_replaced(slot, clock::coarse());
+        self.watch.begin(slot, clock::coarse());
         self.tables_changed = true;
         if self.slots[slot].current.is_none() {
             // It died after it was proved: replaced as any worker.
@@ -260,6 +266,7 @@ impl Supervisor {
         let place = &mut self.slots[slot];
         place.ledgers.push(Rc::clone(&new.generation));
         place.current = Some(new);
+        self.watch.begin(slot, clock::coarse());
         self.tables_changed = true;
         let generation = Rc::clone(&self.generation);
         self.slots[slot].release_all_but(&generation);
@@ -308,7 +315,7 @@ impl Supervisor {
         reload.deadline = clock::coarse() + SWAP_LIMIT;
         let slot_count = reload.generation.slot_count();
         let leaving = self.slots.split_off(slot_count);
-        self.supervision.resize(slot_count);
+        self.resize(slot_count);
         for mut slot in leaving {
             let Some(old) = slot.current.take() else { continue };
             let removed = old.generation.places().into_iter().map(|(place, _)| place).collect();

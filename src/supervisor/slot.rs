@@ -17,6 +17,7 @@ use tracing::warn;
 use super::generation::Generation;
 use super::prepare::Prepared;
 use crate::control::{self, FromWorker, Place, SocketId, ToWorker};
+use crate::counters::Process as Counter;
 use crate::sys::channel::Channel;
 use crate::sys::clock::Millis;
 
@@ -32,6 +33,8 @@ pub struct Slot {
     pub handed_over: bool,
     /// Generations whose counters for this slot are not in the past yet.
     pub ledgers: Vec<Rc<Generation>>,
+    /// Those that systemd holds as well, beyond our end.
+    outliving: Vec<SocketId>,
 }
 
 /// One worker process.
@@ -61,12 +64,31 @@ impl Slot {
             held: Vec::new(),
             handed_over: false,
             ledgers: Vec::new(),
+            outliving: Vec::new(),
         }
     }
 
     /// The pid of its current process, 0 where it is empty.
     pub fn pid(&self) -> u32 {
         self.current.as_ref().map_or(0, Process::pid)
+    }
+
+    /// What its present worker counts of itself.
+    pub fn count(&self, which: Counter) -> u64 {
+        self.current
+            .as_ref()
+            .map_or(0, |process| process.generation.counters(self.number).process(which).get())
+    }
+
+    /// Keeps what systemd opened for it, before its first worker.
+    pub fn adopt(&mut self, generation: &Generation, sockets: Vec<(Place, OwnedFd)>) {
+        let known = generation.places();
+        for (place, fd) in sockets {
+            if let Some((_, id)) = known.iter().find(|(known, _)| *known == place) {
+                self.outliving.push(id.clone());
+                self.held.push((id.clone(), fd));
+            }
+        }
     }
 
     /// The process with this token.
@@ -115,6 +137,7 @@ impl Slot {
             slot_count: generation.slot_count(),
             generation: generation.number,
             account: prepared.account,
+            outliving: self.outliving_in(generation),
         };
         let own = generation.regions[self.number].as_fd();
         let readable = generation.readable.iter().map(AsFd::as_fd);
@@ -124,14 +147,20 @@ impl Slot {
         control::send(channel, &ToWorker::Begin, &[])
     }
 
-    /// The slot's sockets with their places in a generation.
+    /// The slot's sockets with their places in a generation; systemd may have
+    /// passed more than one for a place.
     fn held_of(&self, generation: &Generation) -> Vec<(Place, BorrowedFd<'_>)> {
         let places = generation.places().into_iter();
-        places.filter_map(|(place, id)| Some((place, self.socket(&id)?))).collect()
+        let sockets = places.flat_map(|(place, id)| {
+            let own = self.held.iter().filter(move |(held, _)| *held == id);
+            own.map(move |(_, fd)| (place, fd.as_fd()))
+        });
+        sockets.collect()
     }
 
-    fn socket(&self, id: &SocketId) -> Option<BorrowedFd<'_>> {
-        self.held.iter().find(|(own, _)| own == id).map(|(_, fd)| fd.as_fd())
+    fn outliving_in(&self, generation: &Generation) -> Vec<Place> {
+        let places = generation.places().into_iter();
+        places.filter(|(_, id)| self.outliving.contains(id)).map(|(place, _)| place).collect()
     }
 
     /// Keeps what a process of its opened.

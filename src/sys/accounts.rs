@@ -1,4 +1,5 @@
-//! Users and groups: looking them up, and becoming one for good.
+//! Users, groups and capabilities: looking them up, becoming one for good,
+//! and giving up the rest.
 
 use std::io;
 
@@ -69,4 +70,31 @@ pub fn become_account(account: Account) -> io::Result<()> {
     setresgid(gid, gid, gid)?;
     setresuid(uid, uid, uid)?;
     Ok(())
+}
+
+/// Gives up every capability that this process has, for good together with
+/// `process::set_no_new_privileges`. Root keeps what its uid is worth: files.
+pub fn drop_capabilities() -> io::Result<()> {
+    // linux/capability.h: _LINUX_CAPABILITY_VERSION_3, two words of each set.
+    const VERSION: u32 = 0x2008_0522;
+    #[repr(C)]
+    struct Header {
+        version: u32,
+        pid: i32,
+    }
+    #[repr(C)]
+    #[derive(Clone, Copy, Default)]
+    struct Data {
+        effective: u32,
+        permitted: u32,
+        inheritable: u32,
+    }
+    let header = Header { version: VERSION, pid: 0 };
+    let none = [Data::default(); 2];
+    // SAFETY: needed because no library here wraps capset(2). The kernel reads
+    // one header and, for this version, two data records; both have the layout
+    // of linux/capability.h and live through the call. Ambient capabilities go
+    // with the permitted ones (capabilities(7)).
+    let result = unsafe { libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()) };
+    super::check(result as libc::c_int).map(drop)
 }

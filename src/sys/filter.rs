@@ -1,16 +1,27 @@
 //! Socket filters: what a socket does not even queue.
 //!
-//! Classic BPF, which needs no privilege. `refuse_new_handshakes` is for a TCP
-//! listener that leaves: it drops a segment that has SYN and not ACK; the
-//! handshakes that the kernel has already answered still complete, and what
-//! waits in the accept queue stays. `take_share` divides a multicast group
-//! among sockets that each get all of it. `take_all` is for one that gets copies
-//! again. `take_nothing` is for a socket that
-//! only holds its port. A filter belongs to the socket, so every holder of it
-//! is affected, and it outlives the process that set it.
+//! `refuse_new_handshakes` is for a TCP listener that leaves: it drops a segment
+//! that has SYN and not ACK; the handshakes that the kernel has already answered
+//! still complete, and what waits in the accept queue stays. `take_share` divides
+//! a multicast group among sockets that each get all of it. `take_all` is for
+//! one that gets copies again, `take_nothing` for a socket that only holds its
+//! port. A filter belongs to the socket, so every
+//! holder of it is affected, and it outlives the process that set it.
+//!
+//! Some kernels want CAP_NET_ADMIN for a filter on a TCP socket (6.18.44 does,
+//! measured; on a UDP socket it does not), which a worker has given up. Then
+//! the listener asks for more hops left than a packet has: IP_MINTTL at 255 is
+//! looked at for segments to the listener itself, not for those that complete
+//! a handshake (net/ipv4/tcp_ipv4.c, tcp_v4_rcv: TCP_NEW_SYN_RECV comes
+//! first). What such a listener brings forth inherits the demand, so whoever
+//! accepts from it calls `welcome`; what the client sent before that is sent
+//! again by its kernel.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+
+/// No packet that crossed a router has more hops left, and few begin with it.
+const MOST_HOPS: libc::c_int = 255;
 
 /// Drops new handshakes at a TCP listener from now on, for every holder of the
 /// socket.
@@ -27,7 +38,68 @@ pub fn refuse_new_handshakes(listener: impl AsFd) -> io::Result<()> {
         op(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
         op(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
     ];
-    attach(listener, &program)
+    match attach(&listener, &program) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => demand_hops(listener, MOST_HOPS),
+        done => done,
+    }
+}
+
+/// Whether what this listener brings forth needs a `welcome`.
+pub fn is_closed(listener: impl AsFd) -> bool {
+    let (level, name) = hops_option(&listener);
+    let mut value: libc::c_int = 0;
+    let mut length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to `value` and the
+    // length to `length`; both live through the call.
+    let result = unsafe {
+        let fd = listener.as_fd().as_raw_fd();
+        libc::getsockopt(fd, level, name, (&raw mut value).cast(), &raw mut length)
+    };
+    result == 0 && value == MOST_HOPS
+}
+
+/// Lets a connection hear its client, though its listener is closed to new
+/// ones.
+pub fn welcome(connection: impl AsFd) -> io::Result<()> {
+    demand_hops(connection, 0)
+}
+
+fn demand_hops(socket: impl AsFd, hops: libc::c_int) -> io::Result<()> {
+    let (level, name) = hops_option(&socket);
+    set(socket, level, name, hops)
+}
+
+fn hops_option(socket: impl AsFd) -> (libc::c_int, libc::c_int) {
+    let fd = socket.as_fd();
+    match socket2::SockRef::from(&fd).domain() {
+        Ok(socket2::Domain::IPV6) => (libc::IPPROTO_IPV6, libc::IPV6_MINHOPCOUNT),
+        _ => (libc::IPPROTO_IP, libc::IP_MINTTL),
+    }
+}
+
+/// Takes away what keeps new handshakes out, whoever set it; a socket without
+/// is left as it is.
+pub fn remove(listener: impl AsFd) -> io::Result<()> {
+    demand_hops(&listener, 0)?;
+    match set(listener, libc::SOL_SOCKET, libc::SO_DETACH_FILTER, 0) {
+        Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn set(socket: impl AsFd, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    // SAFETY: the kernel reads one int, which lives through the call, and the
+    // length given is its size.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            level,
+            name,
+            (&raw const value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    super::check(result).map(drop)
 }
 
 /// From now on the socket takes the share `index` of `count` of the datagrams
@@ -108,4 +180,76 @@ fn attach(socket: impl AsFd, program: &[libc::sock_filter]) -> io::Result<()> {
         )
     };
     super::check(result).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::{SocketAddr, TcpListener, TcpStream};
+    use std::time::Duration;
+
+    /// What a worker without CAP_NET_ADMIN does, tried as any user.
+    fn closed_by_hops(address: &str) {
+        let Ok(listener) = TcpListener::bind(address) else {
+            println!("SKIPPED: no {address} here");
+            return;
+        };
+        let address: SocketAddr = listener.local_addr().unwrap();
+        let mut early = TcpStream::connect(address).unwrap();
+        assert!(!is_closed(&listener));
+        demand_hops(&listener, MOST_HOPS).unwrap();
+        assert!(is_closed(&listener));
+        assert!(TcpStream::connect_timeout(&address, Duration::from_millis(100)).is_err());
+        // What waited in the queue is served.
+        let (mut accepted, _) = listener.accept().unwrap();
+        welcome(&accepted).unwrap();
+        early.write_all(b"early").unwrap();
+        accepted.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let mut bytes = [0; 5];
+        accepted.read_exact(&mut bytes).unwrap();
+        remove(&listener).unwrap();
+        assert!(!is_closed(&listener));
+        // A SYN that was dropped comes again after a second.
+        TcpStream::connect_timeout(&address, Duration::from_secs(10)).unwrap();
+    }
+
+    #[test]
+    fn a_demand_for_hops_keeps_handshakes_out_and_what_waits_in() {
+        closed_by_hops("127.0.0.1:0");
+        closed_by_hops("[::1]:0");
+    }
+
+    #[test]
+    fn a_handshake_under_way_completes_in_spite_of_the_demand() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        // Holds the handshake half open until the client's first bytes.
+        set(&listener, libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, 5).unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        demand_hops(&listener, MOST_HOPS).unwrap();
+        client.write_all(b"completes").unwrap();
+        let (mut accepted, _) = listener.accept().unwrap();
+        welcome(&accepted).unwrap();
+        accepted.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let mut bytes = [0; 9];
+        accepted.read_exact(&mut bytes).unwrap();
+        assert_eq!(&bytes, b"completes");
+    }
+
+    #[test]
+    fn a_connection_that_inherited_the_demand_hears_its_client_once_welcome() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut accepted, _) = listener.accept().unwrap();
+        // As if the handshake had been completed after the demand.
+        demand_hops(&accepted, MOST_HOPS).unwrap();
+        client.write_all(b"again").unwrap();
+        accepted.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        assert!(accepted.read(&mut [0; 5]).is_err(), "it is deaf");
+        welcome(&accepted).unwrap();
+        accepted.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let mut bytes = [0; 5];
+        accepted.read_exact(&mut bytes).unwrap();
+        assert_eq!(&bytes, b"again");
+    }
 }

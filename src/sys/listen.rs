@@ -21,7 +21,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{setsockopt, sockopt};
-use socket2::{Domain, InterfaceIndexOrAddress, SockAddr, Socket, Type};
+use socket2::{Domain, InterfaceIndexOrAddress, SockAddr, SockRef, Socket, Type};
 
 use crate::sys::filter;
 use crate::sys::holders::{Protocol, only_connections_remain};
@@ -205,6 +205,36 @@ pub fn multicast(
     Ok(socket.into())
 }
 
+/// Takes up a listening TCP socket that another process opened, as systemd
+/// does for a .socket unit: sets what may still be set after bind(2), and takes
+/// away what an earlier process left on it. Reuse options, the device and
+/// transparency are decided before bind(2), so they are the other's to set.
+pub fn adopt_tcp(socket: &OwnedFd, address: SocketAddr, options: &Options) -> Result<(), OpenError> {
+    let at = At(address);
+    at.option("SO_DETACH_FILTER", super::filter::remove(socket))?;
+    let socket = SockRef::from(socket);
+    at.common_of_adopted(&socket, options)?;
+    if options.fast_open {
+        at.option("TCP_FASTOPEN", set_tcp(&socket, libc::TCP_FASTOPEN, FAST_OPEN_QUEUE))?;
+    }
+    let seconds = if options.defer_accept { DEFER_ACCEPT_SECONDS } else { 0 };
+    at.option("TCP_DEFER_ACCEPT", set_tcp(&socket, libc::TCP_DEFER_ACCEPT, seconds))?;
+    // On a socket that listens already it sets the queue's length anew.
+    let backlog = i32::try_from(options.backlog).unwrap_or(i32::MAX);
+    socket.listen(backlog).map_err(|e| at.failed(Step::Listen, e))
+}
+
+/// The same for a unicast UDP socket.
+pub fn adopt_udp(socket: &OwnedFd, address: SocketAddr, options: &Options) -> Result<(), OpenError> {
+    let at = At(address);
+    at.option("SO_DETACH_FILTER", super::filter::remove(socket))?;
+    let socket = SockRef::from(socket);
+    // systemd sets it on every socket that it passes; see the table above.
+    at.option("SO_REUSEADDR", socket.set_reuse_address(false))?;
+    at.common_of_adopted(&socket, options)?;
+    at.packet_info(&socket)
+}
+
 /// Is this an address that `multicast` should open rather than `udp`?
 pub fn is_group(address: SocketAddr) -> bool {
     address.ip().is_multicast()
@@ -302,6 +332,19 @@ impl At {
         }
         // Before listen(2): the receive buffer decides the window scale that
         // a SYN-ACK offers, and accepted sockets inherit both.
+        if let Some(bytes) = options.receive_buffer {
+            self.option("SO_RCVBUF", socket.set_recv_buffer_size(whole(bytes)))?;
+        }
+        if let Some(bytes) = options.send_buffer {
+            self.option("SO_SNDBUF", socket.set_send_buffer_size(whole(bytes)))?;
+        }
+        Ok(())
+    }
+
+    /// What both kinds are given after bind(2).
+    fn common_of_adopted(self, socket: &Socket, options: &Options) -> Result<(), OpenError> {
+        self.option("FD_CLOEXEC", socket.set_cloexec(true))?;
+        self.option("O_NONBLOCK", socket.set_nonblocking(true))?;
         if let Some(bytes) = options.receive_buffer {
             self.option("SO_RCVBUF", socket.set_recv_buffer_size(whole(bytes)))?;
         }

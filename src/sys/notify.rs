@@ -30,3 +30,11 @@ pub fn reloading() -> String {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("the monotonic clock always works");
     format!("RELOADING=1\nMONOTONIC_USEC={}", now.tv_sec() * 1_000_000 + now.tv_nsec() / 1_000)
 }
+
+/// The longest time between two `WATCHDOG=1` that this process owes, in
+/// milliseconds: sd_watchdog_enabled(3).
+pub fn watchdog() -> Option<u64> {
+    let number = |name| std::env::var(name).ok()?.parse::<u64>().ok();
+    let ours = number("WATCHDOG_PID").is_none_or(|pid| pid == u64::from(std::process::id()));
+    number("WATCHDOG_USEC").filter(|_| ours).map(|micros| micros / 1_000)
+}

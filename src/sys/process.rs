@@ -36,6 +36,9 @@ impl Image {
             .env_remove("NOTIFY_SOCKET")
             .env_remove("WATCHDOG_USEC")
             .env_remove("WATCHDOG_PID")
+            .env_remove("LISTEN_FDS")
+            .env_remove("LISTEN_FDNAMES")
+            .env_remove("LISTEN_PID")
             .stdin(Stdio::from(channel.into_fd()))
             .stdout(Stdio::null())
             .stderr(Stdio::inherit())
@@ -67,6 +70,18 @@ pub fn set_name(name: &str) {
 pub fn set_no_new_privileges() -> io::Result<()> {
     prctl::set_no_new_privs()?;
     Ok(())
+}
+
+/// Gives up the protection from the kernel's out-of-memory killer that was
+/// inherited from a protected parent: if one must die, a child that is
+/// replaced. Best effort.
+pub fn leave_oom_protection() {
+    const SCORE: &str = "/proc/self/oom_score_adj";
+    let score = std::fs::read_to_string(SCORE).ok().and_then(|text| text.trim().parse::<i32>().ok());
+    if score.is_some_and(|score| score < 0) {
+        // Raising one's own score needs no privilege (proc(5)).
+        let _ = std::fs::write(SCORE, "0");
+    }
 }
 
 /// Raises the limit of open files as far as it may go; answers the limit.

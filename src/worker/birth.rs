@@ -39,6 +39,8 @@ pub struct Born {
     pub sockets: Vec<(Place, OwnedFd)>,
     /// Those of them that another process had before.
     pub kept: Vec<Place>,
+    /// Places whose sockets outlive the daemon.
+    pub outliving: Vec<Place>,
     pub _log: logging::Log,
 }
 
@@ -47,10 +49,11 @@ impl Born {
     /// where the supervisor is gone.
     pub fn be(channel: &Channel) -> Result<Option<Born>, Failure> {
         let Some((birth, fds)) = receive(channel)? else { return Ok(None) };
-        let ToWorker::Birth { slot, slot_count, generation, account } = birth else {
+        let ToWorker::Birth { slot, slot_count, generation, account, outliving } = birth else {
             return Err(Failure::new("the supervisor did not begin with a birth"));
         };
         process::set_name(&format!("ek-worker-{slot}"));
+        process::leave_oom_protection();
         let mut fds = fds.into_iter();
         let mut next = || fds.next().ok_or_else(|| Failure::new("the birth came with too few descriptors"));
         let config = read_config(next()?)?;
@@ -58,13 +61,15 @@ impl Born {
         let all = fds.map(Region::open_read_only).collect::<Result<Vec<_>, _>>();
         let all = all.map_err(|e| Failure::new(format!("the counters: {e}")))?;
         let log = control::start_log(&config.log, &format!("slot={slot} gen={generation}"));
-        let mut given = HashMap::new();
+        let mut given: HashMap<Place, Vec<OwnedFd>> = HashMap::new();
         loop {
             match receive(channel)? {
                 None => return Ok(None),
                 Some((ToWorker::Sockets(places), fds)) => {
                     let pairs = control::pair_up(places, fds).map_err(|e| Failure::new(e.to_string()))?;
-                    given.extend(pairs);
+                    for (place, socket) in pairs {
+                        given.entry(place).or_default().push(socket);
+                    }
                 }
                 Some((ToWorker::Begin, _)) => break,
                 Some((message, _)) => return Err(Failure::new(format!("before Begin came {message:?}"))),
@@ -75,7 +80,19 @@ impl Born {
         let sockets = complete(&config, given, share, channel)?;
         give_up_privileges(account)?;
         let layout = Layout::of(&config);
-        Ok(Some(Born { slot, slot_count, generation, config, layout, own, all, sockets, kept, _log: log }))
+        Ok(Some(Born {
+            slot,
+            slot_count,
+            generation,
+            config,
+            layout,
+            own,
+            all,
+            sockets,
+            kept,
+            outliving,
+            _log: log,
+        }))
     }
 }
 
@@ -92,7 +109,7 @@ fn read_config(fd: OwnedFd) -> Result<Config, Failure> {
 /// new ones, of which the supervisor gets a duplicate.
 fn complete(
     config: &Config,
-    mut given: HashMap<Place, OwnedFd>,
+    mut given: HashMap<Place, Vec<OwnedFd>>,
     share: Share,
     channel: &Channel,
 ) -> Result<Vec<(Place, OwnedFd)>, Failure> {
@@ -101,17 +118,19 @@ fn complete(
     for (listener_index, listener) in config.listeners.iter().enumerate() {
         for address in 0..listener.bind.len() {
             let place = Place { listener: listener_index, address };
-            let socket = match given.remove(&place) {
-                Some(socket) => {
-                    adopt(listener, address, share, &socket)?;
-                    socket
+            match given.remove(&place) {
+                // Mostly one; systemd may have passed more.
+                Some(held) => {
+                    for socket in held {
+                        adopt(listener, address, share, &socket)?;
+                        sockets.push((place, socket));
+                    }
                 }
                 None => {
                     opened.push(sockets.len());
-                    open(listener, address, share)?
+                    sockets.push((place, open(listener, address, share)?));
                 }
-            };
-            sockets.push((place, socket));
+            }
         }
     }
     debug!("{} sockets opened, {} taken over", opened.len(), sockets.len() - opened.len());
@@ -208,6 +227,11 @@ fn give_up_privileges(account: Option<Account>) -> Result<(), Failure> {
             advice: "start evenkeel as root, or leave out user and group".into(),
             exit_code: 77,
         })?;
+    }
+    // What a unit's AmbientCapabilities= gave for binding. Root without `user`
+    // stays what it is: the operator asked for no change.
+    if accounts::current_uid() != 0 {
+        accounts::drop_capabilities().map_err(|e| Failure::new(format!("capabilities: {e}")))?;
     }
     process::set_no_new_privileges().map_err(|e| Failure::new(format!("no_new_privs: {e}")))
 }

@@ -25,7 +25,7 @@ use crate::counters::{Counters, Process};
 use crate::relay::CloseReason;
 use crate::sys::channel::Channel;
 use crate::sys::clock::{self, Millis};
-use crate::sys::{filter, handshakes, process};
+use crate::sys::{handshakes, process};
 
 /// Connections that one socket may bring in one turn.
 const ACCEPT_BUDGET: usize = 64;
@@ -61,6 +61,8 @@ struct Loop<'a> {
     poll: Poll,
     channel: Channel,
     listeners: Listeners,
+    /// Places whose sockets outlive the daemon.
+    outliving: Vec<Place>,
     sessions: Sessions<'a>,
     datagrams: Datagrams<'a>,
     session_limit: usize,
@@ -76,6 +78,8 @@ struct Loop<'a> {
     orphaned_until: Option<Millis>,
     is_orphan: bool,
     paused_before: bool,
+    #[cfg(debug_assertions)]
+    hang: super::hang::Hang,
 }
 
 /// Serves until told to leave; the process's exit code.
@@ -118,6 +122,7 @@ impl<'a> Loop<'a> {
             channel,
             listeners: Listeners::default(),
             datagrams: Datagrams::new(context.clone(), for_flows as usize, clock::coarse()),
+            outliving: born.outliving.clone(),
             sessions: Sessions::new(context, clock::coarse()),
             session_limit,
             leave: None,
@@ -129,6 +134,8 @@ impl<'a> Loop<'a> {
             orphaned_until: None,
             is_orphan: false,
             paused_before: false,
+            #[cfg(debug_assertions)]
+            hang: super::hang::Hang::of_environment(born.slot),
         };
         state.begin().inspect_err(|error| error!(%error, "cannot begin")).ok()
     }
@@ -178,6 +185,7 @@ impl<'a> Loop<'a> {
                 result => result?,
             }
             let now = clock::coarse();
+            self.sessions.context().beat(now);
             for event in &events {
                 match event.token() {
                     CHANNEL => self.handle_channel(now),
@@ -205,6 +213,8 @@ impl<'a> Loop<'a> {
                 return Ok(());
             }
             self.publish_lag(now);
+            #[cfg(debug_assertions)]
+            self.hang.spin_if_told();
         }
     }
 
@@ -299,6 +309,8 @@ impl<'a> Loop<'a> {
                 Ok(sockets) => self.handle_loan(slot, sockets),
                 Err(error) => warn!(%error, "a loan was refused"),
             },
+            // Having been woken is the answer.
+            ToWorker::Ask => {}
             ToWorker::Recall { slot } => {
                 self.listeners.give_back(self.poll.registry(), slot);
                 self.datagrams.give_back(self.poll.registry(), slot);
@@ -414,10 +426,10 @@ impl<'a> Loop<'a> {
         if self.leave.is_some() {
             return;
         }
-        for (_, socket) in self.listeners.sockets() {
-            if let Err(error) = filter::refuse_new_handshakes(socket) {
-                warn!(%error, "new handshakes cannot be kept out");
-            }
+        // A filter there would keep the next daemon's clients out.
+        self.listeners.let_go(self.poll.registry(), &self.outliving);
+        if let Err(error) = self.listeners.keep_out() {
+            warn!(%error, "new handshakes cannot be kept out");
         }
         self.datagrams.begin_leave();
         self.leave = Some(Leave::begin(now, limit));

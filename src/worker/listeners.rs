@@ -15,6 +15,7 @@ use mio::{Interest, Registry, Token};
 use super::event_loop::listener_token;
 use crate::control::Place;
 use crate::sys::clock::Millis;
+use crate::sys::filter;
 use crate::sys::stream::{self, Stream};
 
 /// How long accepting pauses, in milliseconds: long enough to cost nothing,
@@ -35,6 +36,8 @@ struct Entry {
     /// The slot that it belongs to, where that is not the worker's own.
     lent_by: Option<usize>,
     ready: bool,
+    /// No new handshakes: what is accepted has to be made welcome.
+    closed: bool,
 }
 
 /// What one try to accept brought.
@@ -62,7 +65,9 @@ impl Listeners {
         let index = self.entries.iter().position(Option::is_none).unwrap_or(self.entries.len());
         registry.register(&mut SourceFd(&socket.as_raw_fd()), listener_token(index), Interest::READABLE)?;
         // What waited before it was registered may give no edge.
-        let entry = Some(Entry { place, socket, lent_by, ready: true });
+        // A predecessor may have died while it left.
+        let closed = filter::is_closed(&socket);
+        let entry = Some(Entry { place, socket, lent_by, ready: true, closed });
         if index == self.entries.len() {
             self.entries.push(entry);
         } else {
@@ -80,6 +85,26 @@ impl Listeners {
                 let _ = registry.deregister(&mut SourceFd(&lent.socket.as_raw_fd()));
             }
         }
+    }
+
+    /// Leaves sockets at these places, with their queues, to whoever holds them
+    /// as well.
+    pub fn let_go(&mut self, registry: &Registry, places: &[Place]) {
+        for entry in &mut self.entries {
+            if let Some(kept) = entry.take_if(|entry| places.contains(&entry.place)) {
+                let _ = registry.deregister(&mut SourceFd(&kept.socket.as_raw_fd()));
+            }
+        }
+    }
+
+    /// Takes no new handshakes at any socket; the first error.
+    pub fn keep_out(&mut self) -> io::Result<()> {
+        let mut result = Ok(());
+        for entry in self.entries.iter_mut().flatten() {
+            entry.closed = true;
+            result = result.and(filter::refuse_new_handshakes(&entry.socket));
+        }
+        result
     }
 
     /// Remembers an event.
@@ -106,7 +131,13 @@ impl Listeners {
     pub fn accept(&mut self, index: usize) -> Accepted {
         let Some(Some(entry)) = self.entries.get_mut(index) else { return Accepted::Empty };
         match stream::accept(&entry.socket) {
-            Ok((stream, peer)) => Accepted::Connection(entry.place.listener, stream, peer),
+            Ok((stream, peer)) => {
+                if entry.closed {
+                    // It lives already; at worst it hears nothing.
+                    let _ = filter::welcome(&stream);
+                }
+                Accepted::Connection(entry.place.listener, stream, peer)
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 entry.ready = false;
                 Accepted::Empty

@@ -14,6 +14,8 @@ mod birth;
 mod datagrams;
 mod event_loop;
 mod handover;
+#[cfg(debug_assertions)]
+mod hang;
 mod leave;
 mod listeners;
 mod sessions;

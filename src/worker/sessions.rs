@@ -29,13 +29,16 @@ use crate::counters::{Counters, Layout, OfListener, OfServer, Process};
 use crate::deadline::Deadlines;
 use crate::relay::{CloseReason, Drive, End, MAX_READ, Readiness, Session, Side};
 use crate::slab::{Key, Slab};
-use crate::sys::clock::Millis;
+use crate::sys::clock::{self, Millis};
 use crate::sys::stream::{Stream, TcpOptions};
 pub use moving::Parcel;
 
 /// Bytes that one session may move each way in one turn, so that a busy one
 /// does not keep the others waiting.
 const BUDGET: usize = 1 << 20;
+/// After so many sessions a turn beats once more: with thousands in bulk it
+/// takes long without being stuck.
+const BEAT_EVERY: usize = 64;
 /// How often a session that waits for acknowledgements is looked at.
 const RESET_CHECK: Millis = 20;
 
@@ -69,6 +72,11 @@ impl Context<'_> {
         let seed = (u64::from(std::process::id()) << 32) ^ now;
         let upstreams = self.config.upstreams.iter();
         upstreams.map(|upstream| Balancer::new(upstream, self.slot, self.all.len(), seed)).collect()
+    }
+
+    /// Shows the supervisor that the loop turns.
+    pub fn beat(&self, now: Millis) {
+        self.counters.process(Process::Beat).set(now);
     }
 }
 
@@ -248,7 +256,10 @@ impl<'a> Sessions<'a> {
 
     /// Drives each session that has something to do once.
     pub fn turn(&mut self, now: Millis) {
-        for key in std::mem::take(&mut self.queue) {
+        for (index, key) in std::mem::take(&mut self.queue).into_iter().enumerate() {
+            if index % BEAT_EVERY == BEAT_EVERY - 1 {
+                self.context.beat(clock::coarse());
+            }
             self.drive(key, now);
         }
     }

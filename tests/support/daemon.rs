@@ -201,7 +201,8 @@ pub fn runs(pid: u32) -> bool {
     })
 }
 
-fn children_of(parent: u32) -> Vec<u32> {
+/// The processes that this one started.
+pub fn children_of(parent: u32) -> Vec<u32> {
     let Ok(folder) = fs::read_dir("/proc") else { return Vec::new() };
     let pids = folder.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     pids.filter(|pid| {

@@ -14,6 +14,7 @@
 
 pub mod daemon;
 pub mod datagrams;
+pub mod machine;
 pub mod servers;
 
 use std::io::{Read, Write};
@@ -86,12 +87,14 @@ fn missing_network() -> Option<String> {
     (!status.success()).then(|| "this host allows no network namespace".to_string())
 }
 
-/// Why a test cannot run here; `root` stands for the right to be two users.
+/// Why a test cannot run here; `root` stands for the right to be two users,
+/// `a machine` for what it takes to boot a systemd.
 fn missing_program(needs: &[&str]) -> Option<String> {
     let paths = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
     let installed =
         |name: &str| paths.split(':').any(|folder| std::path::Path::new(folder).join(name).exists());
     needs.iter().find_map(|&need| match need {
+        "a machine" => machine::missing(),
         "root" => (!nix::unistd::geteuid().is_root()).then(|| "only root has a second user".to_string()),
         program => (!installed(program)).then(|| format!("{program} is not installed")),
     })

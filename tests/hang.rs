@@ -1,0 +1,233 @@
+//! Workers that live and do nothing: found, replaced, their queues served;
+//! and everything that only looks like one.
+
+mod support;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use support::daemon::{Daemon, signal};
+use support::servers::{connect, exchange, local};
+use support::{eventually, within};
+
+fn main() {
+    support::run(tests![
+        a_stopped_worker_is_replaced_in_time_and_who_waits_is_served,
+        a_worker_that_is_stopped_while_nothing_happens_is_replaced_too,
+        a_worker_that_burns_cpu_is_replaced,
+        a_worker_that_hangs_while_leaving_is_replaced_and_its_queue_served,
+        an_idle_daemon_is_left_alone_and_hardly_wakes,
+        a_tree_that_was_paused_kills_nobody,
+        a_supervisor_that_was_paused_kills_nobody,
+    ])
+}
+
+const FRONT: &str = "[[listener]]\nname = \"front\"\nmode = \"tcp\"\nbind = \"127.0.0.1:8080\"\n";
+
+fn daemon(workers: usize, hang_timeout: &str, service: &str) -> Daemon {
+    Daemon::ready(&config(workers, hang_timeout, service))
+}
+
+fn config(workers: usize, hang_timeout: &str, service: &str) -> String {
+    format!(
+        "[daemon]\nworkers = {workers}\nhang_timeout = \"{hang_timeout}\"\n{FRONT}service = \"{service}\"\n"
+    )
+}
+
+fn restarts(daemon: &Daemon) -> Vec<u64> {
+    daemon.status().workers.iter().map(|worker| worker.restarts).collect()
+}
+
+/// Connects until it has so many sessions at slots other than this one.
+fn sessions_elsewhere(slot: usize, count: usize) -> Vec<TcpStream> {
+    let mut sessions = Vec::new();
+    while sessions.len() < count {
+        let mut client = connect(local(8080));
+        let mut line = Vec::new();
+        let mut byte = [0];
+        while byte[0] != b'\n' {
+            client.read_exact(&mut byte).expect("a line");
+            line.push(byte[0]);
+        }
+        if !String::from_utf8_lossy(&line).contains(&format!("slot={slot} ")) {
+            sessions.push(client);
+        }
+    }
+    sessions
+}
+
+/// Watches something for a while; the time itself is what is tested.
+fn meanwhile(span: Duration, mut look: impl FnMut()) {
+    let begin = Instant::now();
+    while begin.elapsed() < span {
+        look();
+        std::thread::park_timeout(Duration::from_millis(20));
+    }
+}
+
+fn a_stopped_worker_is_replaced_in_time_and_who_waits_is_served() {
+    let timeout = Duration::from_millis(1_000);
+    let daemon = daemon(4, "1s", "identify");
+    let others = sessions_elsewhere(1, 12);
+    let pid = daemon.worker(1).pid;
+    let (stop, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut others = others;
+            while !stop.load(Ordering::Relaxed) {
+                for client in &mut others {
+                    let answer = exchange(client, b"undisturbed").expect("the others go on");
+                    assert_eq!(answer, b"undisturbed");
+                }
+                rounds.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        let before = daemon.worker(1).accepted;
+        let begin = Instant::now();
+        signal(pid, Signal::SIGSTOP);
+        // About a quarter of them waits at the stopped worker.
+        let mut clients: Vec<TcpStream> = (0..400).map(|_| connect(local(8080))).collect();
+        for client in &mut clients {
+            client.write_all(b"waiting").expect("the kernel takes it");
+        }
+        eventually("the slot is filled again", || {
+            let worker = daemon.worker(1);
+            worker.restarts == 1 && worker.state == "ready"
+        });
+        let took = begin.elapsed();
+        assert!(took <= timeout + Duration::from_secs(1), "replaced after {took:?}");
+        for (index, client) in clients.iter_mut().enumerate() {
+            let mut answer = Vec::new();
+            while !answer.ends_with(b"waiting") {
+                let mut byte = [0];
+                client.read_exact(&mut byte).unwrap_or_else(|error| panic!("client {index}: {error}"));
+                answer.push(byte[0]);
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        let waited = daemon.worker(1).accepted - before;
+        // Fewer than 40 of 400 at one of four by chance: less than 1 in 10^13.
+        assert!(waited >= 40, "only {waited} waited at the stopped worker");
+        println!("replaced after {took:?}, {waited} had waited");
+    });
+    assert!(rounds.load(Ordering::Relaxed) > 10);
+    assert_eq!(restarts(&daemon), [0, 1, 0, 0]);
+    assert!(daemon.log().contains("slot=1"), "{}", daemon.log());
+    assert!(daemon.log().contains("worker hung: no sign of life for 1"), "{}", daemon.log());
+}
+
+fn a_worker_that_is_stopped_while_nothing_happens_is_replaced_too() {
+    let daemon = daemon(2, "300ms", "echo");
+    signal(daemon.worker(0).pid, Signal::SIGSTOP);
+    eventually("it is replaced", || {
+        let worker = daemon.worker(0);
+        worker.restarts == 1 && worker.state == "ready"
+    });
+    assert_eq!(restarts(&daemon), [1, 0]);
+}
+
+fn a_worker_that_burns_cpu_is_replaced() {
+    if !cfg!(debug_assertions) {
+        println!("SKIPPED: a release build has no way to make a worker hang");
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let order = folder.path().join("hang");
+    let mut daemon = Daemon::start_with(&config(2, "300ms", "echo"), |command| {
+        command.env("EVENKEEL_TEST_HANG", &order);
+    });
+    daemon.wait_ready();
+    // In one step, so that no worker reads half of it.
+    fs::write(folder.path().join("draft"), "1").expect("a file");
+    fs::rename(folder.path().join("draft"), &order).expect("the same folder");
+    eventually("slot 1 took the order", || {
+        let _ = exchange(&mut connect(local(8080)), b"x");
+        !order.exists()
+    });
+    eventually("it is replaced", || {
+        let worker = daemon.worker(1);
+        worker.restarts == 1 && worker.state == "ready"
+    });
+    for _ in 0..50 {
+        exchange(&mut connect(local(8080)), b"served").expect("both slots serve");
+    }
+}
+
+fn a_worker_that_hangs_while_leaving_is_replaced_and_its_queue_served() {
+    let mut daemon = daemon(1, "300ms", "echo");
+    signal(daemon.worker(0).pid, Signal::SIGSTOP);
+    let mut clients: Vec<TcpStream> = (0..50).map(|_| connect(local(8080))).collect();
+    for client in &mut clients {
+        client.write_all(b"waiting").expect("the kernel takes it");
+    }
+    daemon.signal(Signal::SIGTERM);
+    for client in &mut clients {
+        let mut answer = [0; 7];
+        client.read_exact(&mut answer).expect("who waited is served by the next worker");
+    }
+    drop(clients);
+    assert!(daemon.wait(Duration::from_secs(10)).success(), "{}", daemon.log());
+    assert!(daemon.log().contains("worker hung"), "{}", daemon.log());
+}
+
+/// How often a process went to sleep by itself.
+fn sleeps(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("a living process");
+    let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+    line.expect("the kernel counts them").trim().parse().expect("a number")
+}
+
+fn an_idle_daemon_is_left_alone_and_hardly_wakes() {
+    let daemon = daemon(4, "300ms", "echo");
+    let mut pids: Vec<u32> = daemon.status().workers.iter().map(|worker| worker.pid).collect();
+    pids.push(daemon.pid());
+    let before: Vec<u64> = pids.iter().map(|&pid| sleeps(pid)).collect();
+    meanwhile(Duration::from_secs(10), || {});
+    let woken: Vec<u64> = pids.iter().zip(before).map(|(&pid, before)| sleeps(pid) - before).collect();
+    println!("wake-ups in 10 s at hang_timeout = 300ms, workers then supervisor: {woken:?}");
+    assert_eq!(restarts(&daemon), [0; 4]);
+    // One a third of the time-out is 100.
+    assert!(woken.iter().all(|&count| count <= 130), "{woken:?}");
+    assert!(!daemon.log().contains("hung"), "{}", daemon.log());
+}
+
+fn stopped(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
+}
+
+fn a_tree_that_was_paused_kills_nobody() {
+    let daemon = daemon(4, "300ms", "echo");
+    let mut session = connect(local(8080));
+    exchange(&mut session, b"before").expect("it serves");
+    let pids: Vec<u32> = daemon.status().workers.iter().map(|worker| worker.pid).collect();
+    // The pause begins at another point between two looks each time.
+    for round in 0..8 {
+        meanwhile(Duration::from_millis(45 * round), || {});
+        let tree: Vec<u32> = [daemon.pid()].into_iter().chain(pids.clone()).collect();
+        tree.iter().for_each(|&pid| signal(pid, Signal::SIGSTOP));
+        eventually("all are stopped", || tree.iter().all(|&pid| stopped(pid)));
+        meanwhile(Duration::from_millis(900), || {});
+        // The supervisor first: it must not judge by what it slept through.
+        tree.iter().for_each(|&pid| signal(pid, Signal::SIGCONT));
+        exchange(&mut session, b"after").expect("the session goes on");
+    }
+    meanwhile(Duration::from_millis(900), || {});
+    assert_eq!(restarts(&daemon), [0; 4]);
+}
+
+fn a_supervisor_that_was_paused_kills_nobody() {
+    let daemon = daemon(2, "300ms", "echo");
+    for _ in 0..3 {
+        daemon.signal(Signal::SIGSTOP);
+        within(Duration::from_secs(5), "it is stopped", || stopped(daemon.pid()));
+        meanwhile(Duration::from_millis(1_000), || {});
+        daemon.signal(Signal::SIGCONT);
+        meanwhile(Duration::from_millis(600), || {});
+    }
+    assert_eq!(restarts(&daemon), [0; 2]);
+}

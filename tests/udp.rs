@@ -545,12 +545,16 @@ fn reloads_lose_no_answer() {
         }
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
     });
+    // Nothing that was counted is forgotten with the worker that counted it;
+    // the last answers are counted a moment after they were sent.
+    let asked = asked.into_inner();
+    eventually("every datagram is counted", || {
+        let flows = daemon.listener("front").flows.unwrap();
+        (flows.datagrams_in, flows.datagrams_out) == (asked, asked)
+    });
     let listener = daemon.listener("front");
     assert!(listener.dropped.is_empty(), "{:?}", listener.dropped);
-    // Nothing that was counted is forgotten with the worker that counted it.
-    let (asked, flows) = (asked.into_inner(), listener.flows.unwrap());
-    assert_eq!((flows.datagrams_in, flows.datagrams_out), (asked, asked));
-    assert!(flows.opened >= 40);
+    assert!(listener.connections >= 40);
 }
 
 fn a_second_signal_leaves_nobody_behind() {

@@ -37,6 +37,7 @@ pub struct Front {
 pub struct Fronts {
     entries: Vec<Option<Front>>,
     joins: bool,
+    stopped: bool,
 }
 
 impl Fronts {
@@ -65,6 +66,7 @@ impl Fronts {
 
     /// Reads none of them any more; they are still there to send by.
     pub fn stop(&mut self, registry: &Registry) {
+        self.stopped = true;
         for front in self.entries.iter_mut().flatten() {
             let _ = registry.deregister(&mut SourceFd(&front.socket.as_raw_fd()));
             front.ready = false;
@@ -78,7 +80,10 @@ impl Fronts {
 
     /// Remembers an event.
     pub fn handle_ready(&mut self, index: usize) {
-        if let Some(Some(front)) = self.entries.get_mut(index) {
+        // An event of the same batch as the stop may still come.
+        if let Some(Some(front)) = self.entries.get_mut(index)
+            && !self.stopped
+        {
             front.ready = true;
         }
     }

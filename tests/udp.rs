@@ -362,20 +362,30 @@ fn source_hash_survives_a_killed_worker_and_other_slots_notice_nothing() {
     let daemon =
         Daemon::ready(&config(4, "", "source-hash", &servers.each_ref().map(|(address, _)| *address)));
     let clients: Vec<UdpSocket> = (1..=120).map(|i| client(&format!("127.0.1.{i}:0"))).collect();
-    let before: Vec<u8> = clients.iter().map(|socket| ask(socket, front(), b"?")[0]).collect();
+    let ask_all = || -> Vec<u8> {
+        (0u8..).zip(&clients).map(|(number, socket)| ask(socket, front(), &[number])[0]).collect()
+    };
+    // The ports that each client had towards the servers, by its number.
+    let ports = || {
+        let mut ports = HashMap::<u8, HashSet<SocketAddr>>::new();
+        for (_, seen) in &servers {
+            for (from, bytes) in seen.lock().unwrap().iter() {
+                ports.entry(bytes[0]).or_default().insert(*from);
+            }
+        }
+        ports
+    };
+    let before = ask_all();
     assert_eq!(before.iter().collect::<HashSet<_>>().len(), 3, "all servers have clients");
     let slots = daemon.listener("front").active_per_slot;
     daemon.kill_worker(1);
     // What is asked before the new worker is there waits in the kept socket.
-    let after: Vec<u8> = clients.iter().map(|socket| ask(socket, front(), b"!")[0]).collect();
-    assert_eq!(before, after);
+    assert_eq!(ask_all(), before);
     let listener = daemon.listener("front");
     assert_eq!(listener.active_per_slot, slots, "flows stay with their slots");
     assert_eq!(listener.ended.get("worker_lost"), Some(&slots[1]));
-    // Other slots' flows have one port each, those of slot 1 have two.
-    let seen =
-        servers.iter().flat_map(|(_, seen)| seen.lock().unwrap().iter().map(|s| s.0).collect::<Vec<_>>());
-    assert_eq!(seen.collect::<HashSet<_>>().len() as u64, 120 + slots[1]);
+    let moved = ports().values().filter(|ports| ports.len() > 1).count() as u64;
+    assert!(moved <= slots[1], "{moved} clients have another port, and slot 1 had {}", slots[1]);
 }
 
 fn an_empty_slot_is_served_by_its_neighbour_and_given_back() {

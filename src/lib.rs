@@ -8,7 +8,7 @@
 //! 4  cli
 //! 3  supervisor  worker  steward  loadgen  doctor    never import each other
 //! 2  control
-//! 1  config  balance  relay  flow  supervision  counters  spread  deadline  slab  explain    pure
+//! 1  config  balance  relay  flow  supervision  counters  spread  steering  deadline  slab  explain    pure
 //! 0  sys  units  logging
 //! ```
 
@@ -29,6 +29,7 @@ pub mod logging;
 pub mod relay;
 pub mod slab;
 pub mod spread;
+pub mod steering;
 pub mod steward;
 pub mod supervision;
 pub mod supervisor;

@@ -321,7 +321,7 @@ fn unknown_tables_are_refused_like_unknown_keys() {
         "a.toml:1:2: unknown key \"deamon\" at the top level\n  did you mean \"daemon\"?\n\
          a.toml:3:2: unknown key \"limits\" at the top level\n  a file takes daemon, log, upstream, listener\n\
          a.toml:10:11: unknown key \"quic\" in [[listener]]\n  \
-         [[listener]] takes name, bind, mode, upstream, service, backlog, receive_buffer, send_buffer, \
+         [[listener]] takes name, bind, mode, upstream, service, steering, backlog, receive_buffer, send_buffer, \
          interface, transparent, freebind, tcp, udp"
     );
 }
@@ -349,6 +349,22 @@ fn a_table_of_the_wrong_sort_says_which_brackets() {
         complaints(&format!("[[daemon]]\n{GOOD}")),
         "a.toml:1:1: daemon is a list\n  there is only one: write [daemon]"
     );
+}
+
+#[test]
+fn steering_is_judged_by_the_listeners_mode_and_the_pinning() {
+    let with = |line: &str| listener_with(&format!("bind = \"127.0.0.1:80\"\n{line}"));
+    let text = complaints(&with("steering = \"random\""));
+    assert!(text.contains("steering = \"random\" is for udp listeners\n  a connection stays"), "{text}");
+    let text = complaints(&with("steering = \"hsah\""));
+    assert!(text.contains("did you mean \"hash\"?"), "{text}");
+    for word in ["hash", "source", "load-aware"] {
+        assert!(right(&with(&format!("steering = \"{word}\""))).warnings.0.is_empty());
+    }
+    let warnings = right(&with("steering = \"cpu\"")).warnings;
+    assert!(warnings.to_string().contains("listener \"front\" steers by cpu, but workers"), "{warnings}");
+    let pinned = format!("[daemon]\npin_workers = true\n{}", with("steering = \"cpu\""));
+    assert!(right(&pinned).warnings.0.is_empty());
 }
 
 /// Each with its place, in a file with a UDP listener and an upstream.

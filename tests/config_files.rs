@@ -155,6 +155,7 @@ fn show_names_the_origin_of_every_line() {
     let shown = config::show(&right(&text), "/etc/evenkeel/a.toml");
     let head = "[daemon]\n\
                 workers = 2               # a.toml:2\n\
+                pin_workers = false       # default\n\
                 #user is unset            # default\n\
                 #group is unset           # default\n\
                 #control_socket is unset  # default\n\

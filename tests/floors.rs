@@ -23,6 +23,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("supervision", 1),
     ("counters", 1),
     ("spread", 1),
+    ("steering", 1),
     ("deadline", 1),
     ("slab", 1),
     ("explain", 1),

@@ -107,6 +107,8 @@ fn every_slot_has_its_own_socket_and_the_supervisor_the_same() {
 fn a_killed_worker_loses_no_waiting_connection() {
     let daemon = echo_daemon(2);
     let pid = daemon.worker(1).pid;
+    // The supervisor too: it would steer clients away from a stopped worker.
+    daemon.signal(Signal::SIGSTOP);
     signal(pid, Signal::SIGSTOP);
     // About 200 of 400 wait at the stopped worker; each has sent already.
     let mut clients: Vec<TcpStream> = (0..400).map(|_| connect(local(8080))).collect();
@@ -115,6 +117,7 @@ fn a_killed_worker_loses_no_waiting_connection() {
     }
     let before = daemon.worker(1).accepted;
     signal(pid, Signal::SIGKILL);
+    daemon.signal(Signal::SIGCONT);
     for (index, client) in clients.iter_mut().enumerate() {
         let mut answer = [0; 7];
         client.read_exact(&mut answer).unwrap_or_else(|error| panic!("client {index}: {error}"));

@@ -73,6 +73,7 @@ fn workers(out: &mut String, workers: &[Worker]) {
 fn describe_listener(out: &mut String, listener: &Listener) {
     let Listener { name, mode, connections, active, bytes_in, bytes_out, spread, .. } = listener;
     let _ = writeln!(out, "\nlistener {name}  {mode} {}", listener.bind.join(" "));
+    let _ = writeln!(out, "  steering {}, by {}", listener.steering, listener.steering_active);
     let _ =
         writeln!(out, "  connections {connections}  active {active}  bytes in {bytes_in}  out {bytes_out}");
     if !listener.ended.is_empty() {
@@ -96,10 +97,10 @@ fn describe_listener(out: &mut String, listener: &Listener) {
         );
         let about = Circumstances {
             noun: if listener.flows.is_some() { "flows" } else { "connections" },
-            steering: Some(&listener.steering_active),
+            steering: Some(listener.steering_in_force()),
             client_addresses: None,
         };
-        let _ = writeln!(out, "  {}", Verdict::of(spread).sentence(spread, &about));
+        let _ = writeln!(out, "  {}", Verdict::weighted(spread, &listener.expected_per_slot).sentence(spread, &about));
     }
 }
 

@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::file::{File, ReadListener, ReadUpstream};
 use super::problem::{Problem, Source, called};
-use super::{Listener, Mode, MulticastInterface, SendProxy, ServerAddress, Target};
+use super::{Listener, Mode, MulticastInterface, SendProxy, ServerAddress, Steering, Target};
 
 /// What was found, in no order.
 #[derive(Default)]
@@ -28,6 +28,7 @@ pub(super) fn check(file: &File, source: &Source) -> Found {
     let upstreams = file.upstreams.iter().map(|u| (u.upstream.name.as_str(), u.at));
     duplicate_names("upstream", upstreams, source, &mut found);
     overlapping_addresses(&file.listeners, source, &mut found);
+    unpinned_workers(file, source, &mut found);
     for read in &file.listeners {
         groups(read, source, &mut found);
     }
@@ -71,6 +72,17 @@ fn duplicate_names<'n>(
             }
             None => seen.push((name, at)),
         }
+    }
+}
+
+/// Steering by CPU promises that a packet is served where it arrived.
+fn unpinned_workers(file: &File, source: &Source, found: &mut Found) {
+    let by_cpu = |read: &&ReadListener| read.listener.steering == Steering::Cpu;
+    for read in file.listeners.iter().filter(by_cpu).filter(|_| !file.daemon.pin_workers) {
+        let name = called("listener", &read.listener.name);
+        let message = format!("{name} steers by cpu, but workers may run on any CPU");
+        let help = "add pin_workers = true to [daemon], or use steering = \"hash\"";
+        found.warnings.push(source.problem(read.at, message, help));
     }
 }
 

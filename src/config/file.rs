@@ -62,6 +62,7 @@ pub(super) fn file(t: &mut Table) -> File {
 fn daemon(t: &mut Table) -> Daemon {
     Daemon {
         workers: t.read("workers", "auto", workers),
+        pin_workers: t.read("pin_workers", false, boolean),
         user: t.optional("user", account).map(At::into_value),
         group: t.optional("group", account).map(At::into_value),
         control_socket: t.optional("control_socket", socket_path).map(At::into_value),
@@ -85,6 +86,7 @@ fn listener(t: &mut Table, upstreams: &[&str]) -> ReadListener {
         bind: bind.iter().map(|bind| bind.value).collect(),
         mode,
         target: target(t, &name, at, upstreams),
+        steering: t.read("steering", "hash", steering(mode)),
         backlog: t.read("backlog", 4096, number(1..=65_535)),
         receive_buffer: t.read("receive_buffer", "auto", auto_or_size(BUFFER_BYTES)),
         send_buffer: t.read("send_buffer", "auto", auto_or_size(BUFFER_BYTES)),

@@ -12,7 +12,7 @@ use std::time::Duration;
 use super::suggest::did_you_mean;
 use super::value::{Value, Wrong};
 use super::words::Word;
-use super::{MulticastInterface, ServerAddress, Workers};
+use super::{Mode, MulticastInterface, ServerAddress, Steering, Workers};
 use crate::units::{UnitError, format_duration, format_size, parse_duration, parse_size};
 
 /// `sun_path` holds 108 bytes and a final NUL (unix(7)).
@@ -121,6 +121,17 @@ pub(super) fn number<T: TryFrom<i64>>(range: RangeInclusive<i64>) -> impl Fn(&Va
             }
             _ => Err(Wrong::new("is not a whole number", bounds())),
         }
+    }
+}
+
+/// A way of steering that this mode knows.
+pub(super) fn steering(mode: Mode) -> impl Fn(&Value) -> Result<Steering, Wrong> {
+    move |value| match (word(value)?, mode) {
+        (Steering::Random, Mode::Tcp) => Err(Wrong::new(
+            "is for udp listeners",
+            "a connection stays where its first packet went, and \"hash\" spreads connections as evenly: use \"hash\"",
+        )),
+        (steering, _) => Ok(steering),
     }
 }
 

@@ -50,6 +50,8 @@ pub struct Config {
 pub struct Daemon {
     /// How many worker processes.
     pub workers: Workers,
+    /// Each worker runs on one CPU: slot i on CPU i mod CPUs.
+    pub pin_workers: bool,
     /// Workers and steward become this user after binding.
     pub user: Option<String>,
     /// And this group; the user's own where only `user` is set.
@@ -116,6 +118,8 @@ pub struct Listener {
     pub mode: Mode,
     /// Where the traffic goes.
     pub target: Target,
+    /// How the kernel chooses the slot.
+    pub steering: Steering,
     /// The accept queue's length, as given to listen(2).
     pub backlog: u32,
     /// SO_RCVBUF in bytes; `None` = the kernel's own tuning.
@@ -141,6 +145,22 @@ pub struct Listener {
 pub enum Mode {
     Tcp,
     Udp,
+}
+
+/// How the kernel chooses the slot of a connection or datagram.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Steering {
+    /// Evenly, by a hash of both ends.
+    Hash,
+    /// A slot of the CPU that received the packet.
+    Cpu,
+    /// A client address has one slot.
+    Source,
+    /// Every datagram by itself.
+    Random,
+    /// Evenly, away from slots that have more to do.
+    LoadAware,
 }
 
 /// Where a listener's traffic goes.

@@ -3,7 +3,7 @@
 //! One table an enum, read both ways; it must be in the order that messages
 //! list the words in.
 
-use super::{Balance, Format, Level, Mode, Multicast, SendProxy, Service};
+use super::{Balance, Format, Level, Mode, Multicast, SendProxy, Service, Steering};
 
 /// An enum whose values have words.
 pub trait Word: Copy + PartialEq + 'static {
@@ -33,6 +33,16 @@ impl Word for Format {
 
 impl Word for Mode {
     const WORDS: &'static [(&'static str, Self)] = &[("tcp", Self::Tcp), ("udp", Self::Udp)];
+}
+
+impl Word for Steering {
+    const WORDS: &'static [(&'static str, Self)] = &[
+        ("hash", Self::Hash),
+        ("cpu", Self::Cpu),
+        ("source", Self::Source),
+        ("random", Self::Random),
+        ("load-aware", Self::LoadAware),
+    ];
 }
 
 impl Word for Service {
@@ -75,6 +85,7 @@ mod tests {
         words_are_those_of_json::<Format>();
         words_are_those_of_json::<Mode>();
         words_are_those_of_json::<Service>();
+        words_are_those_of_json::<Steering>();
         words_are_those_of_json::<Balance>();
         words_are_those_of_json::<Multicast>();
         words_are_those_of_json::<SendProxy>();

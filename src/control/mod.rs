@@ -44,10 +44,18 @@ pub struct SocketId {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToWorker {
     /// Who it is. Descriptors: the configuration (sealed JSON), its own
-    /// counters, then the counters of all slots to read. What is `outliving` is
-    /// open elsewhere too, and who waits there is served after the daemon's end.
+    /// counters, with `tells_load` the page of loads, then the counters of all
+    /// slots to read. What is `outliving` is open elsewhere too, and who waits
+    /// there is served after the daemon's end.
     #[allow(missing_docs)]
-    Birth { slot: usize, slot_count: usize, generation: u64, account: Option<Account>, outliving: Vec<Place> },
+    Birth {
+        slot: usize,
+        slot_count: usize,
+        generation: u64,
+        account: Option<Account>,
+        outliving: Vec<Place>,
+        tells_load: bool,
+    },
     /// Sockets that its slot has already, one descriptor a place.
     Sockets(Vec<Place>),
     /// Open what was not given, and give up privileges.
@@ -123,6 +131,10 @@ pub enum ToSteward {
     Tables { generation: u64, config_count: usize, tables: Vec<Table> },
     /// What the workers do now.
     Workers(Vec<WorkerState>),
+    /// How the listener of this name is steered from now on, and the part of
+    /// what comes that each slot is due.
+    #[allow(missing_docs)]
+    Steering { listener: String, active: String, shares: Vec<f64> },
     /// The answer to its request.
     #[allow(missing_docs)]
     Answer { id: u64, answer: Result<String, String> },

@@ -68,6 +68,11 @@ pub struct Listener {
     /// How sessions or flows ended; connections = active + the sum of these.
     pub ended: BTreeMap<String, u64>,
     pub active_per_slot: Vec<u64>,
+    /// The part of new connections that each slot is due now.
+    pub shares: Vec<f64>,
+    /// How many connections each slot should have by now: what the spread is
+    /// judged against.
+    pub expected_per_slot: Vec<f64>,
     pub spread: Spread,
 }
 
@@ -97,6 +102,17 @@ pub struct Flows {
     pub datagrams_out: u64,
     /// Sockets at which UDP_SEGMENT failed and was given up, each time.
     pub offload_failures: u64,
+}
+
+impl Listener {
+    /// How the kernel really steers: what was asked, or `hash` where the
+    /// mechanism in force cannot do it.
+    pub fn steering_in_force(&self) -> &str {
+        match (self.steering.as_str(), self.steering_active.as_str()) {
+            (_, "hash") | ("load-aware", "cbpf") => "hash",
+            (asked, _) => asked,
+        }
+    }
 }
 
 /// One upstream.

@@ -27,6 +27,7 @@ use tracing::{error, warn};
 use crate::config::Config;
 use crate::control::{self, FromSteward, Request, StewardBirth, Table, ToSteward, WorkerState};
 use crate::counters::Layout;
+use crate::steering::Expected;
 use crate::sys::channel::Channel;
 use crate::sys::shared::{self, Region};
 use crate::sys::{accounts, process, signals};
@@ -44,6 +45,8 @@ struct Knowledge {
     birth: StewardBirth,
     view: RwLock<Arc<View>>,
     workers: Mutex<Vec<WorkerState>>,
+    /// By listener: the mechanism in force, and what slots should have got.
+    steering: Mutex<HashMap<String, (String, Expected)>>,
     channel: Channel,
     pending: Mutex<Pending>,
     /// Requests that are being answered.
@@ -114,6 +117,7 @@ fn serve(channel: Channel) -> Result<(), String> {
         birth,
         view: RwLock::default(),
         workers: Mutex::default(),
+        steering: Mutex::default(),
         channel,
         pending: Mutex::default(),
         busy: AtomicUsize::new(0),
@@ -147,6 +151,18 @@ fn hear(knowledge: &Knowledge) -> Result<bool, String> {
         Ok(Some((ToSteward::Tables { generation, config_count, tables }, fds))) => {
             let view = View::open(generation, config_count, tables, fds)?;
             *knowledge.view.write().expect("no thread panics with it") = Arc::new(view);
+        }
+        Ok(Some((ToSteward::Steering { listener, active, shares }, _))) => {
+            let counts = report::connections(&knowledge.view(), &listener, shares.len());
+            let mut steering = knowledge.steering.lock().expect("no thread panics with it");
+            let expected = match steering.remove(&listener) {
+                Some((_, mut expected)) => {
+                    expected.handle_change(counts.iter().sum(), shares);
+                    expected
+                }
+                None => Expected::resume(&counts, shares),
+            };
+            steering.insert(listener, (active, expected));
         }
         Ok(Some((ToSteward::Answer { id, answer }, _))) => {
             let waiting = knowledge.pending.lock().expect("no thread panics with it").waiting.remove(&id);

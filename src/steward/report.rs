@@ -10,6 +10,7 @@ use crate::counters::{Cell, Counters, Layout, OfFlows, OfListener, OfServer, Pro
 use crate::flow::DropReason;
 use crate::relay::CloseReason;
 use crate::spread::Spread;
+use crate::steering::Expected;
 
 /// One table's counters with the configuration that they are of.
 struct Source<'a> {
@@ -33,7 +34,7 @@ pub fn status(knowledge: &Knowledge) -> Status {
         started_at: knowledge.birth.started_at,
         config_path: knowledge.birth.config_path.clone(),
         workers: workers.iter().map(|state| worker(state, &sources)).collect(),
-        listeners: config.listeners.iter().map(|l| listener(l, slot_count, &sources)).collect(),
+        listeners: config.listeners.iter().map(|l| listener(knowledge, l, slot_count, &sources)).collect(),
         upstreams: config.upstreams.iter().map(|u| upstream(u, &sources)).collect(),
     }
 }
@@ -65,19 +66,37 @@ fn worker(state: &WorkerState, sources: &[Source]) -> Worker {
     }
 }
 
-fn listener(config: &crate::config::Listener, slot_count: usize, sources: &[Source]) -> Listener {
-    // A slot's sum over its tables; a listener has another number in each.
-    let per_slot = |cell: &dyn Fn(&Counters, usize) -> u64| {
-        let mut sums = vec![0; slot_count.max(1)];
-        let last = sums.len() - 1;
-        for source in sources {
-            if let Some(index) = source.config.listeners.iter().position(|l| l.name == config.name) {
-                // What a slot counted that was given up stays in the sum.
-                sums[source.slot.min(last)] += cell(&source.counters, index);
-            }
+/// What each slot has counted for a listener.
+pub fn connections(view: &View, listener: &str, slot_count: usize) -> Vec<u64> {
+    let cell = |counters: &Counters, index| counters.listener(index, OfListener::Connections).get();
+    sums(listener, slot_count, &sources(view), &cell)
+}
+
+/// A slot's sum over its tables; a listener has another number in each.
+fn sums(
+    listener: &str,
+    slot_count: usize,
+    sources: &[Source],
+    cell: &dyn Fn(&Counters, usize) -> u64,
+) -> Vec<u64> {
+    let mut sums = vec![0; slot_count.max(1)];
+    let last = sums.len() - 1;
+    for source in sources {
+        if let Some(index) = source.config.listeners.iter().position(|l| l.name == listener) {
+            // What a slot counted that was given up stays in the sum.
+            sums[source.slot.min(last)] += cell(&source.counters, index);
         }
-        sums
-    };
+    }
+    sums
+}
+
+fn listener(
+    knowledge: &Knowledge,
+    config: &crate::config::Listener,
+    slot_count: usize,
+    sources: &[Source],
+) -> Listener {
+    let per_slot = |cell: &dyn Fn(&Counters, usize) -> u64| sums(&config.name, slot_count, sources, cell);
     let of = |which| per_slot(&move |counters, index| counters.listener(index, which).get());
     let sum = |which| of(which).iter().sum::<u64>();
     let ended = CloseReason::ALL
@@ -88,14 +107,20 @@ fn listener(config: &crate::config::Listener, slot_count: usize, sources: &[Sour
         })
         .filter(|(_, count)| *count > 0)
         .collect::<BTreeMap<String, u64>>();
+    let connections = of(OfListener::Connections);
+    let steering = knowledge.steering.lock().expect("no thread panics with it").get(&config.name).cloned();
+    // Where nothing was told yet, as the kernel's hash would.
+    let even = || Expected::new(vec![1.0 / connections.len() as f64; connections.len()]);
+    let (active, expected) = steering.unwrap_or_else(|| ("hash".to_string(), even()));
+    let expected_per_slot = expected.at(connections.iter().sum());
     let is_udp = config.mode == Mode::Udp;
     let total = |cell: &dyn Fn(&Counters, usize) -> u64| per_slot(cell).iter().sum::<u64>();
     Listener {
         name: config.name.clone(),
         mode: config.mode.word().into(),
         bind: config.bind.iter().map(ToString::to_string).collect(),
-        steering: "hash".into(),
-        steering_active: "hash".into(),
+        steering: config.steering.word().into(),
+        steering_active: active,
         connections: sum(OfListener::Connections),
         active: sum(OfListener::Active),
         bytes_in: sum(OfListener::BytesIn),
@@ -104,7 +129,9 @@ fn listener(config: &crate::config::Listener, slot_count: usize, sources: &[Sour
         dropped: if is_udp { dropped(&total) } else { BTreeMap::new() },
         ended,
         active_per_slot: of(OfListener::Active),
-        spread: Spread::equal(&of(OfListener::Connections)),
+        spread: Spread::weighted(&connections, &expected_per_slot),
+        shares: expected.shares().to_vec(),
+        expected_per_slot,
     }
 }
 

@@ -15,6 +15,7 @@ mod plan;
 mod prepare;
 mod reload;
 mod slot;
+mod steering;
 mod steward;
 mod watch;
 
@@ -42,6 +43,7 @@ use notify::{Facts, Notify};
 use prepare::Prepared;
 use reload::{Reload, Transfers};
 use slot::{Role, Slot};
+use steering::Steering;
 use steward::Steward;
 
 /// What `evenkeel run` was asked to run.
@@ -96,6 +98,7 @@ struct Supervisor {
     retiring: Vec<Slot>,
     steward: Steward,
     supervision: Supervision,
+    steering: Steering,
     watch: Watch,
     notify: Notify,
     reload: Option<Reload>,
@@ -121,7 +124,7 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
     let passed = crate::sys::activation::take().map_err(Refusal::of_system)?;
     // Before anything is started: a signal that comes early waits.
     let signals = Signals::block(&HANDLED).map_err(Refusal::of_system)?;
-    let (prepared, generation, mut slots) = prepare::prepare(&start, passed)?;
+    let (mut prepared, generation, mut slots) = prepare::prepare(&start, passed)?;
     let _log = crate::control::start_log(&start.config.log, "supervisor");
     prepared.notes.iter().for_each(|note| warn!("{note}"));
     crate::sys::process::set_name("ek-supervisor");
@@ -129,6 +132,8 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
     let fd = signals.as_fd().as_raw_fd();
     poll.registry().register(&mut SourceFd(&fd), SIGNALS, Interest::READABLE).map_err(Refusal::of_system)?;
     let generation = Rc::new(generation);
+    let steering = Steering::prepare(&generation);
+    prepared.loads = steering.loads().transpose().map_err(Refusal::of_system)?;
     let slot_count = generation.slot_count();
     let hang_timeout = start.config.daemon.hang_timeout.as_millis() as u64;
     slots.iter_mut().for_each(|slot| slot.ledgers.push(Rc::clone(&generation)));
@@ -144,6 +149,7 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         watch: Watch::new(slot_count, hang_timeout),
         notify: Notify::of_environment(clock::coarse()),
         supervision: Supervision::new(slot_count),
+        steering,
         reload: None,
         transfers: Transfers::default(),
         scaled: None,
@@ -197,6 +203,7 @@ impl Supervisor {
             self.handle_leave_deadline();
             self.handle_reload_deadline();
             self.check_finished();
+            self.steering.update(clock::coarse(), &self.supervision, &self.slots, &self.generation);
             if self.notify.is_due(clock::coarse()) {
                 self.notify.tick(clock::coarse(), &self.facts());
             }
@@ -214,7 +221,8 @@ impl Supervisor {
         let reload = self.reload.as_ref().map(Reload::deadline);
         let watched = [self.watch.next_deadline(), self.notify.next_deadline()];
         let own = [self.supervision.next_deadline(), self.steward.due_at(), leave, reload];
-        own.into_iter().chain(watched).flatten().min()
+        let steering = [self.steering.next_deadline(clock::coarse())];
+        own.into_iter().chain(watched).chain(steering).flatten().min()
     }
 
     /// Lets supervision decide, and does what it says.
@@ -401,6 +409,13 @@ impl Supervisor {
     }
 
     fn reap(&mut self) -> Result<(), Refusal> {
+        for (number, slot) in self.slots.iter().enumerate() {
+            if let Some(is_stopped) = slot.try_stop() {
+                let what = if is_stopped { "stopped: it gets nothing new" } else { "continued" };
+                warn!(slot = number, "worker {what}");
+                self.steering.handle_stop(number, is_stopped);
+            }
+        }
         let all = self.slots.iter_mut().chain(&mut self.retiring);
         let ended: Vec<(Token, ExitStatus)> = all
             .flat_map(Slot::processes)
@@ -503,6 +518,7 @@ impl Supervisor {
             self.steward.handle_failure(now);
         }
         self.told.clear();
+        self.steering.forget_told();
         self.tables_changed = true;
         self.tell_steward();
     }
@@ -576,6 +592,8 @@ impl Supervisor {
         if states != self.told && self.steward.send(&ToSteward::Workers(states.clone()), &[]) {
             self.told = states;
         }
+        let steward = &mut self.steward;
+        self.steering.tell(|message| steward.send(message, &[]));
     }
 
     /// How the daemon is, for systemd.

@@ -6,6 +6,7 @@
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{Read, Seek, Write};
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -16,7 +17,7 @@ use super::activation::{self, Assignment};
 use super::generation::Generation;
 use super::slot::Slot;
 use super::{Refusal, Start};
-use crate::config::{Config, Listener, Mode, Workers};
+use crate::config::{Config, Listener, Mode, Steering, Workers};
 use crate::explain::{self, BindFailure};
 use crate::sys::accounts::{self, Account};
 use crate::sys::activation::Passed;
@@ -38,12 +39,22 @@ const PROBE_AGAIN: std::time::Duration = std::time::Duration::from_millis(50);
 pub struct Prepared {
     pub image: Image,
     pub account: Option<Account>,
+    /// Where workers tell their loads, where that can be.
+    pub loads: Option<OwnedFd>,
     pub control: UnixListener,
     pub started_at: u64,
     /// What the operator should know, once there is a log.
     pub notes: Vec<String>,
     socket: PathBuf,
     _lock: Flock<File>,
+}
+
+impl Prepared {
+    /// The page of loads, where a generation is steered by it.
+    pub fn loads_for(&self, generation: &Generation) -> Option<&OwnedFd> {
+        let by_load = |listener: &Listener| listener.steering == Steering::LoadAware;
+        self.loads.as_ref().filter(|_| generation.config.listeners.iter().any(by_load))
+    }
 }
 
 impl Drop for Prepared {
@@ -72,6 +83,7 @@ pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Generati
     let prepared = Prepared {
         image: Image::own().map_err(Refusal::of_system)?,
         account,
+        loads: None,
         control,
         started_at: now.map_or(0, |time| time.as_secs()),
         notes: assignment.notes,

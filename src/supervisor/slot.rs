@@ -20,6 +20,7 @@ use crate::control::{self, FromWorker, Place, SocketId, ToWorker};
 use crate::counters::Process as Counter;
 use crate::sys::channel::Channel;
 use crate::sys::clock::Millis;
+use crate::sys::process;
 
 /// A worker's place.
 #[derive(Debug)]
@@ -66,6 +67,17 @@ impl Slot {
             ledgers: Vec::new(),
             outliving: Vec::new(),
         }
+    }
+
+    /// A socket that is held for it.
+    pub fn socket(&self, id: &SocketId) -> Option<BorrowedFd<'_>> {
+        self.held.iter().find(|(held, _)| held == id).map(|(_, socket)| socket.as_fd())
+    }
+
+    /// Whether its current process was stopped (SIGSTOP) or went on since the
+    /// last call.
+    pub fn try_stop(&self) -> Option<bool> {
+        self.current.as_ref().and_then(|worker| process::try_stop(worker.pid()))
     }
 
     /// The pid of its current process, 0 where it is empty.
@@ -138,10 +150,13 @@ impl Slot {
             generation: generation.number,
             account: prepared.account,
             outliving: self.outliving_in(generation),
+            tells_load: prepared.loads_for(generation).is_some(),
         };
         let own = generation.regions[self.number].as_fd();
         let readable = generation.readable.iter().map(AsFd::as_fd);
-        let fds: Vec<BorrowedFd> = [generation.sealed.as_fd(), own].into_iter().chain(readable).collect();
+        let loads = prepared.loads_for(generation).into_iter().map(AsFd::as_fd);
+        let fds: Vec<BorrowedFd> =
+            [generation.sealed.as_fd(), own].into_iter().chain(loads).chain(readable).collect();
         control::send(channel, &birth, &fds)?;
         control::send_sockets(channel, &self.held_of(generation), ToWorker::Sockets)?;
         control::send(channel, &ToWorker::Begin, &[])

@@ -5,6 +5,7 @@
 //! `io::Result`, and the reason why it is called this way. Policy lives above.
 
 pub mod accounts;
+pub mod bpf;
 pub mod activation;
 pub mod channel;
 pub mod clock;

@@ -8,8 +8,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
 
 use super::channel::Channel;
 
@@ -59,6 +62,17 @@ pub fn inherited_channel() -> io::Result<Channel> {
     Ok(Channel::from_fd(channel))
 }
 
+/// Whether a child was stopped or continued by a signal since the last call;
+/// `None` where neither is news. Does not take notice of its end.
+pub fn try_stop(pid: u32) -> Option<bool> {
+    let flags = WaitPidFlag::WSTOPPED | WaitPidFlag::WCONTINUED | WaitPidFlag::WNOHANG;
+    match waitid(Id::Pid(Pid::from_raw(pid as i32)), flags) {
+        Ok(WaitStatus::Stopped(..)) => Some(true),
+        Ok(WaitStatus::Continued(_)) => Some(false),
+        _ => None,
+    }
+}
+
 /// Sets the name that ps and top show, at most 15 bytes.
 pub fn set_name(name: &str) {
     if let Ok(name) = CString::new(name) {
@@ -101,4 +115,21 @@ pub fn file_limit() -> u64 {
 /// How many CPUs this process may use.
 pub fn usable_cpus() -> usize {
     std::thread::available_parallelism().map_or(1, |count| count.get())
+}
+
+/// The numbers of the CPUs that this thread may use; never empty.
+pub fn usable_cpu_numbers() -> Vec<usize> {
+    // A thread without any CPU would not run.
+    sched_getaffinity(Pid::from_raw(0)).map_or_else(
+        |_| vec![0],
+        |set| (0..CpuSet::count()).filter(|&cpu| set.is_set(cpu).unwrap_or(false)).collect(),
+    )
+}
+
+/// Lets this thread run on one CPU alone, and what it starts.
+pub fn pin_to_cpu(cpu: usize) -> io::Result<()> {
+    let mut set = CpuSet::new();
+    set.set(cpu)?;
+    sched_setaffinity(Pid::from_raw(0), &set)?;
+    Ok(())
 }

@@ -7,9 +7,10 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::Failure;
+use super::load::Load;
 use crate::config::{self, Config, Listener, Mode, Multicast};
 use crate::control::{self, FromWorker, Place, ToWorker};
 use crate::counters::Layout;
@@ -34,6 +35,8 @@ pub struct Born {
     pub layout: Layout,
     /// This slot's counters, to write.
     pub own: Region,
+    /// Where it tells its load, if anything is steered by it.
+    pub load: Option<Load>,
     /// Every slot's counters, to read.
     pub all: Vec<Region>,
     pub sockets: Vec<(Place, OwnedFd)>,
@@ -49,7 +52,7 @@ impl Born {
     /// where the supervisor is gone.
     pub fn be(channel: &Channel) -> Result<Option<Born>, Failure> {
         let Some((birth, fds)) = receive(channel)? else { return Ok(None) };
-        let ToWorker::Birth { slot, slot_count, generation, account, outliving } = birth else {
+        let ToWorker::Birth { slot, slot_count, generation, account, outliving, tells_load } = birth else {
             return Err(Failure::new("the supervisor did not begin with a birth"));
         };
         process::set_name(&format!("ek-worker-{slot}"));
@@ -58,6 +61,10 @@ impl Born {
         let mut next = || fds.next().ok_or_else(|| Failure::new("the birth came with too few descriptors"));
         let config = read_config(next()?)?;
         let own = Region::open(next()?).map_err(|e| Failure::new(format!("the counters: {e}")))?;
+        let load = match tells_load {
+            true => Some(Load::open(next()?, slot).map_err(|e| Failure::new(format!("the loads: {e}")))?),
+            false => None,
+        };
         let all = fds.map(Region::open_read_only).collect::<Result<Vec<_>, _>>();
         let all = all.map_err(|e| Failure::new(format!("the counters: {e}")))?;
         let log = control::start_log(&config.log, &format!("slot={slot} gen={generation}"));
@@ -78,6 +85,9 @@ impl Born {
         let kept = given.keys().copied().collect();
         let share = Share { index: slot as u32, count: slot_count as u32 };
         let sockets = complete(&config, given, share, channel)?;
+        if config.daemon.pin_workers {
+            pin(slot);
+        }
         give_up_privileges(account)?;
         let layout = Layout::of(&config);
         Ok(Some(Born {
@@ -87,12 +97,22 @@ impl Born {
             config,
             layout,
             own,
+            load,
             all,
             sockets,
             kept,
             outliving,
             _log: log,
         }))
+    }
+}
+
+/// Where the host refuses, the worker serves on any CPU.
+fn pin(slot: usize) {
+    let cpus = process::usable_cpu_numbers();
+    let cpu = cpus[slot % cpus.len()];
+    if let Err(error) = process::pin_to_cpu(cpu) {
+        warn!(cpu, %error, "pin_workers: the worker cannot be kept on its CPU");
     }
 }
 

@@ -17,6 +17,8 @@ use super::birth::Born;
 use super::datagrams::{self, Datagrams};
 use super::handover::{Progress, Receiver, Sender};
 use super::leave::{Leave, Step};
+use super::load::Load;
+use super::test_hook::Busy;
 use super::listeners::{self, Accepted, Listeners, PAUSE};
 use super::sessions::{Context, Sessions};
 use crate::config::Mode;
@@ -66,6 +68,8 @@ struct Loop<'a> {
     sessions: Sessions<'a>,
     datagrams: Datagrams<'a>,
     session_limit: usize,
+    load: Option<&'a Load>,
+    busy: Busy,
     leave: Option<Leave>,
     /// Its slot's sockets, until the supervisor says `Serve`.
     unserved: Vec<(Place, OwnedFd)>,
@@ -125,6 +129,8 @@ impl<'a> Loop<'a> {
             outliving: born.outliving.clone(),
             sessions: Sessions::new(context, clock::coarse()),
             session_limit,
+            load: born.load.as_ref(),
+            busy: Busy::of_slot(born.slot),
             leave: None,
             unserved: sockets,
             kept: born.kept.clone(),
@@ -186,7 +192,11 @@ impl<'a> Loop<'a> {
             }
             let now = clock::coarse();
             self.sessions.context().beat(now);
+            if let Some(load) = self.load {
+                load.begin_turn(now);
+            }
             for event in &events {
+                self.busy.burn();
                 match event.token() {
                     CHANNEL => self.handle_channel(now),
                     token if datagrams::is_token(token) => self.datagrams.handle_event(token),
@@ -213,6 +223,9 @@ impl<'a> Loop<'a> {
                 return Ok(());
             }
             self.publish_lag(now);
+            if let Some(load) = self.load {
+                load.end_turn(now, clock::coarse(), self.sessions.len());
+            }
             #[cfg(debug_assertions)]
             self.hang.spin_if_told();
         }

@@ -18,7 +18,9 @@ mod handover;
 mod hang;
 mod leave;
 mod listeners;
+mod load;
 mod sessions;
+mod test_hook;
 
 use std::process::ExitCode;
 

@@ -45,6 +45,11 @@ impl Daemon {
 
     /// The same, with something changed about its command.
     pub fn start_with(config: &str, change: impl FnOnce(&mut Command)) -> Daemon {
+        Daemon::start_under(config, &[], change)
+    }
+
+    /// The same, started by another program as `wrapper PROGRAM run ...`.
+    pub fn start_under(config: &str, wrapper: &[&str], change: impl FnOnce(&mut Command)) -> Daemon {
         let folder = tempfile::tempdir().expect("a folder for a test");
         // Workers that are another user must reach it.
         let _ = fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755));
@@ -59,8 +64,9 @@ impl Daemon {
         let notify = UnixDatagram::bind(folder.path().join("notify")).expect("a notify socket");
         notify.set_nonblocking(true).expect("non-blocking");
         let log = fs::File::create(folder.path().join("log")).expect("a log file");
-        let mut command = Command::new(program());
-        command.args(["run", "-c"]).arg(&path).env("NOTIFY_SOCKET", folder.path().join("notify"));
+        let mut words = wrapper.iter().copied().chain([program()]);
+        let mut command = Command::new(words.next().expect("the program at least"));
+        command.args(words).args(["run", "-c"]).arg(&path).env("NOTIFY_SOCKET", folder.path().join("notify"));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         change(&mut command);
         let child = command.spawn().expect("the program starts");

@@ -22,12 +22,14 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use evenkeel::sys::isolated::{self, Network};
-use libtest_mimic::{Arguments, Failed, Trial};
+use libtest_mimic::{Arguments, Failed, Measurement, Trial};
 
 /// Set for the process that runs one test.
 const INSIDE: &str = "EVENKEEL_TEST_INSIDE";
 /// No test takes longer; one that does hangs.
 const TEST_LIMIT: Duration = Duration::from_secs(180);
+/// Nor a bench.
+const BENCH_LIMIT: Duration = Duration::from_secs(1200);
 
 /// A test's name, its body, and the programs that it needs.
 pub struct Test {
@@ -51,7 +53,12 @@ pub fn run(tests: Vec<Test>) {
     if let Ok(name) = std::env::var(INSIDE) {
         return run_inside(&tests, &name);
     }
-    let arguments = Arguments::from_args();
+    let mut arguments = Arguments::from_args();
+    let is_bench = arguments.bench;
+    if is_bench {
+        // One at a time, or they would measure each other.
+        arguments.test_threads = Some(1);
+    }
     let no_network = missing_network();
     let trials = tests.into_iter().map(|test| {
         let missing = no_network.clone().or_else(|| missing_program(test.needs));
@@ -60,7 +67,10 @@ pub fn run(tests: Vec<Test>) {
             Some(reason) => {
                 Trial::test(format!("{name} SKIPPED: {reason}"), || Ok(())).with_ignored_flag(true)
             }
-            None => Trial::test(name, move || in_own_process(name)),
+            None if is_bench => {
+                Trial::bench(name, move |_| in_own_process(name, BENCH_LIMIT).map(Some))
+            }
+            None => Trial::test(name, move || in_own_process(name, TEST_LIMIT).map(drop)),
         }
     });
     libtest_mimic::run(&arguments, trials.collect()).exit();
@@ -88,7 +98,7 @@ fn missing_network() -> Option<String> {
 }
 
 /// Why a test cannot run here; `root` stands for the right to be two users,
-/// `a machine` for what it takes to boot a systemd.
+/// `ebpf` for that to load programs, `a machine` for what it takes to boot a systemd.
 fn missing_program(needs: &[&str]) -> Option<String> {
     let paths = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
     let installed =
@@ -96,11 +106,14 @@ fn missing_program(needs: &[&str]) -> Option<String> {
     needs.iter().find_map(|&need| match need {
         "a machine" => machine::missing(),
         "root" => (!nix::unistd::geteuid().is_root()).then(|| "only root has a second user".to_string()),
+        "ebpf" => (!evenkeel::sys::bpf::is_permitted())
+            .then(|| "this user may load no eBPF program (CAP_BPF)".to_string()),
         program => (!installed(program)).then(|| format!("{program} is not installed")),
     })
 }
 
-fn in_own_process(name: &str) -> Result<(), Failed> {
+fn in_own_process(name: &str, limit: Duration) -> Result<Measurement, Failed> {
+    let begin = Instant::now();
     let mut child = Command::new(std::env::current_exe()?)
         .env(INSIDE, name)
         .stdin(Stdio::null())
@@ -119,14 +132,14 @@ fn in_own_process(name: &str) -> Result<(), Failed> {
         let _ = out.read_to_string(&mut text);
         text
     });
-    let deadline = Instant::now() + TEST_LIMIT;
+    let deadline = Instant::now() + limit;
     let status = loop {
         if let Some(status) = child.try_wait()? {
             break status;
         }
         if Instant::now() > deadline {
             let _ = child.kill();
-            return Err(format!("no end after {} s", TEST_LIMIT.as_secs()).into());
+            return Err(format!("no end after {} s", limit.as_secs()).into());
         }
         std::thread::park_timeout(Duration::from_millis(10));
     };
@@ -135,7 +148,8 @@ fn in_own_process(name: &str) -> Result<(), Failed> {
     let text = text.join().unwrap_or_default();
     if status.success() {
         let _ = std::io::stderr().write_all(printed.as_bytes());
-        Ok(())
+        let avg = begin.elapsed().as_nanos() as u64;
+        Ok(Measurement { avg, variance: 0 })
     } else {
         Err(format!("{status}\n{printed}{text}").into())
     }

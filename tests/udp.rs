@@ -26,6 +26,7 @@ fn main() {
         a_flow_whose_server_dies_moves_at_its_next_datagram,
         a_flood_of_new_clients_harms_no_established_flow,
         a_table_full_of_answered_flows_sheds_new_ones,
+        the_daemons_limit_holds_for_flows,
         what_waited_too_long_is_dropped_when_a_new_worker_takes_up_the_socket,
         what_waits_for_a_living_worker_is_never_stale,
         a_late_reply_never_reaches_another_client,
@@ -96,6 +97,9 @@ fn four_workers_serve_four_thousand_clients_each_by_one_server() {
             });
         }
     });
+    // The last answers are counted a moment after they were sent.
+    let out = || daemon.listener("front").flows.expect("a udp listener has flows").datagrams_out;
+    eventually("every answer is counted", || out() == 20_000);
     let listener = daemon.listener("front");
     let flows = listener.flows.clone().expect("a udp listener has flows");
     assert_eq!((listener.connections, listener.active, flows.opened), (4000, 4000, 4000));
@@ -231,6 +235,17 @@ fn a_table_full_of_answered_flows_sheds_new_ones() {
     assert!(receive_waiting(&more).is_empty());
 }
 
+fn the_daemons_limit_holds_for_flows() {
+    let (server, _) = named_server("127.0.0.1:0", "");
+    let text = config(1, "", "round-robin", &[server]).replace("[daemon]", "[daemon]\nmax_connections = 5");
+    let daemon = Daemon::ready(&text);
+    let clients: Vec<UdpSocket> = (0..8).map(|_| client("127.0.0.1:0")).collect();
+    clients.iter().take(5).for_each(|socket| drop(ask(socket, front(), b"x")));
+    clients.iter().skip(5).for_each(|socket| send(socket, b"x", 1));
+    eventually("they are counted", || daemon.listener("front").dropped.get("shed") == Some(&3));
+    clients.iter().take(5).for_each(|socket| drop(ask(socket, front(), b"y")));
+}
+
 fn what_waited_too_long_is_dropped_when_a_new_worker_takes_up_the_socket() {
     let (server, _) = named_server("127.0.0.1:0", "");
     let daemon = forward(1, "stale_after = \"600ms\"", &[server]);
@@ -347,20 +362,30 @@ fn source_hash_survives_a_killed_worker_and_other_slots_notice_nothing() {
     let daemon =
         Daemon::ready(&config(4, "", "source-hash", &servers.each_ref().map(|(address, _)| *address)));
     let clients: Vec<UdpSocket> = (1..=120).map(|i| client(&format!("127.0.1.{i}:0"))).collect();
-    let before: Vec<u8> = clients.iter().map(|socket| ask(socket, front(), b"?")[0]).collect();
+    let ask_all = || -> Vec<u8> {
+        (0u8..).zip(&clients).map(|(number, socket)| ask(socket, front(), &[number])[0]).collect()
+    };
+    // The ports that each client had towards the servers, by its number.
+    let ports = || {
+        let mut ports = HashMap::<u8, HashSet<SocketAddr>>::new();
+        for (_, seen) in &servers {
+            for (from, bytes) in seen.lock().unwrap().iter() {
+                ports.entry(bytes[0]).or_default().insert(*from);
+            }
+        }
+        ports
+    };
+    let before = ask_all();
     assert_eq!(before.iter().collect::<HashSet<_>>().len(), 3, "all servers have clients");
     let slots = daemon.listener("front").active_per_slot;
     daemon.kill_worker(1);
     // What is asked before the new worker is there waits in the kept socket.
-    let after: Vec<u8> = clients.iter().map(|socket| ask(socket, front(), b"!")[0]).collect();
-    assert_eq!(before, after);
+    assert_eq!(ask_all(), before);
     let listener = daemon.listener("front");
     assert_eq!(listener.active_per_slot, slots, "flows stay with their slots");
     assert_eq!(listener.ended.get("worker_lost"), Some(&slots[1]));
-    // Other slots' flows have one port each, those of slot 1 have two.
-    let seen =
-        servers.iter().flat_map(|(_, seen)| seen.lock().unwrap().iter().map(|s| s.0).collect::<Vec<_>>());
-    assert_eq!(seen.collect::<HashSet<_>>().len() as u64, 120 + slots[1]);
+    let moved = ports().values().filter(|ports| ports.len() > 1).count() as u64;
+    assert!(moved <= slots[1], "{moved} clients have another port, and slot 1 had {}", slots[1]);
 }
 
 fn an_empty_slot_is_served_by_its_neighbour_and_given_back() {
@@ -415,8 +440,10 @@ fn bursts_pass_whole_and_in_order() {
         assert!(got.concat() == bytes && got.iter().take(16).all(|datagram| datagram.len() == 1200));
     }
     assert!(seen.lock().unwrap().iter().all(|(_, bytes)| bytes.len() == 1200 || bytes.len() == 100));
-    let flows = daemon.listener("front").flows.unwrap();
-    assert_eq!((flows.datagrams_in, flows.datagrams_out, flows.offload_failures), (340, 340, 0));
+    eventually("every datagram is counted", || {
+        let flows = daemon.listener("front").flows.unwrap();
+        (flows.datagrams_in, flows.datagrams_out, flows.offload_failures) == (340, 340, 0)
+    });
 }
 
 fn a_way_that_cannot_cut_gets_datagrams_one_by_one() {
@@ -537,16 +564,16 @@ fn reloads_lose_no_answer() {
         }
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
     });
-    let listener = daemon.listener("front");
-    assert!(listener.dropped.is_empty(), "{:?}", listener.dropped);
-    // Nothing that was counted is forgotten with the worker that counted it. A
-    // reply is counted a moment after it was sent.
+    // Nothing that was counted is forgotten with the worker that counted it;
+    // the last answers are counted a moment after they were sent.
     let asked = asked.into_inner();
     eventually("every datagram is counted", || {
         let flows = daemon.listener("front").flows.unwrap();
         (flows.datagrams_in, flows.datagrams_out) == (asked, asked)
     });
-    assert!(listener.flows.unwrap().opened >= 40);
+    let listener = daemon.listener("front");
+    assert!(listener.dropped.is_empty(), "{:?}", listener.dropped);
+    assert!(listener.connections >= 40);
 }
 
 fn a_second_signal_leaves_nobody_behind() {

@@ -34,12 +34,17 @@ const DEFER_ACCEPT_SECONDS: i32 = 1;
 /// proven to own their address yet, so the queue is kept short.
 const FAST_OPEN_QUEUE: i32 = 256;
 
+/// SO_RCVBUF of UDP sockets where nothing else is asked for: some 5,000 short
+/// datagrams, each of which the kernel charges with 768 bytes or more.
+const DATAGRAM_BUFFER_BYTES: u64 = 4 << 20;
+
 /// What a listener's sockets are given besides their address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
     /// Length of the accept queue; the kernel cuts it at net.core.somaxconn.
     pub backlog: u32,
-    /// SO_RCVBUF in bytes; `None` = the kernel's own tuning.
+    /// SO_RCVBUF in bytes; `None` = the kernel's own tuning, and for UDP, which
+    /// it does not tune, 4 MiB.
     pub receive_buffer: Option<u64>,
     /// SO_SNDBUF in bytes; `None` = the kernel's own tuning.
     pub send_buffer: Option<u64>,
@@ -166,6 +171,7 @@ pub fn udp(address: SocketAddr, options: &Options) -> Result<OwnedFd, OpenError>
     // the same port later, and the kernel gives it all the datagrams.
     at.option("SO_REUSEPORT", socket.set_reuse_port(true))?;
     at.before_bind(&socket, options)?;
+    at.datagram_buffer(&socket, options);
     at.packet_info(&socket)?;
     at.only_joined_groups(&socket)?;
     at.bind(&socket)?;
@@ -192,6 +198,7 @@ pub fn multicast(
     at.option("SO_REUSEADDR", socket.set_reuse_address(true))?;
     at.option("SO_REUSEPORT", socket.set_reuse_port(true))?;
     at.before_bind(&socket, options)?;
+    at.datagram_buffer(&socket, options);
     at.packet_info(&socket)?;
     at.only_joined_groups(&socket)?;
     if let Some(Share { index, count }) = share {
@@ -352,6 +359,17 @@ impl At {
             self.option("SO_SNDBUF", socket.set_send_buffer_size(whole(bytes)))?;
         }
         Ok(())
+    }
+
+    /// Room for bursts. The kernel tunes the buffers of TCP, not of UDP: its
+    /// fixed 208 KiB hold some 270 short datagrams, and what comes behind
+    /// them while a worker is busy is lost. Beyond net.core.rmem_max where we
+    /// are privileged enough, else up to it; never a reason to fail.
+    fn datagram_buffer(self, socket: &Socket, options: &Options) {
+        let bytes = whole(options.receive_buffer.unwrap_or(DATAGRAM_BUFFER_BYTES));
+        if setsockopt(socket, sockopt::RcvBufForce, &bytes).is_err() && options.receive_buffer.is_none() {
+            let _ = socket.set_recv_buffer_size(bytes);
+        }
     }
 
     /// Each datagram tells which address the client asked, so that the reply

@@ -171,7 +171,8 @@ fn own_time() -> u64 {
 fn cost_per_accept() {
     const ROUNDS: usize = 7;
     const EACH: usize = 20_000;
-    let ways: [(&str, &str, &[(&str, &str)]); 6] = [
+    type Way = (&'static str, &'static str, &'static [(&'static str, &'static str)]);
+    let ways: [Way; 6] = [
         ("kernel hash", "hash", &[("EVENKEEL_NO_EBPF", "1")]),
         ("hash", "hash", &[]),
         ("source", "source", &[]),

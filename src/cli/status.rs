@@ -100,7 +100,11 @@ fn describe_listener(out: &mut String, listener: &Listener) {
             steering: Some(listener.steering_in_force()),
             client_addresses: None,
         };
-        let _ = writeln!(out, "  {}", Verdict::weighted(spread, &listener.expected_per_slot).sentence(spread, &about));
+        let _ = writeln!(
+            out,
+            "  {}",
+            Verdict::weighted(spread, &listener.expected_per_slot).sentence(spread, &about)
+        );
     }
 }
 

@@ -20,7 +20,11 @@ impl Expected {
 
     /// So much has come already; how it should have fallen is not known.
     pub fn resume(counts: &[u64], shares: Vec<f64>) -> Expected {
-        Expected { due: counts.iter().map(|count| *count as f64).collect(), total: counts.iter().sum(), shares }
+        Expected {
+            due: counts.iter().map(|count| *count as f64).collect(),
+            total: counts.iter().sum(),
+            shares,
+        }
     }
 
     /// From now on, with so many counted, other shares hold.

@@ -109,8 +109,12 @@ impl Steering {
         for (number, listener) in generation.config.listeners.iter().enumerate() {
             let own = places.iter().filter(|(place, id)| place.listener == number && !is_group(id));
             let ids: Vec<SocketId> = own.map(|(_, id)| id.clone()).collect();
-            let plan =
-                Plan { pick: pick(listener), traffic: traffic(listener), seed: random_seed(), cpus: cpus.clone() };
+            let plan = Plan {
+                pick: pick(listener),
+                traffic: traffic(listener),
+                seed: random_seed(),
+                cpus: cpus.clone(),
+            };
             let kept = before.iter().position(|old| old.name == listener.name && old.plan.pick == plan.pick);
             self.listeners.push(match kept {
                 Some(at) => Steered { ids, is_due: true, ..before.swap_remove(at) },
@@ -135,7 +139,13 @@ impl Steering {
 
     /// Takes in what became of sockets and slots since the last call, and
     /// writes what changed.
-    pub fn update(&mut self, now: Millis, supervision: &Supervision, slots: &[Slot], generation: &Generation) {
+    pub fn update(
+        &mut self,
+        now: Millis,
+        supervision: &Supervision,
+        slots: &[Slot],
+        generation: &Generation,
+    ) {
         if self.generation != generation.number {
             self.adopt(generation);
         }

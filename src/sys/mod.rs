@@ -5,8 +5,8 @@
 //! `io::Result`, and the reason why it is called this way. Policy lives above.
 
 pub mod accounts;
-pub mod bpf;
 pub mod activation;
+pub mod bpf;
 pub mod channel;
 pub mod clock;
 pub mod datagram;

@@ -17,10 +17,10 @@ use super::birth::Born;
 use super::datagrams::{self, Datagrams};
 use super::handover::{Progress, Receiver, Sender};
 use super::leave::{Leave, Step};
-use super::load::Load;
-use super::test_hook::Busy;
 use super::listeners::{self, Accepted, Listeners, PAUSE};
+use super::load::Load;
 use super::sessions::{Context, Sessions};
+use super::test_hook::Busy;
 use crate::config::Mode;
 use crate::control::{self, FromWorker, Place, ToWorker};
 use crate::counters::{Counters, Process};
@@ -330,7 +330,11 @@ impl<'a> Loop<'a> {
             }
             ToWorker::Drain { limit } => self.begin_leave(now, limit),
             ToWorker::Serve => self.begin_serving(),
-            ToWorker::HandOver { removed, limit } => self.begin_handover(fds, &removed, limit, now),
+            ToWorker::HandOver { removed, limit } => {
+                // The slot's line is its successor's from here on.
+                self.load = None;
+                self.begin_handover(fds, &removed, limit, now);
+            }
             ToWorker::Share { count } => self.begin_sending(fds, count, None, now),
             ToWorker::TakeOver => self.begin_receiving(fds),
             ToWorker::Birth { .. } | ToWorker::Sockets(_) | ToWorker::Begin => {

@@ -67,9 +67,7 @@ pub fn run(tests: Vec<Test>) {
             Some(reason) => {
                 Trial::test(format!("{name} SKIPPED: {reason}"), || Ok(())).with_ignored_flag(true)
             }
-            None if is_bench => {
-                Trial::bench(name, move |_| in_own_process(name, BENCH_LIMIT).map(Some))
-            }
+            None if is_bench => Trial::bench(name, move |_| in_own_process(name, BENCH_LIMIT).map(Some)),
             None => Trial::test(name, move || in_own_process(name, TEST_LIMIT).map(drop)),
         }
     });

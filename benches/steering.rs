@@ -171,8 +171,7 @@ fn own_time() -> u64 {
 fn cost_per_accept() {
     const ROUNDS: usize = 7;
     const EACH: usize = 20_000;
-    /// A name, what `steering` says, and the environment.
-    type Way<'a> = (&'a str, &'a str, &'a [(&'a str, &'a str)]);
+    type Way = (&'static str, &'static str, &'static [(&'static str, &'static str)]);
     let ways: [Way; 6] = [
         ("kernel hash", "hash", &[("EVENKEEL_NO_EBPF", "1")]),
         ("hash", "hash", &[]),

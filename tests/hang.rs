@@ -90,7 +90,7 @@ fn a_stopped_worker_is_replaced_in_time_and_who_waits_is_served() {
         let before = daemon.worker(1).accepted;
         let begin = Instant::now();
         signal(pid, Signal::SIGSTOP);
-        // About a quarter of them waits at the stopped worker.
+        // What was steered to the stopped worker before that was noticed waits.
         let mut clients: Vec<TcpStream> = (0..400).map(|_| connect(local(8080))).collect();
         for client in &mut clients {
             client.write_all(b"waiting").expect("the kernel takes it");
@@ -111,8 +111,9 @@ fn a_stopped_worker_is_replaced_in_time_and_who_waits_is_served() {
         }
         stop.store(true, Ordering::Relaxed);
         let waited = daemon.worker(1).accepted - before;
-        // Fewer than 40 of 400 at one of four by chance: less than 1 in 10^13.
-        assert!(waited >= 40, "only {waited} waited at the stopped worker");
+        // Steering leaves a stopped worker out as soon as the supervisor hears
+        // of it: of these 400 hardly any wait there, where it was a quarter.
+        assert!(waited < 100, "{waited} were steered to the stopped worker");
         println!("replaced after {took:?}, {waited} had waited");
     });
     assert!(rounds.load(Ordering::Relaxed) > 10);

@@ -34,6 +34,7 @@ fn main() {
         without_the_right_load_aware_says_that_it_is_hash,
         without_the_right_cpu_steers_all_the_same,
         a_pinned_worker_stays_on_its_cpu,
+        udp_goes_by_source_by_flow_and_at_random needs ["ebpf"],
     ])
 }
 
@@ -355,6 +356,37 @@ fn without_the_right_cpu_steers_all_the_same() {
     daemon.wait_ready();
     assert_eq!(active(&daemon), "cbpf");
     by_cpu(&cpus);
+}
+
+/// The slots that answered twenty datagrams, from one port or from twenty.
+fn slots_of_datagrams(steering: &str, one_port: bool) -> HashSet<usize> {
+    let daemon = Daemon::ready(&config(4, steering).replace("\"tcp\"", "\"udp\""));
+    assert_eq!(active(&daemon), "ebpf-table");
+    let socket = || {
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        socket
+    };
+    let one = socket();
+    let ask = |_| {
+        let other = socket();
+        let client = if one_port { &one } else { &other };
+        client.send_to(b"?", "127.0.0.1:8080").unwrap();
+        let mut answer = [0; 200];
+        let count = client.recv(&mut answer).expect("an answer");
+        let text = String::from_utf8_lossy(&answer[..count]).into_owned();
+        text.split(" slot=").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap()
+    };
+    (0..20).map(ask).collect()
+}
+
+/// Twenty draws over four slots are one slot once in 10^11 times.
+fn udp_goes_by_source_by_flow_and_at_random() {
+    assert_eq!(slots_of_datagrams("hash", true).len(), 1);
+    assert!(slots_of_datagrams("hash", false).len() > 1);
+    assert_eq!(slots_of_datagrams("load-aware", true).len(), 1);
+    assert_eq!(slots_of_datagrams("source", false).len(), 1);
+    assert!(slots_of_datagrams("random", true).len() > 1);
 }
 
 fn a_pinned_worker_stays_on_its_cpu() {

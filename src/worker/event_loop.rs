@@ -330,7 +330,11 @@ impl<'a> Loop<'a> {
             }
             ToWorker::Drain { limit } => self.begin_leave(now, limit),
             ToWorker::Serve => self.begin_serving(),
-            ToWorker::HandOver { removed, limit } => self.begin_handover(fds, &removed, limit, now),
+            ToWorker::HandOver { removed, limit } => {
+                // The slot's line is its successor's from here on.
+                self.load = None;
+                self.begin_handover(fds, &removed, limit, now);
+            }
             ToWorker::Share { count } => self.begin_sending(fds, count, None, now),
             ToWorker::TakeOver => self.begin_receiving(fds),
             ToWorker::Birth { .. } | ToWorker::Sockets(_) | ToWorker::Begin => {

@@ -108,10 +108,15 @@ impl Listener {
     /// How the kernel really steers: what was asked, or `hash` where the
     /// mechanism in force cannot do it.
     pub fn steering_in_force(&self) -> &str {
-        match (self.steering.as_str(), self.steering_active.as_str()) {
-            (_, "hash") | ("load-aware", "cbpf") => "hash",
-            (asked, _) => asked,
-        }
+        steering_in_force(&self.steering, &self.steering_active)
+    }
+}
+
+/// What is in force of the steering that was asked, with this mechanism.
+pub fn steering_in_force<'a>(asked: &'a str, active: &str) -> &'a str {
+    match (asked, active) {
+        (_, "hash") | ("load-aware", "cbpf") => "hash",
+        _ => asked,
     }
 }
 

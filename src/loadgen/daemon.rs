@@ -12,6 +12,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::control::client;
+use crate::control::status::steering_in_force;
 use crate::sys::accounts;
 
 /// How long the daemon may take to answer.
@@ -26,8 +27,8 @@ pub struct Snapshot {
     pub steering: Option<String>,
     /// Connections accepted, or flows opened, of each slot since the start.
     pub per_slot: Vec<u64>,
-    /// What each slot should get, where the daemon says so.
-    pub shares: Option<Vec<f64>>,
+    /// How many each slot should have had by now, where the daemon says so.
+    pub expected: Option<Vec<f64>>,
     /// Open sessions by slot: of the listener, or where the daemon does not
     /// tell that, of all listeners.
     pub active: Vec<u64>,
@@ -67,12 +68,14 @@ fn snapshot(status: &Value, mode: &str, target: SocketAddr) -> Result<Snapshot, 
     let spread = &listener["spread"];
     let per_slot =
         numbers(&spread["per_slot"]).ok_or("the daemon's status has no spread.per_slot for this listener")?;
-    let shares = spread.get("shares").and_then(Value::as_array);
+    let expected = listener.get("expected_per_slot").and_then(Value::as_array);
+    let asked = listener["steering"].as_str();
+    let in_force = |active| steering_in_force(asked.unwrap_or(active), active).to_string();
     Ok(Snapshot {
         listener: listener["name"].as_str().unwrap_or("?").to_string(),
-        steering: listener["steering_active"].as_str().map(str::to_string),
+        steering: listener["steering_active"].as_str().map(in_force),
         per_slot,
-        shares: shares.map(|shares| shares.iter().filter_map(Value::as_f64).collect()),
+        expected: expected.map(|expected| expected.iter().filter_map(Value::as_f64).collect()),
         active: numbers(&listener["active_per_slot"]).unwrap_or_else(|| active_by_slot(&status["workers"])),
     })
 }
@@ -159,6 +162,16 @@ mod tests {
         let found = snapshot(&document(), "tcp", "127.0.0.9:80".parse().expect("an address")).expect("found");
         assert_eq!((found.per_slot, found.active), (vec![1, 2], vec![5, 8]));
         assert_eq!(found.steering.as_deref(), Some("hash"));
+    }
+
+    #[test]
+    fn the_steering_is_the_one_in_force_and_what_slots_should_have_is_taken_over() {
+        let mut document = document();
+        document["listeners"][0]["steering"] = json!("source");
+        document["listeners"][0]["steering_active"] = json!("ebpf-table");
+        document["listeners"][0]["expected_per_slot"] = json!([1.5, 1.5]);
+        let found = snapshot(&document, "tcp", "127.0.0.9:80".parse().expect("an address")).expect("found");
+        assert_eq!((found.steering.as_deref(), found.expected), (Some("source"), Some(vec![1.5, 1.5])));
     }
 
     #[test]

@@ -367,16 +367,19 @@ fn find_spread(args: &Args, plan: &Plan, collected: &Collected, looks: &Looks) -
         given => Some(given),
     };
     let mut found = match (&looks.before, &looks.after) {
-        (Some(before), Some(after)) => SpreadFound {
-            source: "control",
-            listener: after.listener.clone(),
-            steering: after.steering.clone(),
-            spread: spread_of(&difference(&before.per_slot, &after.per_slot), after.shares.as_deref()),
-            verdict: "",
-            sentence: String::new(),
-            slot_changes: total.slot_changes,
-            shares: after.shares.clone(),
-        },
+        (Some(before), Some(after)) => {
+            let shares = due_between(before, after);
+            SpreadFound {
+                source: "control",
+                listener: after.listener.clone(),
+                steering: after.steering.clone(),
+                spread: spread_of(&difference(&before.per_slot, &after.per_slot), shares.as_deref()),
+                verdict: "",
+                sentence: String::new(),
+                slot_changes: total.slot_changes,
+                shares,
+            }
+        }
         _ if total.slots.is_empty() => return None,
         _ => {
             let mut per_slot = total.slots.clone();
@@ -407,6 +410,16 @@ fn find_spread(args: &Args, plan: &Plan, collected: &Collected, looks: &Looks) -
         Verdict::NotChance { .. } => "not chance",
     };
     Some(found)
+}
+
+/// What each slot should have got during the run, by the tables that were in
+/// force then; `None` where the daemon does not tell, or nothing was due.
+fn due_between(before: &Snapshot, after: &Snapshot) -> Option<Vec<f64>> {
+    let after = after.expected.as_ref()?;
+    let before = before.expected.as_deref().unwrap_or_default();
+    let due = |(slot, due): (usize, &f64)| (due - before.get(slot).copied().unwrap_or(0.0)).max(0.0);
+    let due: Vec<f64> = after.iter().enumerate().map(due).collect();
+    (due.iter().sum::<f64>() > 0.0).then_some(due)
 }
 
 fn spread_of(per_slot: &[u64], shares: Option<&[f64]>) -> Spread {

@@ -91,7 +91,7 @@ mod tests {
                 listener: String::new(),
                 steering: None,
                 per_slot: Vec::new(),
-                shares: None,
+                expected: None,
                 active: active.to_vec(),
             };
             take(&mut worst, start + Duration::from_secs(second as u64), &snapshot);

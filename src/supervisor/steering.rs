@@ -75,6 +75,8 @@ struct Steered {
 pub struct Plan {
     pick: Pick,
     traffic: Traffic,
+    /// Slow slots are due little.
+    by_load: bool,
     seed: u32,
     /// The CPU of slot i is `cpus[i % cpus.len()]`.
     cpus: Vec<usize>,
@@ -112,10 +114,12 @@ impl Steering {
             let plan = Plan {
                 pick: pick(listener),
                 traffic: traffic(listener),
+                by_load: listener.steering == Asked::LoadAware,
                 seed: random_seed(),
                 cpus: cpus.clone(),
             };
-            let kept = before.iter().position(|old| old.name == listener.name && old.plan.pick == plan.pick);
+            let same = |old: &Plan| (old.pick, old.by_load) == (plan.pick, plan.by_load);
+            let kept = before.iter().position(|old| old.name == listener.name && same(&old.plan));
             self.listeners.push(match kept {
                 Some(at) => Steered { ids, is_due: true, ..before.swap_remove(at) },
                 None => Steered::new(listener, ids, plan, generation.slot_count()),
@@ -159,7 +163,7 @@ impl Steering {
                 steered.is_due |= group.take_in(id, slots);
             }
             let mut weights = policy::weights(steered.plan.traffic, &views);
-            if steered.plan.pick != Pick::TwoChoices {
+            if !steered.plan.by_load {
                 // Slowness is nothing that the others go by.
                 weights.iter_mut().filter(|weight| **weight > 0).for_each(|weight| *weight = policy::FULL);
             }
@@ -208,7 +212,7 @@ impl Steering {
         let fences = patience.flat_map(|patience| {
             self.away_since.iter().flatten().map(move |since| since + patience).filter(|at| *at > now)
         });
-        let by_load = |steered: &Steered| steered.plan.pick == Pick::TwoChoices;
+        let by_load = |steered: &Steered| steered.plan.by_load;
         let look = (self.loads.is_some() && self.listeners.iter().any(by_load)).then_some(now + LOOK_EVERY);
         fences.chain(look).min()
     }
@@ -285,7 +289,7 @@ fn pick(listener: &Listener) -> Pick {
         (Asked::Hash, Mode::Tcp) => Pick::Connection,
         (Asked::LoadAware, Mode::Tcp) => Pick::TwoChoices,
         // Chosen anew for every datagram: by the table alone, or a flow would
-        // be torn apart.
+        // be torn apart. By load it is the table that changes, seldom.
         (Asked::Hash | Asked::LoadAware, Mode::Udp) => Pick::Flow,
         (Asked::Source, _) => Pick::Source,
         (Asked::Random, _) => Pick::Random,

@@ -65,6 +65,9 @@ pub struct Listener {
     /// Datagrams that were dropped, by reason.
     #[serde(default)]
     pub dropped: BTreeMap<String, u64>,
+    /// The same for each slot, where the mode is udp.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub flows_per_slot: Vec<SlotFlows>,
     /// How sessions or flows ended; connections = active + the sum of these.
     pub ended: BTreeMap<String, u64>,
     pub active_per_slot: Vec<u64>,
@@ -74,6 +77,17 @@ pub struct Listener {
     /// judged against.
     pub expected_per_slot: Vec<f64>,
     pub spread: Spread,
+}
+
+/// The flows of a UDP listener in one slot.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct SlotFlows {
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+    #[serde(flatten)]
+    pub flows: Flows,
+    pub dropped: BTreeMap<String, u64>,
 }
 
 /// The flows of a UDP listener, over all slots.

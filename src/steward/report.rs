@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::{Knowledge, View};
 use crate::config::{Config, Mode, Word};
 use crate::control::WorkerState;
-use crate::control::status::{Flows, Listener, Server, Status, Upstream, Worker};
+use crate::control::status::{Flows, Listener, Server, SlotFlows, Status, Upstream, Worker};
 use crate::counters::{Cell, Counters, Layout, OfFlows, OfListener, OfServer, Process};
 use crate::flow::DropReason;
 use crate::relay::CloseReason;
@@ -115,6 +115,17 @@ fn listener(
     let expected_per_slot = expected.at(connections.iter().sum());
     let is_udp = config.mode == Mode::Udp;
     let total = |cell: &dyn Fn(&Counters, usize) -> u64| per_slot(cell).iter().sum::<u64>();
+    let slot_flows = |slot: usize| {
+        let own = |cell: &dyn Fn(&Counters, usize) -> u64| per_slot(cell)[slot];
+        let bytes = |which| own(&move |counters: &Counters, index| counters.listener(index, which).get());
+        SlotFlows {
+            bytes_in: bytes(OfListener::BytesIn),
+            bytes_out: bytes(OfListener::BytesOut),
+            flows: flows(&own),
+            dropped: dropped(&own),
+        }
+    };
+    let udp_slots = if is_udp { connections.len() } else { 0 };
     Listener {
         name: config.name.clone(),
         mode: config.mode.word().into(),
@@ -127,6 +138,7 @@ fn listener(
         bytes_out: sum(OfListener::BytesOut),
         flows: is_udp.then(|| flows(&total)),
         dropped: if is_udp { dropped(&total) } else { BTreeMap::new() },
+        flows_per_slot: (0..udp_slots).map(slot_flows).collect(),
         ended,
         active_per_slot: of(OfListener::Active),
         spread: Spread::weighted(&connections, &expected_per_slot),

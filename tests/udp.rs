@@ -574,6 +574,12 @@ fn reloads_lose_no_answer() {
     let listener = daemon.listener("front");
     assert!(listener.dropped.is_empty(), "{:?}", listener.dropped);
     assert!(listener.connections >= 40);
+    // And slot by slot.
+    let (total, slots) = (listener.flows.unwrap(), listener.flows_per_slot);
+    assert_eq!(slots.len(), 3);
+    assert_eq!(slots.iter().map(|slot| slot.flows.datagrams_in).sum::<u64>(), total.datagrams_in);
+    assert_eq!(slots.iter().map(|slot| slot.flows.opened).sum::<u64>(), total.opened);
+    assert_eq!(slots.iter().map(|slot| slot.bytes_out).sum::<u64>(), listener.bytes_out);
 }
 
 fn a_second_signal_leaves_nobody_behind() {

@@ -31,6 +31,7 @@ fn main() {
         workers_and_steward_give_up_the_user needs ["root"],
         a_port_in_use_is_refused_with_its_holder,
         a_port_that_could_be_shared_is_refused_too,
+        share_ports_starts_beside_another_program,
         a_low_port_without_permission_names_the_capability needs ["root"],
         a_second_daemon_on_the_same_control_socket_is_refused,
         ready_means_that_every_worker_accepts_on_every_listener,
@@ -429,6 +430,15 @@ fn a_port_that_could_be_shared_is_refused_too() {
     let log = second.log();
     assert!(log.contains(&format!("pid {}", first.pid())), "{log}");
     assert_eq!(listening(8080).len(), 1);
+}
+
+fn share_ports_starts_beside_another_program() {
+    let _first = identify(1);
+    let _second = Daemon::ready(&format!("[daemon]\nworkers = 1\nshare_ports = true\n{IDENTIFY}"));
+    assert_eq!(listening(8080).len(), 2);
+    for _ in 0..20 {
+        slot_of(&mut connect(local(8080))).unwrap();
+    }
 }
 
 fn a_low_port_without_permission_names_the_capability() {

@@ -70,6 +70,7 @@ fn daemon(t: &mut Table) -> Daemon {
         hang_timeout: t.read("hang_timeout", "2s", duration(SHORTEST_HANG..=LONGEST)),
         orphan_timeout: t.read("orphan_timeout", "10s", duration(Duration::ZERO..=LONGEST)),
         drain_timeout: t.read("drain_timeout", "30s", duration(Duration::ZERO..=LONGEST)),
+        share_ports: t.read("share_ports", false, boolean),
     }
 }
 

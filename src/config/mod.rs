@@ -66,6 +66,8 @@ pub struct Daemon {
     pub orphan_timeout: Duration,
     /// How long a graceful leave may take.
     pub drain_timeout: Duration,
+    /// Start although another program already listens at one of our addresses.
+    pub share_ports: bool,
 }
 
 /// `workers = "auto"` or a number.

@@ -72,7 +72,9 @@ pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Generati
     let account = account(config)?;
     let lock = lock(&start.control_socket)?;
     let assignment = activation::assign(start, slot_count, &passed)?;
-    for (index, listener) in config.listeners.iter().enumerate() {
+    // Whoever shares its ports on purpose finds somebody there.
+    let probed = if config.daemon.share_ports { &[][..] } else { &config.listeners[..] };
+    for (index, listener) in probed.iter().enumerate() {
         probe(listener, |address| !is_passed(listener, index, address, &assignment))?;
     }
     let control = bind_control(&start.control_socket, account)?;

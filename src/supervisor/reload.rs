@@ -131,7 +131,8 @@ impl Supervisor {
         activation::check_change(&self.slots, &config, slot_count)?;
         prepare::check_descriptors(&config, slot_count)?;
         let held = |address| self.generation.places().iter().any(|(_, id)| id.address == address);
-        for listener in &config.listeners {
+        let probed = if config.daemon.share_ports { &[][..] } else { &config.listeners[..] };
+        for listener in probed {
             prepare::probe(listener, |address| !held(address))?;
         }
         plan::carry_over(&self.generation.config, &mut config, |name| self.has_sessions(name));

@@ -758,6 +758,12 @@ fn iperf_loses_nothing_but_at_full_buffers() {
          [[upstream]]\nname = \"back\"\n[[upstream.server]]\naddress = \"127.0.0.1:5201\"\n"
     );
     let daemon = Daemon::ready(&text);
+    // It serves one client only, so a connection cannot tell.
+    let listens = |table: &str| {
+        let rows = fs::read_to_string(table).unwrap_or_default();
+        rows.lines().any(|row| row.contains(":1451 ") && row.contains(" 0A "))
+    };
+    eventually("iperf3 listens", || listens("/proc/net/tcp") || listens("/proc/net/tcp6"));
     let out = Command::new("iperf3")
         .args(["-c", "127.0.0.1", "-p", "5300", "-u", "-b", "50M", "-l", "1200", "-t", "3", "-J"])
         .output()

@@ -223,7 +223,7 @@ fn a_browser_shows_the_page() {
             child.wait().expect("our child");
             panic!("the browser did not end");
         }
-        std::thread::sleep(Duration::from_millis(50));
+        std::thread::park_timeout(Duration::from_millis(50));
     }
     // What the browser understood: all three plots, with their shapes inside.
     let dom = std::fs::read_to_string(folder.path().join("dom.html")).expect("the browser wrote");

@@ -6,7 +6,7 @@ mod support;
 use std::io::Read;
 use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bench_support::{Tcp, Udp, bench, group, tcp, udp};
 

@@ -12,6 +12,7 @@
 //! Bounded by the descriptors of the process; each session has one deadline.
 
 mod connect;
+mod list;
 mod moving;
 
 use std::io;

@@ -216,7 +216,7 @@ impl<'a> Loop<'a> {
             self.datagrams.turn(self.poll.registry(), now);
             self.datagrams.handle_deadlines(now);
             if self.sessions.len() < before {
-                self.listeners.end_pause();
+                self.listeners.end_pause(self.poll.registry(), now);
             }
             self.accept(now);
             self.drive_handover(now);
@@ -269,8 +269,14 @@ impl<'a> Loop<'a> {
     }
 
     fn accept(&mut self, now: Millis) {
+        if self.listeners.pause_end().is_some_and(|end| end <= now) {
+            self.listeners.end_pause(self.poll.registry(), now);
+        }
         for index in self.listeners.ready(now) {
             for _ in 0..ACCEPT_BUDGET {
+                if !self.listeners.is_ready(index) {
+                    break;
+                }
                 if self.is_full() {
                     return self.pause(now, None);
                 }
@@ -294,7 +300,7 @@ impl<'a> Loop<'a> {
 
     /// What waits in the queues stays there, and is accepted later.
     fn pause(&mut self, now: Millis, error: Option<io::Error>) {
-        self.listeners.pause(now + PAUSE);
+        self.listeners.pause(self.poll.registry(), now + PAUSE);
         if let Some(error) = error {
             self.sessions.context().counters.process(Process::AcceptPauses).add(1);
             if !std::mem::replace(&mut self.paused_before, true) {

@@ -37,10 +37,10 @@ pub fn svg(results: &Results) -> String {
     for tick in 0..=6 {
         let ratio = f64::from(tick) * 0.25;
         let (x, colour) = (at(ratio), if tick == 4 { "#444" } else { "#ddd" });
-        let _ = write!(
+        let _ = writeln!(
             text,
             "<line x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"46\" y2=\"{:.1}\" stroke=\"{colour}\"/>\
-             <text x=\"{x:.1}\" y=\"40\" text-anchor=\"middle\" fill=\"#555\">{ratio:.2}</text>\n",
+             <text x=\"{x:.1}\" y=\"40\" text-anchor=\"middle\" fill=\"#555\">{ratio:.2}</text>",
             height - 18.0
         );
     }
@@ -48,12 +48,12 @@ pub fn svg(results: &Results) -> String {
         let y = 62.0 + ROW * index as f64;
         let colour = if ratio.median <= 1.0 { "#1b7f5c" } else { "#b5522b" };
         let (from, to) = (at(ratio.least), at(ratio.most));
-        let _ = write!(
+        let _ = writeln!(
             text,
             "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{workload} / {peer}</text>\
              <rect x=\"{from:.1}\" y=\"{:.1}\" width=\"{:.1}\" height=\"8\" rx=\"3\" fill=\"{colour}\" opacity=\"0.35\"/>\
              <circle cx=\"{:.1}\" cy=\"{y:.1}\" r=\"5\" fill=\"{colour}\"/>\
-             <text x=\"{:.1}\" y=\"{:.1}\" fill=\"{colour}\">{:.2}</text>\n",
+             <text x=\"{:.1}\" y=\"{:.1}\" fill=\"{colour}\">{:.2}</text>",
             LEFT - 10.0,
             y + 4.0,
             y - 4.0,

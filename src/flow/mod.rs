@@ -418,6 +418,11 @@ impl Flows {
 }
 
 impl Flow {
+    /// Whether a client's datagram came after the last reply.
+    pub fn awaits_reply(&self) -> bool {
+        self.awaits
+    }
+
     /// Whether its server may still send something that was asked for.
     pub fn has_replies_outstanding(&self) -> bool {
         self.server != NO_SERVER && (self.awaits || self.requests > self.replies)

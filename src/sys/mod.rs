@@ -22,6 +22,7 @@ pub mod process;
 pub mod shared;
 pub mod signals;
 pub mod stream;
+pub mod watch;
 
 use std::io;
 

@@ -74,6 +74,8 @@ fn flow_token(key: Key) -> Token {
 #[derive(Debug)]
 pub struct Datagrams<'a> {
     context: Context<'a>,
+    /// What polls all sockets, once there are any.
+    registry: Option<Registry>,
     fronts: Fronts,
     flows: Flows,
     /// Sockets towards servers, by the flow's place.
@@ -117,6 +119,7 @@ impl<'a> Datagrams<'a> {
             flows: Flows::new(limits, limit, seed, now),
             quarantine: Quarantine::new(quarantine),
             context,
+            registry: None,
             fronts: Fronts::default(),
             uplinks: Vec::new(),
             queue: Vec::new(),
@@ -149,6 +152,9 @@ impl<'a> Datagrams<'a> {
     ) -> io::Result<()> {
         let listener = &self.context.config.listeners[place.listener];
         let is_group = listener.bind[place.address].ip().is_multicast();
+        if self.registry.is_none() {
+            self.registry = Some(registry.try_clone()?);
+        }
         let front = Front {
             place,
             socket,

@@ -23,7 +23,6 @@ pub mod process;
 pub mod shared;
 pub mod signals;
 pub mod stream;
-pub mod watch;
 
 use std::io;
 

@@ -20,7 +20,7 @@ use crate::relay::CloseReason;
 use crate::slab::Key;
 use crate::sys::clock::Millis;
 use crate::sys::datagram::{self, Outgoing};
-use crate::sys::{filter, watch};
+use crate::sys::{filter, level};
 
 /// Replies that one flow may bring in one receive. Where the arena has fewer
 /// places left, what is in it goes out first.
@@ -173,7 +173,7 @@ impl Datagrams<'_> {
     fn begin_single(&mut self, registry: &Registry, key: Key) -> io::Result<()> {
         let Some(Some(uplink)) = self.uplinks.get_mut(key.index as usize) else { return Ok(()) };
         uplink.in_batches = false;
-        watch::register_readable(registry, &uplink.socket, flow_token(key))
+        level::watch(registry, &uplink.socket, flow_token(key).0)
     }
 
     /// More than one datagram at a time has come, and more will: from here on

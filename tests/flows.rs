@@ -3,19 +3,16 @@
 
 mod support;
 
-use std::collections::{BTreeMap, HashMap};
-use std::fs;
+use std::collections::BTreeMap;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use support::daemon::{Daemon, evenkeel};
 use support::datagrams::{Seen, ask, client, udp_server};
+use support::eventually;
 use support::servers::local;
-use support::{eventually, within};
 
 fn main() {
     support::run(tests![

@@ -8,6 +8,7 @@
 
 mod activation;
 mod generation;
+mod inquiry;
 mod leave;
 mod ledger;
 mod notify;
@@ -39,6 +40,7 @@ use crate::supervision::{Action, Event, Phase, Supervision};
 use crate::sys::clock::{self, Millis};
 use crate::sys::signals::Signals;
 use generation::Generation;
+use inquiry::Inquiry;
 use leave::Leave;
 use notify::{Facts, Notify};
 use prepare::Prepared;
@@ -113,6 +115,7 @@ struct Supervisor {
     /// What earlier generations and slots have counted.
     past: Option<Generation>,
     leave: Option<Leave>,
+    inquiries: Vec<Inquiry>,
     /// Set when the daemon is over.
     end: Option<ExitCode>,
     announced: bool,
@@ -162,6 +165,7 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         scaled: None,
         past: None,
         leave: None,
+        inquiries: Vec::new(),
         end: None,
         announced: false,
         finishing: false,
@@ -210,6 +214,7 @@ impl Supervisor {
             self.handle_leave_deadline();
             self.handle_reload_deadline();
             self.handle_shift_deadline();
+            self.end_inquiries();
             self.check_finished();
             self.steer();
             if self.notify.is_due(clock::coarse()) {
@@ -243,7 +248,7 @@ impl Supervisor {
         let watched = [self.watch.next_deadline(), self.notify.next_deadline()];
         let shift = self.shift.as_ref().map(Shift::deadline);
         let own = [self.supervision.next_deadline(), self.steward.due_at(), leave, reload, shift];
-        let steering = [self.steering.next_deadline(clock::coarse())];
+        let steering = [self.steering.next_deadline(clock::coarse()), self.inquiry_deadline()];
         own.into_iter().chain(watched).chain(steering).flatten().min()
     }
 
@@ -408,6 +413,7 @@ impl Supervisor {
                 self.handle_flows_passed(slot, moved, left);
             }
             FromWorker::Held | FromWorker::FlowsPassed { .. } => {}
+            FromWorker::Found { id } => self.handle_found(token, id, fds),
             FromWorker::Failed { text, advice, .. } if role == Role::Next => {
                 self.abort_reload(&format!("{text}\n{advice}"));
             }
@@ -467,6 +473,7 @@ impl Supervisor {
     }
 
     fn handle_ended(&mut self, token: Token, status: ExitStatus) -> Result<(), Refusal> {
+        self.forget_in_inquiries(token);
         let Some((index, retiring, role)) = self.locate(token) else { return Ok(()) };
         let slot = if retiring { &mut self.retiring[index] } else { &mut self.slots[index] };
         if let Some((_, process)) = slot.find(token) {
@@ -587,6 +594,9 @@ impl Supervisor {
             }
             Request::Scale(count) => self.scale(count, id).map(|()| None),
             Request::Rebalance => self.rebalance(id).map(|()| None),
+            Request::Sessions(query) => {
+                self.ask_workers(id, &query).map(|()| None).map_err(|text| Refusal::new(1, text, ""))
+            }
         };
         match now {
             // The answer comes when it is done.

@@ -15,7 +15,7 @@ use crate::board::{Address, Health};
 use crate::config::Target;
 use crate::control::Place;
 use crate::counters::{OfFlows, OfListener, OfServer};
-use crate::flow::{self, DropReason, FlowKey};
+use crate::flow::{self, DropReason, Flow, FlowKey};
 use crate::relay::CloseReason;
 use crate::slab::Key;
 use crate::sys::clock::Millis;
@@ -88,7 +88,7 @@ impl Datagrams<'_> {
         self.count_server(listener, server, OfServer::Connections);
         self.count_server(listener, server, OfServer::Active);
         let fd = socket.as_raw_fd();
-        self.put_uplink(key, socket);
+        self.put_uplink(key, socket, true);
         if registry.register(&mut SourceFd(&fd), flow_token(key), Interest::READABLE).is_err() {
             self.end_flow(key, CloseReason::NoResources, now);
             return Err(DropReason::Shed);
@@ -110,8 +110,7 @@ impl Datagrams<'_> {
         if self.flows.get(key).is_none() {
             return Err(DropReason::Shed);
         }
-        if let Target::Upstream(upstream) = self.context.config.listeners[listener].target {
-            let number = self.context.layout.place(upstream, old as usize);
+        if let Some(number) = self.server_number(listener, old) {
             self.context.counters.server(number, OfServer::Active).less_one();
         }
         self.count_server(listener, server, OfServer::Connections);
@@ -119,7 +118,7 @@ impl Datagrams<'_> {
         self.context.counters.flows(listener, OfFlows::Moved).add(1);
         self.flows.handle_moved(key, server as u32);
         let fd = socket.as_raw_fd();
-        if let Some(left) = self.put_uplink(key, socket)
+        if let Some(left) = self.put_uplink(key, socket, true)
             && outstanding
         {
             self.rest(listener, left.socket, now);
@@ -159,15 +158,15 @@ impl Datagrams<'_> {
         }
     }
 
-    fn put_uplink(&mut self, key: Key, socket: OwnedFd) -> Option<Uplink> {
+    pub(super) fn put_uplink(&mut self, key: Key, socket: OwnedFd, can_cut: bool) -> Option<Uplink> {
         let place = key.index as usize;
         if place >= self.uplinks.len() {
             self.uplinks.resize_with(place + 1, || None);
         }
-        self.uplinks[place].replace(Uplink { socket, can_cut: true, queued: false })
+        self.uplinks[place].replace(Uplink { socket, can_cut, queued: false })
     }
 
-    fn count_server(&self, listener: usize, server: usize, which: OfServer) {
+    pub(super) fn count_server(&self, listener: usize, server: usize, which: OfServer) {
         if let Target::Upstream(upstream) = self.context.config.listeners[listener].target {
             let number = self.context.layout.place(upstream, server);
             match which {
@@ -275,9 +274,11 @@ impl Datagrams<'_> {
             return false;
         }
         let Some(flow) = self.flows.get(key) else { return true };
-        let (listener, server) = (usize::from(flow.key.listener), flow.server as usize);
-        if self.flows.handle_failure(key) {
-            self.count_server(listener, server, OfServer::Failures);
+        let (listener, server) = (usize::from(flow.key.listener), flow.server);
+        if self.flows.handle_failure(key)
+            && let Some(number) = self.server_number(listener, server)
+        {
+            self.context.counters.server(number, OfServer::Failures).add(1);
         }
         true
     }
@@ -291,7 +292,8 @@ impl Datagrams<'_> {
                 self.send_replies();
                 used = 0;
             }
-            if self.flows.get(key).is_none() {
+            // What waits for a frozen one is its next worker's.
+            if self.flows.get(key).is_none_or(Flow::is_frozen) {
                 continue;
             }
             let Some(Some(uplink)) = self.uplinks.get_mut(key.index as usize) else { continue };

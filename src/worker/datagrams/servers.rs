@@ -15,7 +15,7 @@ use crate::board::{Address, Health};
 use crate::config::Target;
 use crate::control::Place;
 use crate::counters::{OfFlows, OfListener, OfServer};
-use crate::flow::{self, DropReason, FlowKey};
+use crate::flow::{self, DropReason, Flow, FlowKey};
 use crate::relay::CloseReason;
 use crate::slab::Key;
 use crate::sys::clock::Millis;
@@ -90,7 +90,7 @@ impl Datagrams<'_> {
         self.count_opened(listener);
         self.count_server(listener, server, OfServer::Connections);
         self.count_server(listener, server, OfServer::Active);
-        self.put_uplink(key, socket);
+        self.put_uplink(key, socket, true);
         if self.begin_single(registry, key).is_err() {
             self.end_flow(key, CloseReason::NoResources, now);
             return Err(DropReason::Shed);
@@ -112,15 +112,14 @@ impl Datagrams<'_> {
         if self.flows.get(key).is_none() {
             return Err(DropReason::Shed);
         }
-        if let Target::Upstream(upstream) = self.context.config.listeners[listener].target {
-            let number = self.context.layout.place(upstream, old as usize);
+        if let Some(number) = self.server_number(listener, old) {
             self.context.counters.server(number, OfServer::Active).less_one();
         }
         self.count_server(listener, server, OfServer::Connections);
         self.count_server(listener, server, OfServer::Active);
         self.context.counters.flows(listener, OfFlows::Moved).add(1);
         self.flows.handle_moved(key, server as u32);
-        if let Some(left) = self.put_uplink(key, socket)
+        if let Some(left) = self.put_uplink(key, socket, true)
             && outstanding
         {
             self.rest(listener, left.socket, now);
@@ -160,12 +159,12 @@ impl Datagrams<'_> {
         }
     }
 
-    fn put_uplink(&mut self, key: Key, socket: OwnedFd) -> Option<Uplink> {
+    pub(super) fn put_uplink(&mut self, key: Key, socket: OwnedFd, can_cut: bool) -> Option<Uplink> {
         let place = key.index as usize;
         if place >= self.uplinks.len() {
             self.uplinks.resize_with(place + 1, || None);
         }
-        self.uplinks[place].replace(Uplink { socket, can_cut: true, queued: false, in_batches: true })
+        self.uplinks[place].replace(Uplink { socket, can_cut, queued: false, in_batches: true })
     }
 
     /// Polls a flow's new socket, and reads it datagram by datagram: most
@@ -188,7 +187,7 @@ impl Datagrams<'_> {
         }
     }
 
-    fn count_server(&self, listener: usize, server: usize, which: OfServer) {
+    pub(super) fn count_server(&self, listener: usize, server: usize, which: OfServer) {
         if let Target::Upstream(upstream) = self.context.config.listeners[listener].target {
             let number = self.context.layout.place(upstream, server);
             match which {
@@ -301,9 +300,11 @@ impl Datagrams<'_> {
             return false;
         }
         let Some(flow) = self.flows.get(key) else { return true };
-        let (listener, server) = (usize::from(flow.key.listener), flow.server as usize);
-        if self.flows.handle_failure(key) {
-            self.count_server(listener, server, OfServer::Failures);
+        let (listener, server) = (usize::from(flow.key.listener), flow.server);
+        if self.flows.handle_failure(key)
+            && let Some(number) = self.server_number(listener, server)
+        {
+            self.context.counters.server(number, OfServer::Failures).add(1);
         }
         true
     }
@@ -317,7 +318,8 @@ impl Datagrams<'_> {
                 self.send_replies();
                 used = 0;
             }
-            if self.flows.get(key).is_none() {
+            // What waits for a frozen one is its next worker's.
+            if self.flows.get(key).is_none_or(Flow::is_frozen) {
                 continue;
             }
             let Some(Some(uplink)) = self.uplinks.get_mut(key.index as usize) else { continue };

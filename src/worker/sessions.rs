@@ -16,6 +16,7 @@ mod list;
 mod moving;
 mod options;
 mod picking;
+mod waiting;
 
 use std::io;
 use std::net::SocketAddr;
@@ -26,6 +27,7 @@ use mio::{Interest, Registry, Token};
 
 use connect::Attempt;
 use options::Lacks;
+use waiting::Waiting;
 
 use crate::balance::Balancer;
 use crate::board::Board;
@@ -113,6 +115,7 @@ pub struct Sessions<'a> {
     balancers: Vec<Balancer>,
     /// Each upstream's epoch when the board was last looked at for sessions.
     seen_epochs: Vec<u64>,
+    waiting: Waiting,
     scratch: Box<[u8]>,
     fired: Vec<u32>,
 }
@@ -143,7 +146,7 @@ struct Entry {
 enum Stage {
     /// A connect is under way.
     Connecting(Attempt),
-    /// A connect could not begin, and is tried again.
+    /// A connect could not begin, and is tried again; or every server is full.
     Waiting(Attempt),
     Open,
     /// Both directions are over; the sides are reset when they have what was
@@ -163,6 +166,7 @@ impl<'a> Sessions<'a> {
             deadlines: Deadlines::new(now),
             queue: Vec::new(),
             seen_epochs: vec![0; balancers.len()],
+            waiting: Waiting::new(balancers.len()),
             balancers,
             scratch: vec![0; MAX_READ].into_boxed_slice(),
             fired: Vec::new(),
@@ -264,6 +268,10 @@ impl<'a> Sessions<'a> {
                     self.handle_connected(registry, key, failed, now);
                 }
             }
+            // It waits for its turn: nobody is to hear of what it sent.
+            Stage::Waiting(ref attempt) if attempt.waits_since.is_some() && event.is_error() => {
+                self.close(key, CloseReason::ClientReset, now);
+            }
             // A client that has reset meanwhile sent something before,
             // perhaps: that is delivered first, as everywhere.
             Stage::Connecting(_) | Stage::Waiting(_) => {}
@@ -329,7 +337,7 @@ impl<'a> Sessions<'a> {
 
     /// When the next deadline is due, in milliseconds.
     pub fn next_deadline(&self) -> Option<Millis> {
-        self.deadlines.next()
+        self.deadlines.next().into_iter().chain(self.waiting.next_look()).min()
     }
 
     /// Ends or moves on what is due.
@@ -342,6 +350,7 @@ impl<'a> Sessions<'a> {
             }
         }
         self.fired = fired;
+        self.serve_waiting(registry, now);
     }
 
     fn handle_deadline(&mut self, registry: &Registry, key: Key, now: Millis) {
@@ -353,6 +362,9 @@ impl<'a> Sessions<'a> {
                 _ => self.set_deadline(key, now),
             },
             Stage::Connecting(_) => self.handle_connect_timeout(registry, key, now),
+            Stage::Waiting(attempt) if attempt.waits_since.is_some() => {
+                self.close(key, CloseReason::QueueTimeout, now);
+            }
             Stage::Waiting(attempt) if attempt.until <= now => self.close(key, CloseReason::NoResources, now),
             Stage::Waiting(_) => {
                 let Stage::Waiting(attempt) = std::mem::replace(&mut entry.stage, Stage::Open) else {
@@ -406,6 +418,7 @@ impl<'a> Sessions<'a> {
     fn remove(&mut self, key: Key, reason: CloseReason) {
         let Some(entry) = self.slab.remove(key) else { return };
         self.deadlines.clear(key.index);
+        self.waiting.look_soon();
         self.context.counters.ended(entry.listener as usize, reason).add(1);
         self.count_gone(&entry);
     }

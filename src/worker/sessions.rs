@@ -16,8 +16,10 @@ mod list;
 mod moving;
 mod options;
 mod picking;
+mod story;
 mod waiting;
 
+use std::cell::RefCell;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
@@ -34,11 +36,13 @@ use crate::board::Board;
 use crate::config::{Config, ServerAddress, Service, Target};
 use crate::counters::{Counters, Layout, OfListener, OfServer, Process};
 use crate::deadline::Deadlines;
+use crate::handover::Story;
 use crate::relay::{CloseReason, Drive, End, MAX_READ, Readiness, Session, Side};
 use crate::slab::{Key, Slab};
 use crate::sys::bell::Bell;
 use crate::sys::clock::{self, Millis};
 use crate::sys::stream::Stream;
+use crate::worker::access_log::AccessLog;
 pub use moving::Parcel;
 
 /// Bytes that one session may move each way in one turn, so that a busy one
@@ -72,6 +76,8 @@ pub struct Context<'a> {
     pub counters: Counters<'a>,
     /// Every slot's counters.
     pub all: Vec<Counters<'a>>,
+    /// Where ended sessions and flows are told, if they are.
+    pub access_log: Option<&'a RefCell<AccessLog>>,
     /// How the servers stand.
     pub board: Board<'a>,
     /// To be rung when traffic fails.
@@ -140,6 +146,8 @@ struct Entry {
     born: Millis,
     /// When the last byte moved.
     moved: Millis,
+    /// For the access log, where there is one.
+    story: Option<Box<Story>>,
 }
 
 #[derive(Debug)]
@@ -216,6 +224,7 @@ impl<'a> Sessions<'a> {
             frozen: false,
             born: now,
             moved: now,
+            story: self.begin_story(peer),
         };
         let key = self.slab.insert(entry);
         let counters = &self.context.counters;
@@ -419,6 +428,7 @@ impl<'a> Sessions<'a> {
         let Some(entry) = self.slab.remove(key) else { return };
         self.deadlines.clear(key.index);
         self.waiting.look_soon();
+        self.log_end(&entry, reason);
         self.context.counters.ended(entry.listener as usize, reason).add(1);
         self.count_gone(&entry);
     }

@@ -86,6 +86,10 @@ impl Sessions<'_> {
                     let entry = self.slab.get_mut(key).expect("the caller holds it");
                     entry.server = Some(stream);
                     entry.server_index = Some(server as u32);
+                    if let Some(story) = &mut entry.story {
+                        story.connect_began = Some(now);
+                        story.retries = attempt.tried.len() as u32;
+                    }
                     entry.incarnation = incarnation;
                     self.deadlines.set(key.index, attempt.until);
                     entry.stage = Stage::Connecting(attempt);
@@ -212,16 +216,19 @@ impl Sessions<'_> {
         let entry = self.slab.get_mut(key).expect("the caller found it");
         entry.stage = Stage::Open;
         entry.moved = now;
+        if let Some(story) = &mut entry.story {
+            story.established = Some(now);
+        }
         entry.session.handle_ready(Side::Server, Readiness { writable: true, ..Readiness::default() });
         let number = self.server_number(self.slab.get(key).expect("still there"));
         let number = number.expect("an established session has a server");
         self.context.counters.server(number, OfServer::Connections).add(1);
         let upstream = self.upstream(key).expect("an established session has an upstream");
-        let entry = self.slab.get(key).expect("still there");
-        let index = entry.server_index.expect("an established session has a server") as usize;
-        let is_unix = is_unix(self.server_at(upstream, index));
+        let index = self.slab.get(key).expect("still there").server_index;
+        let index = index.expect("an established session has a server") as usize;
+        let unix = is_unix(self.server_at(upstream, index));
         let entry = self.slab.get_mut(key).expect("still there");
-        if is_unix {
+        if unix {
             entry.session.probe_always(Side::Server);
         } else {
             entry.lacks = Lacks::All;

@@ -93,7 +93,14 @@ pub struct Story {
 pub enum Stage {
     /// On its way to a server.
     #[allow(missing_docs)]
-    Connecting { until: u64, tried: Vec<String>, failure: CloseReason },
+    Connecting {
+        until: u64,
+        tried: Vec<String>,
+        failure: CloseReason,
+        /// Since when it waits for a place at a server, if it does.
+        #[serde(default)]
+        waits_since: Option<u64>,
+    },
     /// Bytes flow.
     Open,
 }
@@ -178,8 +185,12 @@ mod tests {
 
     fn bundle() -> Vec<(Record, Vec<u8>)> {
         let mut connecting = record(&Session::relay(), true);
-        connecting.0.stage =
-            Stage::Connecting { until: 77, tried: vec!["a".into()], failure: CloseReason::ConnectFailed };
+        connecting.0.stage = Stage::Connecting {
+            until: 77,
+            tried: vec!["a".into()],
+            failure: CloseReason::ConnectFailed,
+            waits_since: Some(5),
+        };
         vec![record(&Session::relay(), true), record(&Session::echo(b"kept bytes"), false), connecting]
     }
 

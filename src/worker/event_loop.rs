@@ -214,7 +214,7 @@ impl<'a> Loop<'a> {
                 match event.token() {
                     CHANNEL => self.handle_channel(now),
                     BOARD => {
-                        self.sessions.handle_board(self.poll.registry(), now);
+                        self.sessions.handle_board(now);
                         self.datagrams.handle_board();
                     }
                     token if datagrams::is_token(token) => self.datagrams.handle_event(token),

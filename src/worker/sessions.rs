@@ -17,6 +17,7 @@ mod moving;
 mod options;
 mod picking;
 mod story;
+mod waiting;
 
 use std::cell::RefCell;
 use std::io;
@@ -28,6 +29,7 @@ use mio::{Interest, Registry, Token};
 
 use connect::Attempt;
 use options::Lacks;
+use waiting::Waiting;
 
 use crate::balance::Balancer;
 use crate::board::Board;
@@ -125,6 +127,7 @@ pub struct Sessions<'a> {
     balancers: Vec<Balancer>,
     /// Each upstream's epoch when the board was last looked at for sessions.
     seen_epochs: Vec<u64>,
+    waiting: Waiting,
     scratch: Box<[u8]>,
     fired: Vec<u32>,
 }
@@ -157,7 +160,7 @@ struct Entry {
 enum Stage {
     /// A connect is under way.
     Connecting(Attempt),
-    /// A connect could not begin, and is tried again.
+    /// A connect could not begin, and is tried again; or every server is full.
     Waiting(Attempt),
     Open,
     /// Both directions are over; the sides are reset when they have what was
@@ -177,6 +180,7 @@ impl<'a> Sessions<'a> {
             deadlines: Deadlines::new(now),
             queue: Vec::new(),
             seen_epochs: vec![0; balancers.len()],
+            waiting: Waiting::new(balancers.len()),
             balancers,
             scratch: vec![0; MAX_READ].into_boxed_slice(),
             fired: Vec::new(),
@@ -279,6 +283,10 @@ impl<'a> Sessions<'a> {
                     self.handle_connected(registry, key, failed, now);
                 }
             }
+            // It waits for its turn: nobody is to hear of what it sent.
+            Stage::Waiting(ref attempt) if attempt.waits_since.is_some() && event.is_error() => {
+                self.close(key, CloseReason::ClientReset, now);
+            }
             // A client that has reset meanwhile sent something before,
             // perhaps: that is delivered first, as everywhere.
             Stage::Connecting(_) | Stage::Waiting(_) => {}
@@ -344,7 +352,7 @@ impl<'a> Sessions<'a> {
 
     /// When the next deadline is due, in milliseconds.
     pub fn next_deadline(&self) -> Option<Millis> {
-        self.deadlines.next()
+        self.deadlines.next().into_iter().chain(self.waiting.next_look()).min()
     }
 
     /// Ends or moves on what is due.
@@ -357,6 +365,7 @@ impl<'a> Sessions<'a> {
             }
         }
         self.fired = fired;
+        self.serve_waiting(registry, now);
     }
 
     fn handle_deadline(&mut self, registry: &Registry, key: Key, now: Millis) {
@@ -368,6 +377,9 @@ impl<'a> Sessions<'a> {
                 _ => self.set_deadline(key, now),
             },
             Stage::Connecting(_) => self.handle_connect_timeout(registry, key, now),
+            Stage::Waiting(attempt) if attempt.waits_since.is_some() => {
+                self.close(key, CloseReason::QueueTimeout, now);
+            }
             Stage::Waiting(attempt) if attempt.until <= now => self.close(key, CloseReason::NoResources, now),
             Stage::Waiting(_) => {
                 let Stage::Waiting(attempt) = std::mem::replace(&mut entry.stage, Stage::Open) else {
@@ -421,6 +433,7 @@ impl<'a> Sessions<'a> {
     fn remove(&mut self, key: Key, reason: CloseReason) {
         let Some(entry) = self.slab.remove(key) else { return };
         self.deadlines.clear(key.index);
+        self.waiting.look_soon();
         self.log_end(&entry, reason);
         self.context.counters.ended(entry.listener as usize, reason).add(1);
         self.count_gone(&entry);

@@ -16,7 +16,6 @@
 //! allocates nothing. So a flood of made-up sources pushes out only itself.
 
 mod index;
-mod proxy;
 mod quarantine;
 #[cfg(test)]
 mod tests;
@@ -27,7 +26,6 @@ use crate::deadline::Deadlines;
 use crate::slab::{Key, Slab};
 use index::Index;
 
-pub use proxy::ProxyHeader;
 pub use quarantine::Quarantine;
 
 /// Whose datagrams a flow takes.

@@ -9,7 +9,8 @@ use super::outlet::Sent;
 use super::{Datagrams, FRONT_BUDGET, PLACES, has_own_address, unspecified};
 use crate::config::{SendProxy, Service, Target as Goes};
 use crate::counters::{Counters, OfFlows, OfListener, Process};
-use crate::flow::{Arrival, DropReason, FlowKey, NO_SERVER, ProxyHeader, Reply};
+use crate::flow::{Arrival, DropReason, FlowKey, NO_SERVER, Reply};
+use crate::proxy_protocol::{Ends, Header, Transport};
 use crate::relay::CloseReason;
 use crate::slab::Key;
 use crate::sys::clock::Millis;
@@ -248,10 +249,11 @@ impl Datagrams<'_> {
     fn send_run(&mut self, key: Key, listener: usize, first: usize, end: usize) -> Sent {
         let Some(name) = self.flows.get(key).map(|flow| flow.key) else { return Sent::default() };
         let port = self.context.config.listeners[listener].bind[usize::from(name.address)].port();
-        let header = self
-            .sends_proxy_header(listener)
-            .then(|| ProxyHeader::new(name.client, (name.local, port).into()));
-        let head = header.as_ref().map_or(&[][..], ProxyHeader::as_bytes);
+        let ends = Ends { source: name.client, destination: (name.local, port).into() };
+        // In front of every datagram, not only of a flow's first: most receivers
+        // of datagrams keep no state and look at each.
+        let header = self.sends_proxy_header(listener).then(|| Header::version_2(&ends, Transport::Datagram));
+        let head = header.as_ref().map_or(&[][..], Header::as_bytes);
         let Self { arena, uplinks, outlet, .. } = self;
         let Some(Some(uplink)) = uplinks.get_mut(key.index as usize) else { return Sent::default() };
         let items = (first..end).map(|at| {

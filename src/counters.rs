@@ -6,16 +6,17 @@
 //! process held: `begin_life` turns them into losses.
 //!
 //! ```text
-//! [ process | listener 0 | listener 1 | ... | server 0 | server 1 | ... ]
+//! [ process | listener 0 | ... | server 0 | ... | sources of a listener | ... ]
 //! ```
 //! Servers are numbered through all upstreams in the file's order. All cells
 //! are 64-bit words; one writer, so a plain load and store, no locked add.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use crate::config::Config;
+use crate::config::{Config, Listener};
 use crate::flow::DropReason;
 use crate::relay::CloseReason;
+use crate::sources::{self, TABLE_WORDS};
 
 const PROCESS_WORDS: usize = 16;
 const LISTENER_WORDS: usize = 64;
@@ -37,6 +38,11 @@ pub enum Process {
     /// clock. What the worker says of itself, and so never trusted further
     /// than to judge that worker.
     Beat,
+    /// The secret of the sources' hash, the same in all slots; set by the
+    /// supervisor.
+    SourceSeed,
+    /// Times that an address to connect from had no port left.
+    PortShortages,
 }
 
 /// Counters of one listener in this slot.
@@ -99,6 +105,8 @@ pub struct Layout {
     /// The number of each upstream's first server.
     first_servers: Vec<usize>,
     server_count: usize,
+    /// Which listeners count their sources.
+    counts_sources: Vec<bool>,
 }
 
 impl Layout {
@@ -110,12 +118,25 @@ impl Layout {
             first_servers.push(server_count);
             server_count += upstream.servers.len();
         }
-        Layout { listener_count: config.listeners.len(), first_servers, server_count }
+        let counts = |listener: &Listener| {
+            listener.limits.per_source > 0 || listener.limits.rate_per_source > 0
+        };
+        let counts_sources = config.listeners.iter().map(counts).collect();
+        Layout { listener_count: config.listeners.len(), first_servers, server_count, counts_sources }
     }
 
     /// The size of a region.
     pub fn word_count(&self) -> usize {
+        self.first_table() + self.counts_sources.iter().filter(|counts| **counts).count() * TABLE_WORDS
+    }
+
+    fn first_table(&self) -> usize {
         PROCESS_WORDS + self.listener_count * LISTENER_WORDS + self.server_count * SERVER_WORDS
+    }
+
+    fn table(&self, listener: usize) -> Option<usize> {
+        let before = self.counts_sources.get(..listener)?.iter().filter(|counts| **counts).count();
+        self.counts_sources.get(listener)?.then_some(self.first_table() + before * TABLE_WORDS)
     }
 
     /// The number of a server among all servers.
@@ -181,11 +202,16 @@ impl<'a> Counters<'a> {
         Cell(&self.words[first + server * SERVER_WORDS + which as usize])
     }
 
+    /// What each client address has at a listener, where that is limited.
+    pub fn sources(&self, layout: &Layout, listener: usize) -> Option<sources::Table<'a>> {
+        sources::Table::over(self.words.get(layout.table(listener)?..)?)
+    }
+
     /// Adds what another region has counted, listener by listener and server by
     /// server of the same name. Gauges stay out: what a process held when it
     /// ended is in nobody's hands.
     pub fn add_all(&self, own: &Config, from: &Counters, other: &Config) {
-        for which in [Process::Accepted, Process::AcceptPauses] {
+        for which in [Process::Accepted, Process::AcceptPauses, Process::PortShortages] {
             self.process(which).add(from.process(which).get());
         }
         for (index, listener) in own.listeners.iter().enumerate() {
@@ -220,6 +246,9 @@ impl<'a> Counters<'a> {
     /// so that accepted = active + ended by some reason, always.
     pub fn begin_life(&self, layout: &Layout) {
         for listener in 0..self.listener_count {
+            if let Some(table) = self.sources(layout, listener) {
+                table.begin_life();
+            }
             let active = self.listener(listener, OfListener::Active);
             self.ended(listener, CloseReason::WorkerLost).add(active.get());
             active.set(0);
@@ -272,7 +301,10 @@ impl Cell<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
+    use crate::sources::Source;
 
     fn layout(listener_count: usize, servers: &[usize]) -> Layout {
         let mut first = 0;
@@ -281,7 +313,8 @@ mod tests {
             first_servers.push(first);
             first += count;
         }
-        Layout { listener_count, first_servers, server_count: first }
+        let counts_sources = (0..listener_count).map(|listener| listener % 2 == 0).collect();
+        Layout { listener_count, first_servers, server_count: first, counts_sources }
     }
 
     #[test]
@@ -295,6 +328,8 @@ mod tests {
             counters.process(Process::LoopLag),
             counters.process(Process::AcceptPauses),
             counters.process(Process::Beat),
+            counters.process(Process::SourceSeed),
+            counters.process(Process::PortShortages),
         ];
         for listener in 0..3 {
             use OfListener::{Active, BytesIn, BytesOut, Connections};
@@ -315,6 +350,15 @@ mod tests {
         for cell in &cells {
             cell.add(1);
         }
+        // Listeners 0 and 2 have tables.
+        let source = Source::of(Ipv4Addr::LOCALHOST.into(), 0);
+        let table = |listener| counters.sources(&layout, listener);
+        assert!(table(1).is_none() && table(3).is_none());
+        table(0).unwrap().add(source, 0);
+        let limits = sources::Limits { live: 1, per_second: 0 };
+        assert_eq!(sources::check(table(0).into_iter(), source, limits, 0), Err(sources::Full::Live));
+        assert_eq!(sources::check(table(2).into_iter(), source, limits, 0), Ok(()));
+        table(2).unwrap().add(source, 0);
         assert!(cells.iter().all(|cell| cell.get() == 1));
     }
 

@@ -40,11 +40,23 @@ pub enum CloseReason {
     WorkerLost,
     /// A flow that waited for its first answer made room for a new one.
     Evicted,
+    /// The client is not allowed, or denied, by the listener's `access`.
+    Denied,
+    /// The client's address has as many as it may.
+    PerSource,
+    /// The client's address began as many within a second as it may.
+    RatePerSource,
+    /// A PROXY header is required, and who came is not trusted to send one.
+    ProxyUntrusted,
+    /// What came is no PROXY header, or one that is not taken.
+    ProxyMalformed,
+    /// The PROXY header did not come in time.
+    ProxyTimeout,
 }
 
 impl CloseReason {
     /// All of them, in the order of the counters.
-    pub const ALL: [CloseReason; 15] = [
+    pub const ALL: [CloseReason; 21] = [
         CloseReason::Finished,
         CloseReason::ClientReset,
         CloseReason::ServerReset,
@@ -60,6 +72,12 @@ impl CloseReason {
         CloseReason::Drained,
         CloseReason::WorkerLost,
         CloseReason::Evicted,
+        CloseReason::Denied,
+        CloseReason::PerSource,
+        CloseReason::RatePerSource,
+        CloseReason::ProxyUntrusted,
+        CloseReason::ProxyMalformed,
+        CloseReason::ProxyTimeout,
     ];
 
     /// Its name in `status` and metrics.
@@ -80,6 +98,12 @@ impl CloseReason {
             CloseReason::Drained => "drained",
             CloseReason::WorkerLost => "worker_lost",
             CloseReason::Evicted => "evicted",
+            CloseReason::Denied => "denied",
+            CloseReason::PerSource => "per_source",
+            CloseReason::RatePerSource => "rate_per_source",
+            CloseReason::ProxyUntrusted => "proxy_untrusted",
+            CloseReason::ProxyMalformed => "proxy_malformed",
+            CloseReason::ProxyTimeout => "proxy_timeout",
         }
     }
 
@@ -95,6 +119,19 @@ impl CloseReason {
             (Side::Server, true) => CloseReason::ServerReset,
             (Side::Server, false) => CloseReason::ServerLost,
         }
+    }
+
+    /// Whether the client was turned away before anything was done for it.
+    pub fn is_refusal(self) -> bool {
+        matches!(
+            self,
+            CloseReason::Denied
+                | CloseReason::PerSource
+                | CloseReason::RatePerSource
+                | CloseReason::ProxyUntrusted
+                | CloseReason::ProxyMalformed
+                | CloseReason::ProxyTimeout
+        )
     }
 
     /// The side whose end caused it, where one did: that socket is dead
@@ -113,7 +150,13 @@ impl CloseReason {
             | CloseReason::NoResources
             | CloseReason::Drained
             | CloseReason::WorkerLost
-            | CloseReason::Evicted => None,
+            | CloseReason::Evicted
+            | CloseReason::Denied
+            | CloseReason::PerSource
+            | CloseReason::RatePerSource
+            | CloseReason::ProxyUntrusted
+            | CloseReason::ProxyMalformed
+            | CloseReason::ProxyTimeout => None,
         }
     }
 }

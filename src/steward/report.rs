@@ -137,7 +137,7 @@ fn listener(
         bytes_in: sum(OfListener::BytesIn),
         bytes_out: sum(OfListener::BytesOut),
         flows: is_udp.then(|| flows(&total)),
-        dropped: if is_udp { dropped(&total) } else { BTreeMap::new() },
+        dropped: if is_udp { dropped(&total) } else { refused(&ended) },
         flows_per_slot: (0..udp_slots).map(slot_flows).collect(),
         ended,
         active_per_slot: of(OfListener::Active),
@@ -168,6 +168,13 @@ fn flows(sum: &Sum) -> Flows {
         datagrams_out: of_flows(OfFlows::DatagramsOut),
         offload_failures: of_flows(OfFlows::OffloadFailures),
     }
+}
+
+/// Connections that were turned away, by reason.
+fn refused(ended: &BTreeMap<String, u64>) -> BTreeMap<String, u64> {
+    let refusals = CloseReason::ALL.into_iter().filter(|reason| reason.is_refusal());
+    let counts = refusals.filter_map(|reason| ended.get_key_value(reason.name()));
+    counts.map(|(name, count)| (name.clone(), *count)).collect()
 }
 
 /// By reason, with the kernel's own.

@@ -3,12 +3,13 @@
 //! Shared by the slots and processes that belong to it, and gone with the last
 //! of them. A reload makes the next one.
 
+use std::hash::{BuildHasher, RandomState};
 use std::os::fd::OwnedFd;
 
 use super::Refusal;
 use crate::config::{Config, Mode};
 use crate::control::{Place, SocketId};
-use crate::counters::{Counters, Layout};
+use crate::counters::{Counters, Layout, Process, process_cell};
 use crate::sys::shared::{self, Region};
 
 /// A configuration with its number and its counters.
@@ -34,6 +35,13 @@ impl Generation {
             .map(|_| Region::create("evenkeel-counters", layout.word_count()))
             .collect::<std::io::Result<Vec<Region>>>()
             .map_err(Refusal::of_system)?;
+        // Whoever knew it could choose addresses that are counted together.
+        let seed = RandomState::new().hash_one(number);
+        for region in &regions {
+            if let Some(cell) = process_cell(region.words(), Process::SourceSeed) {
+                cell.set(seed);
+            }
+        }
         let readable = regions.iter().map(Region::read_only_fd).collect::<std::io::Result<Vec<OwnedFd>>>();
         let json = serde_json::to_vec(&config).expect("a configuration is plain data");
         Ok(Generation {

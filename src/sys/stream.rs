@@ -114,6 +114,16 @@ impl Stream {
         }
     }
 
+    /// Looks at what `receive` would give, and leaves it there.
+    pub fn peek(&self, into: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match nix::sys::socket::recv(self.raw(), into, nix::sys::socket::MsgFlags::MSG_PEEK) {
+                Err(nix::errno::Errno::EINTR) => {}
+                result => return Ok(result?),
+            }
+        }
+    }
+
     /// Sends what the kernel will take.
     pub fn send(&self, bytes: &[u8]) -> io::Result<usize> {
         loop {
@@ -152,6 +162,11 @@ impl Stream {
     /// The other side's address, as long as it is connected.
     pub fn peer(&self) -> io::Result<Option<SocketAddr>> {
         Ok(SockRef::from(&self.fd).peer_addr()?.as_socket())
+    }
+
+    /// Our own address of the connection.
+    pub fn local(&self) -> io::Result<Option<SocketAddr>> {
+        Ok(SockRef::from(&self.fd).local_addr()?.as_socket())
     }
 
     fn raw(&self) -> RawFd {

@@ -15,6 +15,7 @@ use tracing::{error, info, warn};
 
 use super::birth::Born;
 use super::datagrams::{self, Datagrams};
+use super::gate::Gate;
 use super::handover::{Progress, Receiver, Sender};
 use super::leave::{Leave, Step};
 use super::listeners::{self, Accepted, Listeners, PAUSE};
@@ -111,6 +112,7 @@ impl<'a> Loop<'a> {
             layout: &born.layout,
             counters,
             all: born.all.iter().map(over).collect::<Option<Vec<_>>>()?,
+            gates: born.config.listeners.iter().map(Gate::of).collect(),
         };
         debug_assert_eq!(context.all.len(), born.slot_count);
         let reserved = RESERVED_FILES + born.slot_count as u64 + 2 * sockets.len() as u64;

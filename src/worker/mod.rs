@@ -11,8 +11,10 @@
 //! supervisor's death, and never by bytes from the network.
 
 mod birth;
+mod complaints;
 mod datagrams;
 mod event_loop;
+mod gate;
 mod handover;
 #[cfg(debug_assertions)]
 mod hang;

@@ -1,10 +1,10 @@
 //! The TCP sessions of a worker: sockets around `relay::Session`.
 //!
 //! ```text
-//!   accept --> Connecting --connected--> Open --Done--> (Resetting) --> gone
-//!                 |   ^                    |                 ^
-//!                 |   +-- next server      +---- timeouts ---+
-//!                 +--> Waiting (no descriptor, server's queue full) --> Connecting
+//!   accept --> (Header) --> Connecting --connected--> Open --Done--> (Resetting) --> gone
+//!                              |   ^                    |                 ^
+//!                              |   +-- next server      +---- timeouts ---+
+//!                              +--> Waiting (no descriptor, server's queue full) --> Connecting
 //! ```
 //!
 //! A session that ends by a reset waits in Resetting until what was sent to
@@ -12,21 +12,25 @@
 //! Bounded by the descriptors of the process; each session has one deadline.
 
 mod connect;
+mod entrance;
 mod moving;
 
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
+use std::rc::Rc;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 
 use connect::Attempt;
 
+use super::complaints::Complaints;
+use super::gate::Gate;
 use crate::balance::Balancer;
 use crate::config::{Config, ServerAddress, Service, Target};
 use crate::counters::{Counters, Layout, OfListener, OfServer, Process};
 use crate::deadline::Deadlines;
+use crate::proxy_protocol::Ends;
 use crate::relay::{CloseReason, Drive, End, MAX_READ, Readiness, Session, Side};
 use crate::slab::{Key, Slab};
 use crate::sys::clock::{self, Millis};
@@ -64,6 +68,8 @@ pub struct Context<'a> {
     pub counters: Counters<'a>,
     /// Every slot's counters.
     pub all: Vec<Counters<'a>>,
+    /// Who may come in at each listener.
+    pub gates: Rc<[Gate]>,
 }
 
 impl Context<'_> {
@@ -91,6 +97,9 @@ pub struct Sessions<'a> {
     balancers: Vec<Balancer>,
     scratch: Box<[u8]>,
     fired: Vec<u32>,
+    complaints: Complaints,
+    /// Whose turn it is among the addresses to connect from, by upstream.
+    source_turns: Vec<usize>,
 }
 
 #[derive(Debug)]
@@ -101,6 +110,10 @@ struct Entry {
     /// The server's number in its upstream, once one is picked.
     server_index: Option<u32>,
     listener: u32,
+    /// Where its client is counted among the listener's sources.
+    source: u32,
+    /// What a PROXY header said of the client; else its own socket knows.
+    origin: Option<Box<Ends>>,
     stage: Stage,
     queued: bool,
     half_closed: bool,
@@ -113,6 +126,10 @@ struct Entry {
 
 #[derive(Debug)]
 enum Stage {
+    /// A PROXY header is awaited.
+    Header {
+        until: Millis,
+    },
     /// A connect is under way.
     Connecting(Attempt),
     /// A connect could not begin, and is tried again.
@@ -129,8 +146,12 @@ enum Stage {
 impl<'a> Sessions<'a> {
     pub fn new(context: Context<'a>, now: Millis) -> Sessions<'a> {
         let balancers = context.balancers(now);
+        // The slots begin at different addresses.
+        let source_turns = vec![context.slot; context.config.upstreams.len()];
         Sessions {
             context,
+            complaints: Complaints::default(),
+            source_turns,
             slab: Slab::new(),
             deadlines: Deadlines::new(now),
             queue: Vec::new(),
@@ -153,28 +174,31 @@ impl<'a> Sessions<'a> {
         &self.context
     }
 
-    /// Takes over a connection that was accepted.
-    pub fn open(
+    /// A session of a client that was accepted; `None` where it had to be
+    /// closed at once.
+    fn insert(
         &mut self,
         registry: &Registry,
         listener: usize,
         client: Stream,
-        peer: SocketAddr,
+        source: u32,
         now: Millis,
-    ) {
-        let config = &self.context.config.listeners[listener];
-        let session = match config.target {
+    ) -> Option<Key> {
+        let session = match self.context.config.listeners[listener].target {
             Target::Upstream(_) => Session::relay(),
             Target::Service(Service::Echo) => Session::echo(&[]),
             Target::Service(Service::Identify) => Session::echo(self.identity(listener).as_bytes()),
             Target::Service(Service::Discard) => Session::discard(),
         };
+        let fd = client.as_raw_fd();
         let entry = Entry {
             session,
             client,
             server: None,
             server_index: None,
             listener: listener as u32,
+            source,
+            origin: None,
             stage: Stage::Open,
             queued: false,
             half_closed: false,
@@ -184,25 +208,13 @@ impl<'a> Sessions<'a> {
         };
         let key = self.slab.insert(entry);
         let counters = &self.context.counters;
-        counters.process(Process::Accepted).add(1);
         counters.process(Process::Active).add(1);
-        counters.listener(listener, OfListener::Connections).add(1);
         counters.listener(listener, OfListener::Active).add(1);
-        let client = self.slab.get(key).expect("just inserted").client.as_raw_fd();
-        if register(registry, client, key, Side::Client).is_err() {
+        if register(registry, fd, key, Side::Client).is_err() {
             self.close(key, CloseReason::NoResources, now);
-            return;
+            return None;
         }
-        match config.target {
-            Target::Upstream(_) => {
-                let attempt = self.first_attempt(key, peer.ip(), now);
-                self.begin_connect(registry, key, attempt, now);
-            }
-            Target::Service(_) => {
-                self.set_deadline(key, now);
-                self.enqueue(key);
-            }
-        }
+        Some(key)
     }
 
     fn identity(&self, listener: usize) -> String {
@@ -231,6 +243,10 @@ impl<'a> Sessions<'a> {
                 if event.is_writable() || event.is_error() || event.is_write_closed() {
                     self.handle_connected(registry, key, now);
                 }
+            }
+            Stage::Header { .. } => {
+                let ended = event.is_read_closed() || event.is_error();
+                self.read_header(registry, key, ended, now);
             }
             // A client that has reset meanwhile sent something before,
             // perhaps: that is delivered first, as everywhere.
@@ -318,6 +334,7 @@ impl<'a> Sessions<'a> {
                 Some((due, reason)) if due <= now => self.close(key, reason, now),
                 _ => self.set_deadline(key, now),
             },
+            Stage::Header { .. } => self.refuse(key, CloseReason::ProxyTimeout, now),
             Stage::Connecting(_) => self.handle_connect_timeout(registry, key, now),
             Stage::Waiting(attempt) if attempt.until <= now => self.close(key, CloseReason::NoResources, now),
             Stage::Waiting(_) => {
@@ -380,6 +397,7 @@ impl<'a> Sessions<'a> {
         let counters = &self.context.counters;
         counters.process(Process::Active).less_one();
         counters.listener(entry.listener as usize, OfListener::Active).less_one();
+        self.context.handle_left(entry.listener as usize, entry.source);
         if let Some(server) = self.server_number(entry) {
             counters.server(server, OfServer::Active).less_one();
         }

@@ -5,7 +5,7 @@
 //! counted as such and spoils nobody's record.
 
 use std::io;
-use std::net::IpAddr;
+use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 
 use mio::Registry;
@@ -25,7 +25,7 @@ const RETRY_AFTER: Millis = 20;
 #[derive(Debug)]
 pub(super) struct Attempt {
     /// Whose session it is.
-    pub client: IpAddr,
+    pub client: SocketAddr,
     /// When the present connect, or the wait for one, is given up.
     pub until: Millis,
     /// The servers that failed.
@@ -123,7 +123,7 @@ impl Sessions<'_> {
             context.all.iter().map(|slot| slot.server(number, OfServer::Active).get()).sum()
         };
         let server = self.balancers[upstream]
-            .pick(attempt.client, active, |server| tried.contains(&(server as u32)))?;
+            .pick(attempt.client.ip().to_canonical(), active, |server| tried.contains(&(server as u32)))?;
         Some((upstream, server))
     }
 
@@ -177,7 +177,7 @@ impl Sessions<'_> {
     }
 
     /// The first attempt of a new session.
-    pub(super) fn first_attempt(&self, key: Key, client: IpAddr, now: Millis) -> Attempt {
+    pub(super) fn first_attempt(&self, key: Key, client: SocketAddr, now: Millis) -> Attempt {
         let until = now + self.connect_timeout(key);
         Attempt { client, until, tried: Vec::new(), failure: CloseReason::ConnectFailed }
     }

@@ -118,9 +118,8 @@ impl Layout {
             first_servers.push(server_count);
             server_count += upstream.servers.len();
         }
-        let counts = |listener: &Listener| {
-            listener.limits.per_source > 0 || listener.limits.rate_per_source > 0
-        };
+        let counts =
+            |listener: &Listener| listener.limits.per_source > 0 || listener.limits.rate_per_source > 0;
         let counts_sources = config.listeners.iter().map(counts).collect();
         Layout { listener_count: config.listeners.len(), first_servers, server_count, counts_sources }
     }

@@ -40,6 +40,9 @@ pub struct Worker {
     pub loop_lag_us: u64,
     /// How often it paused accepting for want of descriptors or memory.
     pub accept_pauses: u64,
+    /// How often an address to connect to servers from had no port left.
+    #[serde(default)]
+    pub port_shortages: u64,
     /// The slot that accepts for it while it is empty.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub helped_by: Option<usize>,

@@ -175,7 +175,12 @@ mod tests {
         });
         let mut unknown = record(&Session::relay(), false);
         unknown.0.stage = Stage::Header { until: 78 };
-        vec![record(&Session::relay(), true), record(&Session::echo(b"kept bytes"), false), connecting, unknown]
+        vec![
+            record(&Session::relay(), true),
+            record(&Session::echo(b"kept bytes"), false),
+            connecting,
+            unknown,
+        ]
     }
 
     #[test]

@@ -62,6 +62,7 @@ fn worker(state: &WorkerState, sources: &[Source]) -> Worker {
         active: sum(Process::Active),
         loop_lag_us: lag.unwrap_or(0),
         accept_pauses: sum(Process::AcceptPauses),
+        port_shortages: sum(Process::PortShortages),
         helped_by: state.helped_by,
     }
 }

@@ -16,6 +16,7 @@ pub mod holders;
 pub mod host;
 pub mod isolated;
 pub mod listen;
+pub mod local_end;
 pub mod notify;
 pub mod process;
 pub mod shared;

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::time::Duration;
 
+use super::local_end::LocalEnd;
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 
 /// One side of a session.
@@ -76,9 +77,10 @@ pub fn accept(listener: impl AsFd) -> io::Result<(Stream, SocketAddr)> {
 }
 
 /// Begins a TCP connection.
-pub fn connect_tcp(address: SocketAddr, options: &TcpOptions) -> io::Result<Connecting> {
+pub fn connect_tcp(address: SocketAddr, from: LocalEnd, options: &TcpOptions) -> io::Result<Connecting> {
     let socket = Socket::new(Domain::for_address(address), nonblocking_stream(), Some(Protocol::TCP))?;
     options.apply(&socket)?;
+    from.bind(&socket)?;
     begin(socket, &SockAddr::from(address))
 }
 

@@ -38,6 +38,8 @@ struct Entry {
     ready: bool,
     /// No new handshakes: what is accepted has to be made welcome.
     closed: bool,
+    /// Its listener has all the sessions that it may: accepting waits.
+    held_until: Option<Millis>,
 }
 
 /// What one try to accept brought.
@@ -67,7 +69,7 @@ impl Listeners {
         // What waited before it was registered may give no edge.
         // A predecessor may have died while it left.
         let closed = filter::is_closed(&socket);
-        let entry = Some(Entry { place, socket, lent_by, ready: true, closed });
+        let entry = Some(Entry { place, socket, lent_by, ready: true, closed, held_until: None });
         if index == self.entries.len() {
             self.entries.push(entry);
         } else {
@@ -119,12 +121,26 @@ impl Listeners {
         if self.paused_until.is_some_and(|until| now < until) {
             return Vec::new();
         }
-        (0..self.entries.len()).filter(|&i| self.entries[i].as_ref().is_some_and(|e| e.ready)).collect()
+        let may = |entry: &Entry| entry.ready && !entry.is_held(now);
+        (0..self.entries.len()).filter(|&i| self.entries[i].as_ref().is_some_and(may)).collect()
     }
 
     /// Whether there is anything to accept right now.
     pub fn has_ready(&self, now: Millis) -> bool {
-        self.paused_until.is_none_or(|until| now >= until) && self.entries.iter().flatten().any(|e| e.ready)
+        self.paused_until.is_none_or(|until| now >= until)
+            && self.entries.iter().flatten().any(|entry| entry.ready && !entry.is_held(now))
+    }
+
+    /// The listener of a socket.
+    pub fn listener_of(&self, index: usize) -> Option<usize> {
+        self.entries.get(index)?.as_ref().map(|entry| entry.place.listener)
+    }
+
+    /// Accepts nothing at one socket until then.
+    pub fn hold(&mut self, index: usize, until: Millis) {
+        if let Some(Some(entry)) = self.entries.get_mut(index) {
+            entry.held_until = Some(until);
+        }
     }
 
     /// Tries to accept at one socket.
@@ -161,11 +177,17 @@ impl Listeners {
     /// A descriptor or a place became free.
     pub fn end_pause(&mut self) {
         self.paused_until = None;
+        for entry in self.entries.iter_mut().flatten() {
+            entry.held_until = None;
+        }
     }
 
-    /// When the pause ends, while there is anything to accept after it.
+    /// When the pause ends, of all or of one, while there is anything to accept
+    /// after it.
     pub fn pause_end(&self) -> Option<Millis> {
-        self.paused_until.filter(|_| self.entries.iter().flatten().any(|e| e.ready))
+        let ready = || self.entries.iter().flatten().filter(|entry| entry.ready);
+        let of_all = self.paused_until.filter(|_| ready().next().is_some());
+        ready().filter_map(|entry| entry.held_until).chain(of_all).min()
     }
 
     /// Every socket, with the listener's number.
@@ -198,6 +220,12 @@ impl Listeners {
                 let _ = registry.deregister(&mut SourceFd(&closed.socket.as_raw_fd()));
             }
         }
+    }
+}
+
+impl Entry {
+    fn is_held(&self, now: Millis) -> bool {
+        self.held_until.is_some_and(|until| now < until)
     }
 }
 

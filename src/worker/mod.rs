@@ -13,6 +13,7 @@
 mod birth;
 mod complaints;
 mod datagrams;
+mod departures;
 mod event_loop;
 mod gate;
 mod handover;

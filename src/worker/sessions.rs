@@ -25,6 +25,7 @@ use mio::{Interest, Registry, Token};
 use connect::Attempt;
 
 use super::complaints::Complaints;
+use super::departures::Departures;
 use super::gate::Gate;
 use crate::balance::Balancer;
 use crate::config::{Config, ServerAddress, Service, Target};
@@ -98,8 +99,7 @@ pub struct Sessions<'a> {
     scratch: Box<[u8]>,
     fired: Vec<u32>,
     complaints: Complaints,
-    /// Whose turn it is among the addresses to connect from, by upstream.
-    source_turns: Vec<usize>,
+    departures: Departures,
 }
 
 #[derive(Debug)]
@@ -146,12 +146,10 @@ enum Stage {
 impl<'a> Sessions<'a> {
     pub fn new(context: Context<'a>, now: Millis) -> Sessions<'a> {
         let balancers = context.balancers(now);
-        // The slots begin at different addresses.
-        let source_turns = vec![context.slot; context.config.upstreams.len()];
         Sessions {
-            context,
             complaints: Complaints::default(),
-            source_turns,
+            departures: Departures::new(context.config.upstreams.len(), context.slot),
+            context,
             slab: Slab::new(),
             deadlines: Deadlines::new(now),
             queue: Vec::new(),

@@ -4,6 +4,7 @@ use std::io;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mio::Registry;
+use tracing::warn;
 
 use super::outlet::Sent;
 use super::{Datagrams, FRONT_BUDGET, PLACES, has_own_address, unspecified};
@@ -13,6 +14,7 @@ use crate::flow::{Arrival, DropReason, FlowKey, NO_SERVER, Reply};
 use crate::proxy_protocol::{Ends, Header, Transport};
 use crate::relay::CloseReason;
 use crate::slab::Key;
+use crate::sources::UNCOUNTED;
 use crate::sys::clock::Millis;
 use crate::sys::datagram::{self, Outgoing};
 
@@ -131,6 +133,7 @@ impl Datagrams<'_> {
                 if self.is_daemon_full() {
                     return Err(DropReason::Shed);
                 }
+                self.may_open(&name, now)?;
                 if let Some(key) = evict {
                     self.end_flow(key, CloseReason::Evicted, now);
                 }
@@ -140,20 +143,54 @@ impl Datagrams<'_> {
         }
     }
 
+    /// Whether the listener lets a client begin a flow.
+    fn may_open(&mut self, name: &FlowKey, now: Millis) -> Result<(), DropReason> {
+        let (listener, client) = (usize::from(name.listener), name.client.ip());
+        let refused = match self.context.may_enter(listener, client, now) {
+            Err(refused) => refused.drop_reason(),
+            Ok(()) if self.context.is_listener_full(listener) => DropReason::MaxConnections,
+            Ok(()) => return Ok(()),
+        };
+        if let Some(untold) = self.complaints.note(listener, refused.name(), now) {
+            let name = &self.context.config.listeners[listener].name;
+            warn!(
+                "listener {name}: datagrams of {client} are dropped ({}), and {untold} more since the last such line",
+                refused.name()
+            );
+        }
+        Err(refused)
+    }
+
+    /// Counts a flow that was opened for its client.
+    pub(super) fn count_source(&mut self, key: Key, name: &FlowKey, now: Millis) {
+        let listener = usize::from(name.listener);
+        if !self.context.counts_sources(listener) {
+            return;
+        }
+        let place = key.index as usize;
+        if place >= self.source_places.len() {
+            self.source_places.resize(place + 1, UNCOUNTED);
+        }
+        self.source_places[place] = self.context.handle_entered(listener, name.client.ip(), now);
+    }
+
     /// Flows of a service are only counted: what finds no room is answered
     /// all the same.
     fn note_service(&mut self, name: FlowKey, now: Millis) -> Result<(), DropReason> {
         let key = match self.flows.handle_client(&name, now) {
             Arrival::Known(key) | Arrival::Move(key) => key,
             Arrival::Open { evict } => {
+                self.may_open(&name, now)?;
                 if let Some(key) = evict {
                     self.end_flow(key, CloseReason::Evicted, now);
                 }
                 self.count_opened(usize::from(name.listener));
-                self.flows.open(name, NO_SERVER, now)
+                let key = self.flows.open(name, NO_SERVER, now);
+                self.count_source(key, &name, now);
+                key
             }
             Arrival::Drop(DropReason::Leaving) => return Err(DropReason::Leaving),
-            Arrival::Drop(_) => return Ok(()),
+            Arrival::Drop(_) => return self.may_open(&name, now),
         };
         let answers = self.context.config.listeners[usize::from(name.listener)].target;
         if answers != Goes::Service(Service::Discard) && self.flows.handle_reply(key, now) == Reply::Last {

@@ -12,7 +12,7 @@ use super::outlet::Sent;
 use super::{Datagrams, PLACES, flow_token, has_own_address};
 use crate::config::{ServerAddress, Target};
 use crate::control::Place;
-use crate::counters::{OfFlows, OfListener, OfServer};
+use crate::counters::{OfFlows, OfListener, OfServer, Process};
 use crate::flow::{self, DropReason, FlowKey};
 use crate::relay::CloseReason;
 use crate::slab::Key;
@@ -71,6 +71,11 @@ fn is_shortage(error: &io::Error) -> bool {
     )
 }
 
+/// Whether no local port was left, or none at the address to leave from.
+fn is_out_of_ports(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EADDRNOTAVAIL | libc::EADDRINUSE))
+}
+
 impl Datagrams<'_> {
     /// Opens a flow to the next server that takes it.
     pub(super) fn open_flow(
@@ -80,9 +85,10 @@ impl Datagrams<'_> {
         now: Millis,
     ) -> Result<Key, DropReason> {
         let listener = usize::from(name.listener);
-        let (server, socket) = self.connect_to_one(listener, name.client.ip(), None)?;
+        let (server, socket) = self.connect_to_one(listener, name.client.ip(), None, now)?;
         let key = self.flows.open(name, server as u32, now);
         self.count_opened(listener);
+        self.count_source(key, &name, now);
         self.count_server(listener, server, OfServer::Connections);
         self.count_server(listener, server, OfServer::Active);
         let fd = socket.as_raw_fd();
@@ -100,7 +106,7 @@ impl Datagrams<'_> {
         let Some(flow) = self.flows.get(key) else { return Err(DropReason::Shed) };
         let (name, old, outstanding) = (flow.key, flow.server, flow.has_replies_outstanding());
         let listener = usize::from(name.listener);
-        let Ok((server, socket)) = self.connect_to_one(listener, name.client.ip(), Some(old)) else {
+        let Ok((server, socket)) = self.connect_to_one(listener, name.client.ip(), Some(old), now) else {
             self.flows.handle_moved(key, old);
             return Ok(());
         };
@@ -151,6 +157,7 @@ impl Datagrams<'_> {
         listener: usize,
         client: IpAddr,
         failed: Option<u32>,
+        now: Millis,
     ) -> Result<(usize, OwnedFd), DropReason> {
         let Target::Upstream(upstream) = self.context.config.listeners[listener].target else {
             return Err(DropReason::NoServer);
@@ -166,8 +173,9 @@ impl Datagrams<'_> {
             };
             let picked = self.balancers[upstream].pick(client, active, |server| tried.contains(&server));
             let Some(server) = picked else { break };
-            match self.connect_to(listener, upstream, server) {
+            match self.connect_to(listener, upstream, server, client, now) {
                 Ok(socket) => return Ok((server, socket)),
+                Err(error) if is_out_of_ports(&error) => return Err(DropReason::NoPorts),
                 Err(error) if is_shortage(&error) => return Err(DropReason::Shed),
                 Err(_) => {
                     self.count_server(listener, server, OfServer::Failures);
@@ -180,7 +188,14 @@ impl Datagrams<'_> {
 
     /// A socket to this server. Where the host has none left, one that rests
     /// is given up early, and then a flow that was never answered.
-    fn connect_to(&mut self, listener: usize, upstream: usize, server: usize) -> io::Result<OwnedFd> {
+    fn connect_to(
+        &mut self,
+        listener: usize,
+        upstream: usize,
+        server: usize,
+        client: IpAddr,
+        now: Millis,
+    ) -> io::Result<OwnedFd> {
         let ServerAddress::Ip(address) = self.context.config.upstreams[upstream].servers[server].address
         else {
             return Err(io::ErrorKind::Unsupported.into());
@@ -191,7 +206,13 @@ impl Datagrams<'_> {
             }
         }
         loop {
-            match datagram::connect(address, self.fronts.joins()) {
+            let config = &self.context.config.upstreams[upstream];
+            let joins = self.fronts.joins();
+            let connect = |from| datagram::connect(address, from, joins);
+            let (shortages, result) =
+                self.departures.connect((upstream, config), client, address, now, connect);
+            self.context.counters.process(Process::PortShortages).add(shortages);
+            match result {
                 Err(error) if is_shortage(&error) => {
                     if self.cut_quarantine(listener) {
                         continue;

@@ -5,14 +5,15 @@
 //! counted as such and spoils nobody's record.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsRawFd;
 
 use mio::Registry;
 
 use super::{Sessions, Stage, is_unix, millis, register, tcp_options};
-use crate::config::{ServerAddress, Target};
-use crate::counters::OfServer;
+use crate::config::{SendProxy, ServerAddress, Target};
+use crate::counters::{OfServer, Process};
+use crate::proxy_protocol::{Ends, Header, Transport};
 use crate::relay::{CloseReason, Readiness, Side};
 use crate::slab::Key;
 use crate::sys::clock::Millis;
@@ -63,7 +64,7 @@ impl Sessions<'_> {
                 return self.close(key, attempt.failure, now);
             };
             let number = self.context.layout.server(upstream, server);
-            match self.connect(key, upstream, server) {
+            match self.connect(key, upstream, server, attempt.client.ip(), now) {
                 Ok(connecting) => {
                     let (stream, done) = match connecting {
                         Connecting::Done(stream) => (stream, true),
@@ -127,10 +128,26 @@ impl Sessions<'_> {
         Some((upstream, server))
     }
 
-    fn connect(&self, key: Key, upstream: usize, server: usize) -> io::Result<Connecting> {
-        let listener = self.slab.get(key).expect("the caller holds it").listener as usize;
-        match &self.context.config.upstreams[upstream].servers[server].address {
-            ServerAddress::Ip(address) => connect_tcp(*address, &tcp_options(self.context.config, listener)),
+    fn connect(
+        &mut self,
+        key: Key,
+        upstream: usize,
+        server: usize,
+        client: IpAddr,
+        now: Millis,
+    ) -> io::Result<Connecting> {
+        let config = &self.context.config.upstreams[upstream];
+        match &config.servers[server].address {
+            ServerAddress::Ip(address) => {
+                let listener = self.slab.get(key).expect("the caller holds it").listener as usize;
+                let options = tcp_options(self.context.config, listener);
+                let connect = |from| connect_tcp(*address, from, &options);
+                let departures = &mut self.departures;
+                let (shortages, result) =
+                    departures.connect((upstream, config), client, *address, now, connect);
+                self.context.counters.process(Process::PortShortages).add(shortages);
+                result
+            }
             ServerAddress::Unix(path) => connect_unix(path),
             ServerAddress::Name { .. } | ServerAddress::Srv(_) => Err(io::ErrorKind::Unsupported.into()),
         }
@@ -198,9 +215,12 @@ impl Sessions<'_> {
     /// The session has its server: bytes may flow.
     fn establish(&mut self, key: Key, now: Millis) {
         let entry = self.slab.get_mut(key).expect("the caller found it");
-        entry.stage = Stage::Open;
+        let stage = std::mem::replace(&mut entry.stage, Stage::Open);
         entry.moved = now;
         entry.session.handle_ready(Side::Server, Readiness { writable: true, ..Readiness::default() });
+        if let Stage::Connecting(attempt) = stage {
+            self.introduce(key, attempt.client);
+        }
         let number = self.server_number(self.slab.get(key).expect("still there"));
         let number = number.expect("an established session has a server");
         self.context.counters.server(number, OfServer::Connections).add(1);
@@ -212,5 +232,28 @@ impl Sessions<'_> {
         }
         self.set_deadline(key, now);
         self.enqueue(key);
+    }
+
+    /// Puts a PROXY header in front of what the client sends, where its
+    /// upstream wants one.
+    fn introduce(&mut self, key: Key, client: SocketAddr) {
+        let Some(upstream) = self.upstream(key) else { return };
+        let version = self.context.config.upstreams[upstream].send_proxy;
+        if version == SendProxy::Off {
+            return;
+        }
+        let entry = self.slab.get_mut(key).expect("the caller found it");
+        let ends = entry.origin.as_deref().copied().unwrap_or_else(|| {
+            // A socket that was reset meanwhile knows its own address still.
+            let local = entry.client.local().ok().flatten();
+            let unknown = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+            Ends { source: client, destination: local.unwrap_or(unknown) }
+        });
+        let header = match version {
+            SendProxy::Off => return,
+            SendProxy::V1 => Header::version_1(&ends),
+            SendProxy::V2 => Header::version_2(&ends, Transport::Stream),
+        };
+        entry.session.introduce(header.as_bytes(), &entry.client, &mut self.scratch);
     }
 }

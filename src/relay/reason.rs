@@ -40,6 +40,8 @@ pub enum CloseReason {
     WorkerLost,
     /// A flow that waited for its first answer made room for a new one.
     Evicted,
+    /// An operator ended it.
+    Killed,
     /// The client is not allowed, or denied, by the listener's `access`.
     Denied,
     /// The client's address has as many as it may.
@@ -56,7 +58,7 @@ pub enum CloseReason {
 
 impl CloseReason {
     /// All of them, in the order of the counters.
-    pub const ALL: [CloseReason; 21] = [
+    pub const ALL: [CloseReason; 22] = [
         CloseReason::Finished,
         CloseReason::ClientReset,
         CloseReason::ServerReset,
@@ -72,6 +74,7 @@ impl CloseReason {
         CloseReason::Drained,
         CloseReason::WorkerLost,
         CloseReason::Evicted,
+        CloseReason::Killed,
         CloseReason::Denied,
         CloseReason::PerSource,
         CloseReason::RatePerSource,
@@ -98,6 +101,7 @@ impl CloseReason {
             CloseReason::Drained => "drained",
             CloseReason::WorkerLost => "worker_lost",
             CloseReason::Evicted => "evicted",
+            CloseReason::Killed => "killed",
             CloseReason::Denied => "denied",
             CloseReason::PerSource => "per_source",
             CloseReason::RatePerSource => "rate_per_source",
@@ -151,6 +155,7 @@ impl CloseReason {
             | CloseReason::Drained
             | CloseReason::WorkerLost
             | CloseReason::Evicted
+            | CloseReason::Killed
             | CloseReason::Denied
             | CloseReason::PerSource
             | CloseReason::RatePerSource

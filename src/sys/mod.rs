@@ -15,6 +15,7 @@ pub mod handshakes;
 pub mod holders;
 pub mod host;
 pub mod isolated;
+pub mod level;
 pub mod listen;
 pub mod local_end;
 pub mod notify;

@@ -10,14 +10,15 @@ use std::os::fd::AsRawFd;
 
 use mio::Registry;
 
-use super::{Sessions, Stage, is_unix, millis, register, tcp_options};
+use super::options::Lacks;
+use super::{Sessions, Stage, is_unix, millis, register};
 use crate::config::{SendProxy, ServerAddress, Target};
 use crate::counters::{OfServer, Process};
 use crate::proxy_protocol::{Ends, Header, Transport};
 use crate::relay::{CloseReason, Readiness, Side};
 use crate::slab::Key;
 use crate::sys::clock::Millis;
-use crate::sys::stream::{Connecting, connect_tcp, connect_unix};
+use crate::sys::stream::{self, Connecting, connect_tcp, connect_unix};
 
 /// How long a connect waits that could not begin, in milliseconds.
 const RETRY_AFTER: Millis = 20;
@@ -64,7 +65,7 @@ impl Sessions<'_> {
                 return self.close(key, attempt.failure, now);
             };
             let number = self.context.layout.server(upstream, server);
-            match self.connect(key, upstream, server, attempt.client.ip(), now) {
+            match self.connect(upstream, server, attempt.client.ip(), now) {
                 Ok(connecting) => {
                     let (stream, done) = match connecting {
                         Connecting::Done(stream) => (stream, true),
@@ -130,7 +131,6 @@ impl Sessions<'_> {
 
     fn connect(
         &mut self,
-        key: Key,
         upstream: usize,
         server: usize,
         client: IpAddr,
@@ -139,9 +139,7 @@ impl Sessions<'_> {
         let config = &self.context.config.upstreams[upstream];
         match &config.servers[server].address {
             ServerAddress::Ip(address) => {
-                let listener = self.slab.get(key).expect("the caller holds it").listener as usize;
-                let options = tcp_options(self.context.config, listener);
-                let connect = |from| connect_tcp(*address, from, &options);
+                let connect = |from| connect_tcp(*address, from);
                 let departures = &mut self.departures;
                 let (shortages, result) =
                     departures.connect((upstream, config), client, *address, now, connect);
@@ -153,8 +151,12 @@ impl Sessions<'_> {
         }
     }
 
-    /// The server's socket says that the connect is decided.
-    pub(super) fn handle_connected(&mut self, registry: &Registry, key: Key, now: Millis) {
+    /// The server's socket says that the connect is decided; `failed` where
+    /// with an error: without one there is none to ask for.
+    pub(super) fn handle_connected(&mut self, registry: &Registry, key: Key, failed: bool, now: Millis) {
+        if !failed {
+            return self.establish(key, now);
+        }
         let entry = self.slab.get(key).expect("the caller found it");
         let server = entry.server.as_ref().expect("a connecting session has a server's socket");
         match server.take_error() {
@@ -229,6 +231,8 @@ impl Sessions<'_> {
         let index = entry.server_index.expect("an established session has a server") as usize;
         if is_unix(&self.context.config.upstreams[upstream].servers[index].address) {
             entry.session.probe_always(Side::Server);
+        } else {
+            entry.lacks = Lacks::All;
         }
         self.set_deadline(key, now);
         self.enqueue(key);
@@ -254,6 +258,11 @@ impl Sessions<'_> {
             SendProxy::V1 => Header::version_1(&ends),
             SendProxy::V2 => Header::version_2(&ends, Transport::Stream),
         };
-        entry.session.introduce(header.as_bytes(), &entry.client, &mut self.scratch);
+        let alone = entry.session.introduce(header.as_bytes(), &entry.client, &mut self.scratch);
+        if let Some(server) = entry.server.as_ref().filter(|_| alone) {
+            // Nagle would keep the first request until the header is
+            // acknowledged, which a server puts off by 40 ms.
+            let _ = stream::set_quick(server);
+        }
     }
 }

@@ -11,15 +11,15 @@ impl Session {
     /// Puts bytes of ours in front of what the client sends to the server, and
     /// with them, so that both leave in one piece, what it has sent already.
     /// They count as kept for the server until they are sent, and never as the
-    /// client's. Called at most once, before the first `drive`; true where they
-    /// leave alone.
-    pub fn introduce<E: End>(&mut self, preface: &[u8], client: &E, scratch: &mut [u8]) -> bool {
+    /// client's. Called at most once, before the first `drive`; answers how many
+    /// of the client's go with them.
+    pub fn introduce<E: End>(&mut self, preface: &[u8], client: &E, scratch: &mut [u8]) -> usize {
         let up = Side::Client as usize;
         let Half { state, .. } = self.halves[up];
         let place = scratch.get_mut(..preface.len() + FIRST_BYTES);
         let Some(place) = place.filter(|_| state == HalfState::Open && self.sides[up].readable) else {
             self.halves[up].keep(preface);
-            return true;
+            return 0;
         };
         let (head, rest) = place.split_at_mut(preface.len());
         head.copy_from_slice(preface);
@@ -36,6 +36,6 @@ impl Session {
                 self.halves[up].state = HalfState::Finishing;
             }
         }
-        count == 0
+        count
     }
 }

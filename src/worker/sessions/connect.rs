@@ -13,7 +13,7 @@ use mio::Registry;
 use super::options::Lacks;
 use super::{Sessions, Stage, is_unix, millis, register};
 use crate::config::{SendProxy, ServerAddress, Target};
-use crate::counters::{OfServer, Process};
+use crate::counters::{OfListener, OfServer, Process};
 use crate::proxy_protocol::{Ends, Header, Transport};
 use crate::relay::{CloseReason, Readiness, Side};
 use crate::slab::Key;
@@ -258,8 +258,10 @@ impl Sessions<'_> {
             SendProxy::V1 => Header::version_1(&ends),
             SendProxy::V2 => Header::version_2(&ends, Transport::Stream),
         };
-        let alone = entry.session.introduce(header.as_bytes(), &entry.client, &mut self.scratch);
-        if let Some(server) = entry.server.as_ref().filter(|_| alone) {
+        let count = entry.session.introduce(header.as_bytes(), &entry.client, &mut self.scratch);
+        let listener = entry.listener as usize;
+        self.context.counters.listener(listener, OfListener::BytesIn).add(count as u64);
+        if let Some(server) = entry.server.as_ref().filter(|_| count == 0) {
             // Nagle would keep the first request until the header is
             // acknowledged, which a server puts off by 40 ms.
             let _ = stream::set_quick(server);

@@ -15,6 +15,7 @@
 #![deny(unsafe_code)]
 
 pub mod access;
+pub mod access_log;
 pub mod balance;
 pub mod cli;
 pub mod config;

@@ -45,7 +45,8 @@ pub struct SocketId {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToWorker {
     /// Who it is. Descriptors: the configuration (sealed JSON), its own
-    /// counters, with `tells_load` the page of loads, then the counters of all
+    /// counters, with `tells_load` the page of loads, with `logs_access` where
+    /// lines of the access log go, then the counters of all
     /// slots to read. What is `outliving` is open elsewhere too, and who waits
     /// there is served after the daemon's end.
     #[allow(missing_docs)]
@@ -56,6 +57,7 @@ pub enum ToWorker {
         account: Option<Account>,
         outliving: Vec<Place>,
         tells_load: bool,
+        logs_access: bool,
     },
     /// Sockets that its slot has already, one descriptor a place.
     Sockets(Vec<Place>),
@@ -142,6 +144,9 @@ pub enum ToSteward {
     /// what comes that each slot is due.
     #[allow(missing_docs)]
     Steering { listener: String, active: String, shares: Vec<f64> },
+    /// The access log. Descriptors: where lines come from, then the file, or
+    /// none for standard error.
+    AccessLog,
     /// The answer to its request.
     #[allow(missing_docs)]
     Answer { id: u64, answer: Result<String, String> },

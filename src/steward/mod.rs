@@ -9,6 +9,7 @@
 //! listens to the supervisor. It ends with its supervisor, and may be killed
 //! at any time: traffic never passes here, and a new one takes its place.
 
+mod access_log;
 mod control_socket;
 mod report;
 
@@ -23,6 +24,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 use nix::sys::signal::Signal;
 use tracing::{error, warn};
+
+use access_log::AccessLog;
 
 use crate::config::Config;
 use crate::control::sessions::{Found, MOST_SESSIONS, Query};
@@ -52,6 +55,7 @@ struct Knowledge {
     pending: Mutex<Pending>,
     /// Requests that are being answered.
     busy: AtomicUsize,
+    access_log: Arc<AccessLog>,
 }
 
 /// Where the counters are: those of the present generation and of what is left
@@ -131,6 +135,7 @@ fn serve(channel: Channel) -> Result<(), String> {
         channel,
         pending: Mutex::default(),
         busy: AtomicUsize::new(0),
+        access_log: Arc::default(),
     });
     // Nobody is answered before the counters are known: they would seem to
     // have gone back.
@@ -143,9 +148,11 @@ fn serve(channel: Channel) -> Result<(), String> {
     let answering = Arc::clone(&knowledge);
     std::thread::spawn(move || control_socket::serve(&listener, &answering));
     while hear(&knowledge)? {}
-    // Who asked for the end is still to be told that it was done.
+    // Who asked for the end is still to be told that it was done, and the last
+    // sessions are still to be logged.
     let deadline = Instant::now() + LAST_WORDS;
-    while knowledge.busy.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
+    let busy = || knowledge.busy.load(Ordering::Acquire) > 0 || !knowledge.access_log.is_idle();
+    while busy() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(2));
     }
     Ok(())
@@ -177,6 +184,12 @@ fn hear(knowledge: &Knowledge) -> Result<bool, String> {
         Ok(Some((ToSteward::Answer { id, answer }, _))) => knowledge.handle_answer(id, Answer::Text(answer)),
         Ok(Some((ToSteward::Found { id, silent }, memories))) => {
             knowledge.handle_answer(id, Answer::Found { memories, silent });
+        }
+        Ok(Some((ToSteward::AccessLog, fds))) => {
+            let mut fds = fds.into_iter();
+            if let Some(source) = fds.next() {
+                knowledge.access_log.aim(source, fds.next());
+            }
         }
         Ok(Some((ToSteward::Birth(_), _))) => warn!("a second birth"),
         Err(error) if error.raw_os_error().is_some() => return Ok(false),

@@ -6,6 +6,7 @@
 //! network. It ends when it was told to leave and every worker is gone, and
 //! keeps its privilege until then: later workers need the same uid to bind.
 
+mod access_log;
 mod activation;
 mod generation;
 mod inquiry;
@@ -408,10 +409,27 @@ impl Supervisor {
                         self.finish_reload_notice();
                     }
                 }
+                Signal::SIGUSR1 => self.reopen_logs(),
                 other => warn!("{other} does nothing yet"),
             }
         }
         Ok(())
+    }
+
+    /// Whoever rotated the access log has renamed it before.
+    fn reopen_logs(&mut self) {
+        match access_log::open(&self.generation.config) {
+            Ok(file) => {
+                self.prepared.access_log.set_file(file);
+                self.tell_of_access_log();
+                info!("log files opened anew");
+            }
+            Err(refusal) => error!("{}; the old one is written on", refusal.text),
+        }
+    }
+
+    fn tell_of_access_log(&mut self) {
+        self.steward.send(&ToSteward::AccessLog, &self.prepared.access_log.of_steward());
     }
 
     fn reap(&mut self) -> Result<(), Refusal> {
@@ -527,6 +545,7 @@ impl Supervisor {
         self.told.clear();
         self.steering.forget_told();
         self.tables_changed = true;
+        self.tell_of_access_log();
         self.tell_steward();
     }
 

@@ -114,6 +114,7 @@ impl<'a> Loop<'a> {
             config: &born.config,
             layout: &born.layout,
             counters,
+            access_log: born.access_log.as_ref(),
             all: born.all.iter().map(over).collect::<Option<Vec<_>>>()?,
             gates: born.config.listeners.iter().map(Gate::of).collect(),
         };
@@ -225,7 +226,9 @@ impl<'a> Loop<'a> {
             }
             self.accept(now);
             self.drive_handover(now);
-            if self.handle_leave(now) {
+            let over = self.handle_leave(now);
+            self.sessions.flush_log();
+            if over {
                 return Ok(());
             }
             self.publish_lag(now);

@@ -16,8 +16,11 @@ mod entrance;
 mod list;
 mod moving;
 mod options;
+mod story;
 
+use std::cell::RefCell;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
 
@@ -34,11 +37,13 @@ use crate::balance::Balancer;
 use crate::config::{Config, ServerAddress, Service, Target};
 use crate::counters::{Counters, Layout, OfListener, OfServer, Process};
 use crate::deadline::Deadlines;
+use crate::handover::Story;
 use crate::proxy_protocol::Ends;
 use crate::relay::{CloseReason, Drive, End, MAX_READ, Readiness, Session, Side};
 use crate::slab::{Key, Slab};
 use crate::sys::clock::{self, Millis};
 use crate::sys::stream::Stream;
+use crate::worker::access_log::AccessLog;
 pub use moving::Parcel;
 
 /// Bytes that one session may move each way in one turn, so that a busy one
@@ -74,6 +79,8 @@ pub struct Context<'a> {
     pub all: Vec<Counters<'a>>,
     /// Who may come in at each listener.
     pub gates: Rc<[Gate]>,
+    /// Where ended sessions and flows are told, if they are.
+    pub access_log: Option<&'a RefCell<AccessLog>>,
 }
 
 impl Context<'_> {
@@ -127,6 +134,8 @@ struct Entry {
     born: Millis,
     /// When the last byte moved.
     moved: Millis,
+    /// For the access log, where there is one.
+    story: Option<Box<Story>>,
 }
 
 #[derive(Debug)]
@@ -183,7 +192,7 @@ impl<'a> Sessions<'a> {
         &mut self,
         registry: &Registry,
         listener: usize,
-        client: Stream,
+        (client, peer): (Stream, SocketAddr),
         source: u32,
         now: Millis,
     ) -> Option<Key> {
@@ -209,6 +218,7 @@ impl<'a> Sessions<'a> {
             frozen: false,
             born: now,
             moved: now,
+            story: self.begin_story(peer),
         };
         let key = self.slab.insert(entry);
         let counters = &self.context.counters;
@@ -396,6 +406,7 @@ impl<'a> Sessions<'a> {
     fn remove(&mut self, key: Key, reason: CloseReason) {
         let Some(entry) = self.slab.remove(key) else { return };
         self.deadlines.clear(key.index);
+        self.log_end(&entry, reason);
         self.context.counters.ended(entry.listener as usize, reason).add(1);
         self.count_gone(&entry);
     }

@@ -63,7 +63,7 @@ impl Sessions<'_> {
                 return self.complain(listener, reason, Some(peer), now);
             }
         };
-        let Some(key) = self.insert(registry, listener, client, place, now) else { return };
+        let Some(key) = self.insert(registry, listener, (client, peer), place, now) else { return };
         if !proxied {
             return self.join(registry, key, peer, now);
         }
@@ -101,6 +101,9 @@ impl Sessions<'_> {
     fn handle_header(&mut self, registry: &Registry, key: Key, ends: Option<Ends>, now: Millis) {
         let entry = self.slab.get_mut(key).expect("the caller found it");
         entry.origin = ends.map(Box::new);
+        if let (Some(story), Some(ends)) = (&mut entry.story, ends) {
+            story.client = ends.source;
+        }
         // What follows the header may have come with it: no new edge tells.
         let readable = Readiness { readable: true, ..Readiness::default() };
         entry.session.handle_ready(Side::Client, readable);

@@ -61,7 +61,7 @@ impl Sessions<'_> {
         }
     }
 
-    fn server_name(&self, entry: &Entry) -> Option<String> {
+    pub(super) fn server_name(&self, entry: &Entry) -> Option<String> {
         let config = self.context.config;
         let Target::Upstream(upstream) = config.listeners[entry.listener as usize].target else {
             return None;

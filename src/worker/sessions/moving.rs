@@ -84,6 +84,7 @@ impl Sessions<'_> {
             origin: entry.origin.as_deref().copied(),
             born: entry.born,
             moved: entry.moved,
+            story: entry.story.as_deref().cloned(),
         };
         Some(Parcel { key, record, kept })
     }
@@ -171,6 +172,7 @@ impl Sessions<'_> {
             frozen: true,
             born: record.born,
             moved: record.moved,
+            story: record.story.filter(|_| self.context.access_log.is_some()).map(Box::new),
         };
         let counters = &self.context.counters;
         counters.process(Process::Active).add(1);

@@ -6,13 +6,15 @@
 //! process held: `begin_life` turns them into losses.
 //!
 //! ```text
-//! [ process | listener 0 | ... | server 0 | ... | sources of a listener | ... ]
+//! [ process | listener 0 | ... | place 0 | ... | upstream 0 | ... | sources of a listener | ... ]
 //! ```
-//! Servers are numbered through all upstreams in the file's order. All cells
-//! are 64-bit words; one writer, so a plain load and store, no locked add.
+//! Places of servers are numbered as on the upstream board. All cells are
+//! 64-bit words; one writer, so a plain load and store, no locked add.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use crate::board::Numbering;
 use crate::config::{Config, Listener};
 use crate::flow::DropReason;
 use crate::relay::CloseReason;
@@ -21,6 +23,7 @@ use crate::sources::{self, TABLE_WORDS};
 const PROCESS_WORDS: usize = 16;
 const LISTENER_WORDS: usize = 64;
 const SERVER_WORDS: usize = 8;
+const UPSTREAM_WORDS: usize = 2;
 
 /// Counters of the worker as a whole.
 #[derive(Clone, Copy, Debug)]
@@ -88,7 +91,7 @@ pub enum OfFlows {
     Dropped = 48,
 }
 
-/// Counters of one server as this slot used it.
+/// Counters of one place of a server as this slot used it.
 #[derive(Clone, Copy, Debug)]
 #[repr(usize)]
 pub enum OfServer {
@@ -100,13 +103,22 @@ pub enum OfServer {
     Failures,
 }
 
+/// Gauges of one upstream in this slot.
+#[derive(Clone, Copy, Debug)]
+#[repr(usize)]
+pub enum OfUpstream {
+    /// Sessions that wait for a place.
+    Waiting,
+    /// Since when the first of them waits, in milliseconds of the monotonic
+    /// clock; 0 = nobody does.
+    WaitingSince,
+}
+
 /// How a region is laid out for a configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
     listener_count: usize,
-    /// The number of each upstream's first server.
-    first_servers: Vec<usize>,
-    server_count: usize,
+    numbering: Numbering,
     /// Which listeners count their sources.
     counts_sources: Vec<bool>,
 }
@@ -114,16 +126,10 @@ pub struct Layout {
 impl Layout {
     /// The layout that every process of a generation computes alike.
     pub fn of(config: &Config) -> Layout {
-        let mut server_count = 0;
-        let mut first_servers = Vec::new();
-        for upstream in &config.upstreams {
-            first_servers.push(server_count);
-            server_count += upstream.servers.len();
-        }
         let counts =
             |listener: &Listener| listener.limits.per_source > 0 || listener.limits.rate_per_source > 0;
         let counts_sources = config.listeners.iter().map(counts).collect();
-        Layout { listener_count: config.listeners.len(), first_servers, server_count, counts_sources }
+        Layout { listener_count: config.listeners.len(), numbering: Numbering::of(config), counts_sources }
     }
 
     /// The size of a region.
@@ -132,7 +138,10 @@ impl Layout {
     }
 
     fn first_table(&self) -> usize {
-        PROCESS_WORDS + self.listener_count * LISTENER_WORDS + self.server_count * SERVER_WORDS
+        PROCESS_WORDS
+            + self.listener_count * LISTENER_WORDS
+            + self.numbering.place_count() * SERVER_WORDS
+            + self.numbering.upstream_count() * UPSTREAM_WORDS
     }
 
     fn table(&self, listener: usize) -> Option<usize> {
@@ -140,9 +149,14 @@ impl Layout {
         self.counts_sources.get(listener)?.then_some(self.first_table() + before * TABLE_WORDS)
     }
 
-    /// The number of a server among all servers.
-    pub fn server(&self, upstream: usize, server: usize) -> usize {
-        self.first_servers[upstream] + server
+    /// How the places of servers are numbered.
+    pub fn numbering(&self) -> &Numbering {
+        &self.numbering
+    }
+
+    /// The number among all places of an upstream's place.
+    pub fn place(&self, upstream: usize, place: usize) -> usize {
+        self.numbering.place(upstream, place)
     }
 }
 
@@ -157,13 +171,17 @@ pub fn process_cell(words: &[AtomicU64], which: Process) -> Option<Cell<'_>> {
 pub struct Counters<'a> {
     words: &'a [AtomicU64],
     listener_count: usize,
+    place_count: usize,
 }
 
 impl<'a> Counters<'a> {
     /// Counters over a region's words; `None` where they are too few.
     pub fn over(words: &'a [AtomicU64], layout: &Layout) -> Option<Counters<'a>> {
-        (words.len() >= layout.word_count())
-            .then_some(Counters { words, listener_count: layout.listener_count })
+        (words.len() >= layout.word_count()).then_some(Counters {
+            words,
+            listener_count: layout.listener_count,
+            place_count: layout.numbering.place_count(),
+        })
     }
 
     /// A cell of the worker as a whole.
@@ -197,10 +215,17 @@ impl<'a> Counters<'a> {
         Cell(&self.words[PROCESS_WORDS + listener * LISTENER_WORDS + at])
     }
 
-    /// A cell of a server, numbered by `Layout::server`.
-    pub fn server(&self, server: usize, which: OfServer) -> Cell<'a> {
+    /// A cell of a server's place, numbered by `Layout::place`.
+    pub fn server(&self, place: usize, which: OfServer) -> Cell<'a> {
+        debug_assert!(place < self.place_count);
         let first = PROCESS_WORDS + self.listener_count * LISTENER_WORDS;
-        Cell(&self.words[first + server * SERVER_WORDS + which as usize])
+        Cell(&self.words[first + place * SERVER_WORDS + which as usize])
+    }
+
+    /// A cell of an upstream.
+    pub fn upstream(&self, upstream: usize, which: OfUpstream) -> Cell<'a> {
+        let places = self.listener_count * LISTENER_WORDS + self.place_count * SERVER_WORDS;
+        Cell(&self.words[PROCESS_WORDS + places + upstream * UPSTREAM_WORDS + which as usize])
     }
 
     /// What each client address has at a listener, where that is limited.
@@ -235,10 +260,13 @@ impl<'a> Counters<'a> {
             }
         }
         let servers = servers_of(other);
-        for (index, name) in servers_of(own).into_iter().enumerate() {
-            let Some(old) = servers.iter().position(|old| *old == name) else { continue };
+        for (name, places) in servers_of(own) {
+            let Some((_, old)) = servers.iter().find(|(old, _)| *old == name) else { continue };
             for which in [OfServer::Connections, OfServer::Failures] {
-                self.server(index, which).add(from.server(old, which).get());
+                // An address may have another place by now: the server's sum
+                // is what stays.
+                let sum: u64 = old.clone().map(|place| from.server(place, which).get()).sum();
+                self.server(places.start, which).add(sum);
             }
         }
     }
@@ -255,20 +283,31 @@ impl<'a> Counters<'a> {
             active.set(0);
             self.flows(listener, OfFlows::Quarantined).set(0);
         }
-        for server in 0..layout.server_count {
-            self.server(server, OfServer::Active).set(0);
+        for place in 0..layout.numbering.place_count() {
+            self.server(place, OfServer::Active).set(0);
+        }
+        for upstream in 0..layout.numbering.upstream_count() {
+            self.upstream(upstream, OfUpstream::Waiting).set(0);
+            self.upstream(upstream, OfUpstream::WaitingSince).set(0);
         }
         self.process(Process::Active).set(0);
         self.process(Process::LoopLag).set(0);
     }
 }
 
-/// Upstream and address of every server, in the order of their numbers.
-fn servers_of(config: &Config) -> Vec<(&str, String)> {
-    let servers = config.upstreams.iter().flat_map(|upstream| {
-        upstream.servers.iter().map(|server| (upstream.name.as_str(), server.address.to_string()))
-    });
-    servers.collect()
+/// Upstream and address of every server, and its places.
+fn servers_of(config: &Config) -> Vec<((&str, String), Range<usize>)> {
+    let numbering = Numbering::of(config);
+    let mut servers = Vec::new();
+    for (index, upstream) in config.upstreams.iter().enumerate() {
+        for (number, server) in upstream.servers.iter().enumerate() {
+            let within = numbering.places_of(index, number);
+            let first = numbering.place(index, within.start);
+            let places = first..first + within.len();
+            servers.push(((upstream.name.as_str(), server.address.to_string()), places));
+        }
+    }
+    servers
 }
 
 /// One counter.
@@ -308,14 +347,9 @@ mod tests {
     use crate::sources::Source;
 
     fn layout(listener_count: usize, servers: &[usize]) -> Layout {
-        let mut first = 0;
-        let mut first_servers = Vec::new();
-        for count in servers {
-            first_servers.push(first);
-            first += count;
-        }
+        let numbering = Numbering::from_counts(servers.iter().map(|&count| vec![1; count]));
         let counts_sources = (0..listener_count).map(|listener| listener % 2 == 0).collect();
-        Layout { listener_count, first_servers, server_count: first, counts_sources }
+        Layout { listener_count, numbering, counts_sources }
     }
 
     #[test]
@@ -347,6 +381,10 @@ mod tests {
         for server in 0..7 {
             use OfServer::{Active, Connections, Failures};
             cells.extend([Connections, Active, Failures].map(|which| counters.server(server, which)));
+        }
+        for upstream in 0..2 {
+            let gauges = [OfUpstream::Waiting, OfUpstream::WaitingSince];
+            cells.extend(gauges.map(|which| counters.upstream(upstream, which)));
         }
         for cell in &cells {
             cell.add(1);

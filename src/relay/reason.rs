@@ -42,6 +42,12 @@ pub enum CloseReason {
     Evicted,
     /// An operator ended it.
     Killed,
+    /// Every server was down, draining, disabled or without an address.
+    NoServer,
+    /// Every server had all the sessions that it may for `queue_timeout`.
+    QueueTimeout,
+    /// Its server went down, and `on_down` is reset.
+    ServerDown,
     /// The client is not allowed, or denied, by the listener's `access`.
     Denied,
     /// The client's address has as many as it may.
@@ -58,7 +64,7 @@ pub enum CloseReason {
 
 impl CloseReason {
     /// All of them, in the order of the counters.
-    pub const ALL: [CloseReason; 22] = [
+    pub const ALL: [CloseReason; 25] = [
         CloseReason::Finished,
         CloseReason::ClientReset,
         CloseReason::ServerReset,
@@ -75,6 +81,9 @@ impl CloseReason {
         CloseReason::WorkerLost,
         CloseReason::Evicted,
         CloseReason::Killed,
+        CloseReason::NoServer,
+        CloseReason::QueueTimeout,
+        CloseReason::ServerDown,
         CloseReason::Denied,
         CloseReason::PerSource,
         CloseReason::RatePerSource,
@@ -102,6 +111,9 @@ impl CloseReason {
             CloseReason::WorkerLost => "worker_lost",
             CloseReason::Evicted => "evicted",
             CloseReason::Killed => "killed",
+            CloseReason::NoServer => "no_server",
+            CloseReason::QueueTimeout => "queue_timeout",
+            CloseReason::ServerDown => "server_down",
             CloseReason::Denied => "denied",
             CloseReason::PerSource => "per_source",
             CloseReason::RatePerSource => "rate_per_source",
@@ -156,6 +168,9 @@ impl CloseReason {
             | CloseReason::WorkerLost
             | CloseReason::Evicted
             | CloseReason::Killed
+            | CloseReason::NoServer
+            | CloseReason::QueueTimeout
+            | CloseReason::ServerDown
             | CloseReason::Denied
             | CloseReason::PerSource
             | CloseReason::RatePerSource

@@ -32,6 +32,7 @@ use mio::{Events, Interest, Poll, Token};
 use nix::sys::signal::Signal;
 use tracing::{error, info, warn};
 
+use crate::board::Overrides;
 use crate::config::{Config, Workers};
 use crate::control::{FromSteward, FromWorker, Request, ToSteward, ToWorker, WorkerState};
 use crate::counters::Process;
@@ -120,6 +121,9 @@ struct Supervisor {
     last_token: usize,
     told: Vec<WorkerState>,
     tables_changed: bool,
+    /// What the operator changed about servers at run time.
+    overrides: Overrides,
+    overrides_changed: bool,
 }
 
 /// Runs the daemon until it has left; its exit code.
@@ -166,6 +170,8 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         last_token: FIRST_PROCESS,
         told: Vec::new(),
         tables_changed: false,
+        overrides: Overrides::default(),
+        overrides_changed: false,
     };
     supervisor.serve()
 }
@@ -546,6 +552,7 @@ impl Supervisor {
         self.steering.forget_told();
         self.tables_changed = true;
         self.tell_of_access_log();
+        self.overrides_changed = true;
         self.tell_steward();
     }
 
@@ -581,6 +588,17 @@ impl Supervisor {
             Request::Sessions(query) => {
                 self.ask_workers(id, &query).map(|()| None).map_err(|text| Refusal::new(1, text, ""))
             }
+            Request::Server { upstream, server, change } => {
+                let config = &self.generation.config;
+                let changed = self.overrides.handle_change(config, &upstream, &server, change);
+                self.overrides_changed = true;
+                changed
+                    .map(|text| {
+                        info!("{text}");
+                        Some(text)
+                    })
+                    .map_err(|text| Refusal::new(1, text, ""))
+            }
         };
         match now {
             // The answer comes when it is done.
@@ -613,6 +631,11 @@ impl Supervisor {
 
     /// Tells the steward what changed since it was last told.
     fn tell_steward(&mut self) {
+        // Before the tables: a new owner writes no board without it.
+        if self.overrides_changed {
+            let message = ToSteward::Overrides(self.overrides.list());
+            self.overrides_changed = !self.steward.send(&message, &[]);
+        }
         if self.tables_changed && self.send_tables() {
             self.tables_changed = false;
         }

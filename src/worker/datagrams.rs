@@ -86,6 +86,8 @@ pub struct Datagrams<'a> {
     queue: Vec<Key>,
     spare_queue: Vec<Key>,
     balancers: Vec<Balancer>,
+    /// Each upstream's epoch when the board was last looked at for flows.
+    seen_epochs: Vec<u64>,
     /// What a listener with `service = "identify"` puts in front.
     identities: Vec<String>,
     arena: Arena,
@@ -120,8 +122,10 @@ impl<'a> Datagrams<'a> {
         let seed = (u64::from(std::process::id()) << 32) ^ crate::sys::clock::precise_micros();
         let quarantine = config.listeners.iter().map(|listener| millis(listener.udp.quarantine));
         let departures = Departures::new(config.upstreams.len(), context.slot);
+        let balancers = if is_used { context.balancers(now) } else { Vec::new() };
         Datagrams {
-            balancers: if is_used { context.balancers(now) } else { Vec::new() },
+            seen_epochs: vec![0; balancers.len()],
+            balancers,
             identities: config.listeners.iter().map(|listener| identity(&context, listener)).collect(),
             flows: Flows::new(limits, limit, seed, now),
             quarantine: Quarantine::new(quarantine),
@@ -305,7 +309,7 @@ impl<'a> Datagrams<'a> {
             self.context.handle_left(listener, std::mem::replace(place, UNCOUNTED));
         }
         if let Target::Upstream(upstream) = self.context.config.listeners[listener].target {
-            let number = self.context.layout.server(upstream, flow.server as usize);
+            let number = self.context.layout.place(upstream, flow.server as usize);
             counters.server(number, OfServer::Active).less_one();
         }
         let uplink = self.uplinks.get_mut(key.index as usize).and_then(Option::take);

@@ -16,6 +16,7 @@ mod entrance;
 mod list;
 mod moving;
 mod options;
+mod picking;
 mod story;
 
 use std::cell::RefCell;
@@ -34,6 +35,7 @@ use super::complaints::Complaints;
 use super::departures::Departures;
 use super::gate::Gate;
 use crate::balance::Balancer;
+use crate::board::Board;
 use crate::config::{Config, ServerAddress, Service, Target};
 use crate::counters::{Counters, Layout, OfListener, OfServer, Process};
 use crate::deadline::Deadlines;
@@ -41,6 +43,7 @@ use crate::handover::Story;
 use crate::proxy_protocol::Ends;
 use crate::relay::{CloseReason, Drive, End, MAX_READ, Readiness, Session, Side};
 use crate::slab::{Key, Slab};
+use crate::sys::bell::Bell;
 use crate::sys::clock::{self, Millis};
 use crate::sys::stream::Stream;
 use crate::worker::access_log::AccessLog;
@@ -81,6 +84,10 @@ pub struct Context<'a> {
     pub gates: Rc<[Gate]>,
     /// Where ended sessions and flows are told, if they are.
     pub access_log: Option<&'a RefCell<AccessLog>>,
+    /// How the servers stand.
+    pub board: Board<'a>,
+    /// To be rung when traffic fails.
+    pub failure_bell: &'a Bell,
 }
 
 impl Context<'_> {
@@ -89,6 +96,18 @@ impl Context<'_> {
         let seed = (u64::from(std::process::id()) << 32) ^ now;
         let upstreams = self.config.upstreams.iter();
         upstreams.map(|upstream| Balancer::new(upstream, self.slot, self.all.len(), seed)).collect()
+    }
+
+    /// Sessions of a place over all slots, as far as the others have told.
+    pub fn active_at(&self, upstream: usize, place: usize) -> u64 {
+        let number = self.layout.place(upstream, place);
+        self.all.iter().map(|slot| slot.server(number, OfServer::Active).get()).sum()
+    }
+
+    /// Real traffic has met a place that fails, by its number among all.
+    pub fn count_failure(&self, number: usize) {
+        self.counters.server(number, OfServer::Failures).add(1);
+        self.failure_bell.ring();
     }
 
     /// Shows the supervisor that the loop turns.
@@ -106,6 +125,8 @@ pub struct Sessions<'a> {
     /// Sessions with something to do in the next turn.
     queue: Vec<Key>,
     balancers: Vec<Balancer>,
+    /// Each upstream's epoch when the board was last looked at for sessions.
+    seen_epochs: Vec<u64>,
     scratch: Box<[u8]>,
     fired: Vec<u32>,
     complaints: Complaints,
@@ -117,8 +138,10 @@ struct Entry {
     session: Session,
     client: Stream,
     server: Option<Stream>,
-    /// The server's number in its upstream, once one is picked.
+    /// The server's place in its upstream, once one is picked.
     server_index: Option<u32>,
+    /// Who had that place then: another address may have it by now.
+    incarnation: u32,
     listener: u32,
     /// Where its client is counted among the listener's sources.
     source: u32,
@@ -167,6 +190,7 @@ impl<'a> Sessions<'a> {
             slab: Slab::new(),
             deadlines: Deadlines::new(now),
             queue: Vec::new(),
+            seen_epochs: vec![0; balancers.len()],
             balancers,
             scratch: vec![0; MAX_READ].into_boxed_slice(),
             fired: Vec::new(),
@@ -208,6 +232,7 @@ impl<'a> Sessions<'a> {
             client,
             server: None,
             server_index: None,
+            incarnation: 0,
             listener: listener as u32,
             source,
             origin: None,
@@ -422,12 +447,12 @@ impl<'a> Sessions<'a> {
         }
     }
 
-    /// The number of the session's server among all servers.
+    /// The number of the session's place among all places of servers.
     fn server_number(&self, entry: &Entry) -> Option<usize> {
         let Target::Upstream(upstream) = self.context.config.listeners[entry.listener as usize].target else {
             return None;
         };
-        entry.server_index.map(|index| self.context.layout.server(upstream, index as usize))
+        entry.server_index.map(|index| self.context.layout.place(upstream, index as usize))
     }
 
     /// Resets every session that is left.

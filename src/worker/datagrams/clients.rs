@@ -25,6 +25,8 @@ pub(super) enum Target {
     /// The worker answers it.
     Service,
     Flow(Key),
+    /// The worker of another slot has its flow by now.
+    Elsewhere(FlowKey),
 }
 
 /// How one datagram fared on the short way.
@@ -37,6 +39,9 @@ enum Single {
 impl Datagrams<'_> {
     /// Reads one front up to its budget.
     pub(super) fn receive_from_clients(&mut self, registry: &Registry, index: usize, now: Millis) {
+        if self.fronts.is_held() {
+            return;
+        }
         for _ in 0..FRONT_BUDGET {
             let Some(front) = self.fronts.get(index).filter(|front| front.ready) else { return };
             let received = self.arena.receive(&front.socket, 0, PLACES);
@@ -84,6 +89,7 @@ impl Datagrams<'_> {
                 Target::Nowhere => {}
                 Target::Service => self.answer(index, first, first + run),
                 Target::Flow(key) => self.forward(registry, place.listener, key, first, first + run, now),
+                Target::Elsewhere(name) => self.pass_on(&name, first, first + run),
             }
             first += run;
         }
@@ -120,15 +126,26 @@ impl Datagrams<'_> {
         };
         let name = FlowKey { client, local, listener: listener as u16, address: address as u16 };
         match config.target {
-            Goes::Upstream(_) => self.flow_of(registry, name, now).map(Target::Flow),
+            Goes::Upstream(_) => match self.flow_of(registry, name, now)? {
+                Some(key) => Ok(Target::Flow(key)),
+                None => Ok(Target::Elsewhere(name)),
+            },
             Goes::Service(_) => self.note_service(name, now).map(|()| Target::Service),
         }
     }
 
-    fn flow_of(&mut self, registry: &Registry, name: FlowKey, now: Millis) -> Result<Key, DropReason> {
+    /// `None` where its flow is another slot's by now.
+    pub(super) fn flow_of(
+        &mut self,
+        registry: &Registry,
+        name: FlowKey,
+        now: Millis,
+    ) -> Result<Option<Key>, DropReason> {
         match self.flows.handle_client(&name, now) {
-            Arrival::Known(key) => Ok(key),
-            Arrival::Move(key) => self.move_flow(registry, key, now).map(|()| key),
+            Arrival::Known(key) => Ok(Some(key)),
+            Arrival::Move(key) => self.move_flow(registry, key, now).map(|()| Some(key)),
+            Arrival::Frozen(_) => Ok(None),
+            Arrival::Open { .. } if self.is_elsewhere(&name) => Ok(None),
             Arrival::Open { evict } => {
                 if self.is_daemon_full() {
                     return Err(DropReason::Shed);
@@ -137,7 +154,7 @@ impl Datagrams<'_> {
                 if let Some(key) = evict {
                     self.end_flow(key, CloseReason::Evicted, now);
                 }
-                self.open_flow(registry, name, now)
+                self.open_flow(registry, name, now).map(Some)
             }
             Arrival::Drop(reason) => Err(reason),
         }
@@ -164,21 +181,27 @@ impl Datagrams<'_> {
     /// Counts a flow that was opened for its client.
     pub(super) fn count_source(&mut self, key: Key, name: &FlowKey, now: Millis) {
         let listener = usize::from(name.listener);
-        if !self.context.counts_sources(listener) {
-            return;
+        let place = self.context.handle_entered(listener, name.client.ip(), now);
+        self.note_source(key, place);
+    }
+
+    /// Remembers where a flow's client is counted, if it is.
+    pub(super) fn note_source(&mut self, key: Key, place: u32) {
+        let index = key.index as usize;
+        if index >= self.source_places.len() {
+            if place == UNCOUNTED {
+                return;
+            }
+            self.source_places.resize(index + 1, UNCOUNTED);
         }
-        let place = key.index as usize;
-        if place >= self.source_places.len() {
-            self.source_places.resize(place + 1, UNCOUNTED);
-        }
-        self.source_places[place] = self.context.handle_entered(listener, name.client.ip(), now);
+        self.source_places[index] = place;
     }
 
     /// Flows of a service are only counted: what finds no room is answered
     /// all the same.
     fn note_service(&mut self, name: FlowKey, now: Millis) -> Result<(), DropReason> {
         let key = match self.flows.handle_client(&name, now) {
-            Arrival::Known(key) | Arrival::Move(key) => key,
+            Arrival::Known(key) | Arrival::Move(key) | Arrival::Frozen(key) => key,
             Arrival::Open { evict } => {
                 self.may_open(&name, now)?;
                 if let Some(key) = evict {
@@ -246,6 +269,10 @@ impl Datagrams<'_> {
                 }
             }
         }
+        if end > first + 1 || self.arena.get(first).segment.is_some() {
+            // Several at once are answered by several.
+            self.begin_batches(key);
+        }
         let mut sent = self.send_run(key, listener, first, end);
         let failed = sent.error.as_ref().is_some_and(|error| self.note_server_error(key, error));
         if failed && sent.refused > 0 && self.move_flow(registry, key, now).is_ok() {
@@ -300,7 +327,7 @@ impl Datagrams<'_> {
         outlet.send(&uplink.socket, &mut uplink.can_cut, items)
     }
 
-    fn sends_proxy_header(&self, listener: usize) -> bool {
+    pub(super) fn sends_proxy_header(&self, listener: usize) -> bool {
         match self.context.config.listeners[listener].target {
             Goes::Upstream(upstream) => self.context.config.upstreams[upstream].send_proxy == SendProxy::V2,
             Goes::Service(_) => false,

@@ -1,10 +1,10 @@
 //! The TCP sessions of a worker: sockets around `relay::Session`.
 //!
 //! ```text
-//!   accept --> Connecting --connected--> Open --Done--> (Resetting) --> gone
-//!                 |   ^                    |                 ^
-//!                 |   +-- next server      +---- timeouts ---+
-//!                 +--> Waiting (no descriptor, server's queue full) --> Connecting
+//!   accept --> (Header) --> Connecting --connected--> Open --Done--> (Resetting) --> gone
+//!                              |   ^                    |                 ^
+//!                              |   +-- next server      +---- timeouts ---+
+//!                              +--> Waiting (no descriptor, server's queue full) --> Connecting
 //! ```
 //!
 //! A session that ends by a reset waits in Resetting until what was sent to
@@ -12,6 +12,7 @@
 //! Bounded by the descriptors of the process; each session has one deadline.
 
 mod connect;
+mod entrance;
 mod list;
 mod moving;
 mod options;
@@ -23,6 +24,7 @@ use std::cell::RefCell;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
+use std::rc::Rc;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
@@ -31,12 +33,16 @@ use connect::Attempt;
 use options::Lacks;
 use waiting::Waiting;
 
+use super::complaints::Complaints;
+use super::departures::Departures;
+use super::gate::Gate;
 use crate::balance::Balancer;
 use crate::board::Board;
 use crate::config::{Config, ServerAddress, Service, Target};
 use crate::counters::{Counters, Layout, OfListener, OfServer, Process};
 use crate::deadline::Deadlines;
 use crate::handover::Story;
+use crate::proxy_protocol::Ends;
 use crate::relay::{CloseReason, Drive, End, MAX_READ, Readiness, Session, Side};
 use crate::slab::{Key, Slab};
 use crate::sys::bell::Bell;
@@ -76,6 +82,8 @@ pub struct Context<'a> {
     pub counters: Counters<'a>,
     /// Every slot's counters.
     pub all: Vec<Counters<'a>>,
+    /// Who may come in at each listener.
+    pub gates: Rc<[Gate]>,
     /// Where ended sessions and flows are told, if they are.
     pub access_log: Option<&'a RefCell<AccessLog>>,
     /// How the servers stand.
@@ -130,6 +138,8 @@ pub struct Sessions<'a> {
     waiting: Waiting,
     scratch: Box<[u8]>,
     fired: Vec<u32>,
+    complaints: Complaints,
+    departures: Departures,
 }
 
 #[derive(Debug)]
@@ -142,6 +152,10 @@ struct Entry {
     /// Who had that place then: another address may have it by now.
     incarnation: u32,
     listener: u32,
+    /// Where its client is counted among the listener's sources.
+    source: u32,
+    /// What a PROXY header said of the client; else its own socket knows.
+    origin: Option<Box<Ends>>,
     stage: Stage,
     queued: bool,
     half_closed: bool,
@@ -158,6 +172,10 @@ struct Entry {
 
 #[derive(Debug)]
 enum Stage {
+    /// A PROXY header is awaited.
+    Header {
+        until: Millis,
+    },
     /// A connect is under way.
     Connecting(Attempt),
     /// A connect could not begin, and is tried again; or every server is full.
@@ -175,6 +193,8 @@ impl<'a> Sessions<'a> {
     pub fn new(context: Context<'a>, now: Millis) -> Sessions<'a> {
         let balancers = context.balancers(now);
         Sessions {
+            complaints: Complaints::default(),
+            departures: Departures::new(context.config.upstreams.len(), context.slot),
             context,
             slab: Slab::new(),
             deadlines: Deadlines::new(now),
@@ -200,22 +220,23 @@ impl<'a> Sessions<'a> {
         &self.context
     }
 
-    /// Takes over a connection that was accepted.
-    pub fn open(
+    /// A session of a client that was accepted; `None` where it had to be
+    /// closed at once.
+    fn insert(
         &mut self,
         registry: &Registry,
         listener: usize,
-        client: Stream,
-        peer: SocketAddr,
+        (client, peer): (Stream, SocketAddr),
+        source: u32,
         now: Millis,
-    ) {
-        let config = &self.context.config.listeners[listener];
-        let session = match config.target {
+    ) -> Option<Key> {
+        let session = match self.context.config.listeners[listener].target {
             Target::Upstream(_) => Session::relay(),
             Target::Service(Service::Echo) => Session::echo(&[]),
             Target::Service(Service::Identify) => Session::echo(self.identity(listener).as_bytes()),
             Target::Service(Service::Discard) => Session::discard(),
         };
+        let fd = client.as_raw_fd();
         let entry = Entry {
             session,
             client,
@@ -223,6 +244,8 @@ impl<'a> Sessions<'a> {
             server_index: None,
             incarnation: 0,
             listener: listener as u32,
+            source,
+            origin: None,
             stage: Stage::Open,
             queued: false,
             half_closed: false,
@@ -234,25 +257,13 @@ impl<'a> Sessions<'a> {
         };
         let key = self.slab.insert(entry);
         let counters = &self.context.counters;
-        counters.process(Process::Accepted).add(1);
         counters.process(Process::Active).add(1);
-        counters.listener(listener, OfListener::Connections).add(1);
         counters.listener(listener, OfListener::Active).add(1);
-        let client = self.slab.get(key).expect("just inserted").client.as_raw_fd();
-        if register(registry, client, key, Side::Client).is_err() {
+        if register(registry, fd, key, Side::Client).is_err() {
             self.close(key, CloseReason::NoResources, now);
-            return;
+            return None;
         }
-        match config.target {
-            Target::Upstream(_) => {
-                let attempt = self.first_attempt(key, peer.ip(), now);
-                self.begin_connect(registry, key, attempt, now);
-            }
-            Target::Service(_) => {
-                self.set_deadline(key, now);
-                self.enqueue(key);
-            }
-        }
+        Some(key)
     }
 
     fn identity(&self, listener: usize) -> String {
@@ -286,6 +297,10 @@ impl<'a> Sessions<'a> {
             // It waits for its turn: nobody is to hear of what it sent.
             Stage::Waiting(ref attempt) if attempt.waits_since.is_some() && event.is_error() => {
                 self.close(key, CloseReason::ClientReset, now);
+            }
+            Stage::Header { .. } => {
+                let ended = event.is_read_closed() || event.is_error();
+                self.read_header(registry, key, ended, now);
             }
             // A client that has reset meanwhile sent something before,
             // perhaps: that is delivered first, as everywhere.
@@ -376,6 +391,7 @@ impl<'a> Sessions<'a> {
                 Some((due, reason)) if due <= now => self.close(key, reason, now),
                 _ => self.set_deadline(key, now),
             },
+            Stage::Header { .. } => self.refuse(key, CloseReason::ProxyTimeout, now),
             Stage::Connecting(_) => self.handle_connect_timeout(registry, key, now),
             Stage::Waiting(attempt) if attempt.waits_since.is_some() => {
                 self.close(key, CloseReason::QueueTimeout, now);
@@ -444,6 +460,7 @@ impl<'a> Sessions<'a> {
         let counters = &self.context.counters;
         counters.process(Process::Active).less_one();
         counters.listener(entry.listener as usize, OfListener::Active).less_one();
+        self.context.handle_left(entry.listener as usize, entry.source);
         if let Some(server) = self.server_number(entry) {
             counters.server(server, OfServer::Active).less_one();
         }

@@ -18,6 +18,7 @@ pub mod isolated;
 pub mod level;
 pub mod listen;
 pub mod notify;
+pub mod pipe;
 pub mod process;
 pub mod shared;
 pub mod signals;

@@ -67,7 +67,7 @@ impl Sender {
             if self.under_way.is_empty() {
                 let parcels = match self.left.min(MAX_SESSIONS) {
                     0 => Vec::new(),
-                    count => sessions.pack(registry, count),
+                    count => sessions.pack(registry, count, now),
                 };
                 if parcels.is_empty() || self.refused {
                     self.keep(parcels.iter().map(|parcel| parcel.key).collect(), sessions, registry, now);

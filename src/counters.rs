@@ -33,6 +33,8 @@ pub enum Process {
     LoopLag,
     /// How often accepting was paused for want of descriptors or memory.
     AcceptPauses,
+    /// Lines of the access log that nobody took in time.
+    AccessDropped,
     /// When the event loop last turned, in milliseconds of the monotonic
     /// clock. What the worker says of itself, and so never trusted further
     /// than to judge that worker.

@@ -5,6 +5,7 @@
 //! be read is a bug and ends the connection.
 
 pub mod client;
+pub mod sessions;
 pub mod status;
 
 use std::io;
@@ -44,7 +45,8 @@ pub struct SocketId {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToWorker {
     /// Who it is. Descriptors: the configuration (sealed JSON), its own
-    /// counters, with `tells_load` the page of loads, then the counters of all
+    /// counters, with `tells_load` the page of loads, with `logs_access` where
+    /// lines of the access log go, then the counters of all
     /// slots to read. What is `outliving` is open elsewhere too, and who waits
     /// there is served after the daemon's end.
     #[allow(missing_docs)]
@@ -55,6 +57,7 @@ pub enum ToWorker {
         account: Option<Account>,
         outliving: Vec<Place>,
         tells_load: bool,
+        logs_access: bool,
     },
     /// Sockets that its slot has already, one descriptor a place.
     Sockets(Vec<Place>),
@@ -82,6 +85,9 @@ pub enum ToWorker {
     Recall { slot: usize },
     /// Turn once: the beat of that turn is the answer.
     Ask,
+    /// List, or end, the sessions that the query takes.
+    #[allow(missing_docs)]
+    Sessions { id: u64, query: sessions::Query },
     /// Leave gracefully; after so many milliseconds (`None` = no limit) what
     /// is left is reset.
     #[allow(missing_docs)]
@@ -102,6 +108,9 @@ pub enum FromWorker {
     /// What could move has moved to another worker.
     #[allow(missing_docs)]
     HandedOver { moved: usize, left: usize },
+    /// The sessions that were asked for: one descriptor, sealed JSON.
+    #[allow(missing_docs)]
+    Found { id: u64 },
     /// It cannot work: what to tell the operator, and the exit code.
     #[allow(missing_docs)]
     Failed { text: String, advice: String, exit_code: u8 },
@@ -135,9 +144,16 @@ pub enum ToSteward {
     /// what comes that each slot is due.
     #[allow(missing_docs)]
     Steering { listener: String, active: String, shares: Vec<f64> },
+    /// The access log. Descriptors: where lines come from, then the file, or
+    /// none for standard error.
+    AccessLog,
     /// The answer to its request.
     #[allow(missing_docs)]
     Answer { id: u64, answer: Result<String, String> },
+    /// What the workers found for its request: one descriptor a worker. So
+    /// many did not answer.
+    #[allow(missing_docs)]
+    Found { id: u64, silent: usize },
 }
 
 /// What a steward is told when it starts.
@@ -190,7 +206,7 @@ pub enum FromSteward {
 }
 
 /// What a caller may ask of the supervisor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
     /// Leave gracefully within `drain_timeout`.
     Drain,
@@ -203,6 +219,8 @@ pub enum Request {
     Scale(usize),
     /// Move sessions until the workers have equally many.
     Rebalance,
+    /// The sessions that this takes.
+    Sessions(sessions::Query),
 }
 
 /// Starts the log of a process as the configuration has it.

@@ -18,6 +18,10 @@ pub struct Status {
     /// Seconds since 1970.
     pub started_at: u64,
     pub config_path: String,
+    /// Lines of the access log that could not be written since this steward
+    /// began.
+    #[serde(default)]
+    pub access_log_lost: u64,
     pub workers: Vec<Worker>,
     pub listeners: Vec<Listener>,
     pub upstreams: Vec<Upstream>,
@@ -40,6 +44,9 @@ pub struct Worker {
     pub loop_lag_us: u64,
     /// How often it paused accepting for want of descriptors or memory.
     pub accept_pauses: u64,
+    /// Lines of the access log that were dropped because nobody took them.
+    #[serde(default)]
+    pub access_log_dropped: u64,
     /// The slot that accepts for it while it is empty.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub helped_by: Option<usize>,

@@ -9,6 +9,7 @@
 //! listens to the supervisor. It ends with its supervisor, and may be killed
 //! at any time: traffic never passes here, and a new one takes its place.
 
+mod access_log;
 mod control_socket;
 mod report;
 
@@ -24,7 +25,10 @@ use crossbeam_channel::Sender;
 use nix::sys::signal::Signal;
 use tracing::{error, warn};
 
+use access_log::AccessLog;
+
 use crate::config::Config;
+use crate::control::sessions::{Found, MOST_SESSIONS, Query};
 use crate::control::{self, FromSteward, Request, StewardBirth, Table, ToSteward, WorkerState};
 use crate::counters::Layout;
 use crate::steering::Expected;
@@ -51,6 +55,7 @@ struct Knowledge {
     pending: Mutex<Pending>,
     /// Requests that are being answered.
     busy: AtomicUsize,
+    access_log: Arc<AccessLog>,
 }
 
 /// Where the counters are: those of the present generation and of what is left
@@ -63,11 +68,19 @@ struct View {
     tables: Vec<(Table, Region)>,
 }
 
+/// What the supervisor answered: a text, or what the workers found and how
+/// many of them were silent.
+#[derive(Debug)]
+enum Answer {
+    Text(Result<String, String>),
+    Found { memories: Vec<OwnedFd>, silent: usize },
+}
+
 /// Requests that the supervisor has not answered.
 #[derive(Debug, Default)]
 struct Pending {
     last_id: u64,
-    waiting: HashMap<u64, Sender<Result<String, String>>>,
+    waiting: HashMap<u64, Sender<Answer>>,
 }
 
 /// The steward process, from its first instruction to its exit code.
@@ -121,6 +134,7 @@ fn serve(channel: Channel) -> Result<(), String> {
         channel,
         pending: Mutex::default(),
         busy: AtomicUsize::new(0),
+        access_log: Arc::default(),
     });
     // Nobody is answered before the counters are known: they would seem to
     // have gone back.
@@ -133,9 +147,11 @@ fn serve(channel: Channel) -> Result<(), String> {
     let answering = Arc::clone(&knowledge);
     std::thread::spawn(move || control_socket::serve(&listener, &answering));
     while hear(&knowledge)? {}
-    // Who asked for the end is still to be told that it was done.
+    // Who asked for the end is still to be told that it was done, and the last
+    // sessions are still to be logged.
     let deadline = Instant::now() + LAST_WORDS;
-    while knowledge.busy.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
+    let busy = || knowledge.busy.load(Ordering::Acquire) > 0 || !knowledge.access_log.is_idle();
+    while busy() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(2));
     }
     Ok(())
@@ -164,10 +180,14 @@ fn hear(knowledge: &Knowledge) -> Result<bool, String> {
             };
             steering.insert(listener, (active, expected));
         }
-        Ok(Some((ToSteward::Answer { id, answer }, _))) => {
-            let waiting = knowledge.pending.lock().expect("no thread panics with it").waiting.remove(&id);
-            if let Some(waiting) = waiting {
-                let _ = waiting.send(answer);
+        Ok(Some((ToSteward::Answer { id, answer }, _))) => knowledge.handle_answer(id, Answer::Text(answer)),
+        Ok(Some((ToSteward::Found { id, silent }, memories))) => {
+            knowledge.handle_answer(id, Answer::Found { memories, silent });
+        }
+        Ok(Some((ToSteward::AccessLog, fds))) => {
+            let mut fds = fds.into_iter();
+            if let Some(source) = fds.next() {
+                knowledge.access_log.aim(source, fds.next());
             }
         }
         Ok(Some((ToSteward::Birth(_), _))) => warn!("a second birth"),
@@ -210,8 +230,37 @@ impl Knowledge {
         !self.view().configs.is_empty() && !self.workers.lock().expect("no thread panics with it").is_empty()
     }
 
-    /// Asks the supervisor and waits for its answer.
+    fn handle_answer(&self, id: u64, answer: Answer) {
+        let waiting = self.pending.lock().expect("no thread panics with it").waiting.remove(&id);
+        if let Some(waiting) = waiting {
+            let _ = waiting.send(answer);
+        }
+    }
+
+    /// Asks the supervisor for something to be done and waits until it is.
     fn ask(&self, request: Request) -> Result<String, String> {
+        match self.answer_to(request)? {
+            Answer::Text(answer) => answer,
+            Answer::Found { .. } => Err("the supervisor answered something else".into()),
+        }
+    }
+
+    /// The sessions that the query takes, and how many workers were silent.
+    fn find_sessions(&self, query: Query) -> Result<(Found, usize), String> {
+        let limit = query.limit.min(MOST_SESSIONS);
+        let (memories, silent) = match self.answer_to(Request::Sessions(query))? {
+            Answer::Found { memories, silent } => (memories, silent),
+            Answer::Text(answer) => return Err(answer.err().unwrap_or_default()),
+        };
+        let mut all = Found::default();
+        for memory in memories {
+            let text = shared::read_sealed(memory).map_err(|e| e.to_string())?;
+            all.add(serde_json::from_slice(&text).map_err(|e| e.to_string())?, limit);
+        }
+        Ok((all, silent))
+    }
+
+    fn answer_to(&self, request: Request) -> Result<Answer, String> {
         let (sender, receiver) = crossbeam_channel::bounded(1);
         let id = {
             let mut pending = self.pending.lock().expect("no thread panics with it");
@@ -223,7 +272,7 @@ impl Knowledge {
         control::send(&self.channel, &FromSteward::Request { id, request }, &[])
             .map_err(|error| format!("the supervisor cannot be reached: {error}"))?;
         match receiver.recv_timeout(ANSWER_LIMIT) {
-            Ok(answer) => answer,
+            Ok(answer) => Ok(answer),
             Err(_) => {
                 self.pending.lock().expect("no thread panics with it").waiting.remove(&id);
                 Err("the supervisor gave no answer".into())

@@ -33,6 +33,7 @@ pub fn status(knowledge: &Knowledge) -> Status {
         generation: view.generation,
         started_at: knowledge.birth.started_at,
         config_path: knowledge.birth.config_path.clone(),
+        access_log_lost: knowledge.access_log.lost(),
         workers: workers.iter().map(|state| worker(state, &sources)).collect(),
         listeners: config.listeners.iter().map(|l| listener(knowledge, l, slot_count, &sources)).collect(),
         upstreams: config.upstreams.iter().map(|u| upstream(u, &sources)).collect(),
@@ -62,6 +63,7 @@ fn worker(state: &WorkerState, sources: &[Source]) -> Worker {
         active: sum(Process::Active),
         loop_lag_us: lag.unwrap_or(0),
         accept_pauses: sum(Process::AcceptPauses),
+        access_log_dropped: sum(Process::AccessDropped),
         helped_by: state.helped_by,
     }
 }

@@ -6,8 +6,10 @@
 //! network. It ends when it was told to leave and every worker is gone, and
 //! keeps its privilege until then: later workers need the same uid to bind.
 
+mod access_log;
 mod activation;
 mod generation;
+mod inquiry;
 mod leave;
 mod ledger;
 mod notify;
@@ -38,6 +40,7 @@ use crate::supervision::{Action, Event, Phase, Supervision};
 use crate::sys::clock::{self, Millis};
 use crate::sys::signals::Signals;
 use generation::Generation;
+use inquiry::Inquiry;
 use leave::Leave;
 use notify::{Facts, Notify};
 use prepare::Prepared;
@@ -108,6 +111,7 @@ struct Supervisor {
     /// What earlier generations and slots have counted.
     past: Option<Generation>,
     leave: Option<Leave>,
+    inquiries: Vec<Inquiry>,
     /// Set when the daemon is over.
     end: Option<ExitCode>,
     announced: bool,
@@ -155,6 +159,7 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         scaled: None,
         past: None,
         leave: None,
+        inquiries: Vec::new(),
         end: None,
         announced: false,
         finishing: false,
@@ -202,6 +207,7 @@ impl Supervisor {
             self.watch_workers()?;
             self.handle_leave_deadline();
             self.handle_reload_deadline();
+            self.end_inquiries();
             self.check_finished();
             self.steering.update(clock::coarse(), &self.supervision, &self.slots, &self.generation);
             if self.notify.is_due(clock::coarse()) {
@@ -221,7 +227,7 @@ impl Supervisor {
         let reload = self.reload.as_ref().map(Reload::deadline);
         let watched = [self.watch.next_deadline(), self.notify.next_deadline()];
         let own = [self.supervision.next_deadline(), self.steward.due_at(), leave, reload];
-        let steering = [self.steering.next_deadline(clock::coarse())];
+        let steering = [self.steering.next_deadline(clock::coarse()), self.inquiry_deadline()];
         own.into_iter().chain(watched).chain(steering).flatten().min()
     }
 
@@ -374,6 +380,7 @@ impl Supervisor {
                     self.handle_shared(slot);
                 }
             }
+            FromWorker::Found { id } => self.handle_found(token, id, fds),
             FromWorker::Failed { text, advice, .. } if role == Role::Next => {
                 self.abort_reload(&format!("{text}\n{advice}"));
             }
@@ -402,10 +409,27 @@ impl Supervisor {
                         self.finish_reload_notice();
                     }
                 }
+                Signal::SIGUSR1 => self.reopen_logs(),
                 other => warn!("{other} does nothing yet"),
             }
         }
         Ok(())
+    }
+
+    /// Whoever rotated the access log has renamed it before.
+    fn reopen_logs(&mut self) {
+        match access_log::open(&self.generation.config) {
+            Ok(file) => {
+                self.prepared.access_log.set_file(file);
+                self.tell_of_access_log();
+                info!("log files opened anew");
+            }
+            Err(refusal) => error!("{}; the old one is written on", refusal.text),
+        }
+    }
+
+    fn tell_of_access_log(&mut self) {
+        self.steward.send(&ToSteward::AccessLog, &self.prepared.access_log.of_steward());
     }
 
     fn reap(&mut self) -> Result<(), Refusal> {
@@ -433,6 +457,7 @@ impl Supervisor {
     }
 
     fn handle_ended(&mut self, token: Token, status: ExitStatus) -> Result<(), Refusal> {
+        self.forget_in_inquiries(token);
         let Some((index, retiring, role)) = self.locate(token) else { return Ok(()) };
         let slot = if retiring { &mut self.retiring[index] } else { &mut self.slots[index] };
         if let Some((_, process)) = slot.find(token) {
@@ -520,6 +545,7 @@ impl Supervisor {
         self.told.clear();
         self.steering.forget_told();
         self.tables_changed = true;
+        self.tell_of_access_log();
         self.tell_steward();
     }
 
@@ -552,6 +578,9 @@ impl Supervisor {
             }
             Request::Scale(count) => self.scale(count, id).map(|()| None),
             Request::Rebalance => self.rebalance(id).map(|()| None),
+            Request::Sessions(query) => {
+                self.ask_workers(id, &query).map(|()| None).map_err(|text| Refusal::new(1, text, ""))
+            }
         };
         match now {
             // The answer comes when it is done.

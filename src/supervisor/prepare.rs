@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
 
+use super::access_log::AccessLog;
 use super::activation::{self, Assignment};
 use super::generation::Generation;
 use super::slot::Slot;
@@ -41,6 +42,7 @@ pub struct Prepared {
     pub account: Option<Account>,
     /// Where workers tell their loads, where that can be.
     pub loads: Option<OwnedFd>,
+    pub access_log: AccessLog,
     pub control: UnixListener,
     pub started_at: u64,
     /// What the operator should know, once there is a log.
@@ -86,6 +88,7 @@ pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Generati
         image: Image::own().map_err(Refusal::of_system)?,
         account,
         loads: None,
+        access_log: AccessLog::new(config)?,
         control,
         started_at: now.map_or(0, |time| time.as_secs()),
         notes: assignment.notes,

@@ -22,12 +22,13 @@ use super::load::Load;
 use super::sessions::{self, Context, Sessions};
 use super::test_hook::Busy;
 use crate::config::Mode;
+use crate::control::sessions::Query;
 use crate::control::{self, FromWorker, Place, ToWorker};
 use crate::counters::{Counters, Process};
 use crate::relay::CloseReason;
 use crate::sys::channel::Channel;
 use crate::sys::clock::{self, Millis};
-use crate::sys::{handshakes, process};
+use crate::sys::{handshakes, process, shared};
 
 /// Connections that one socket may bring in one turn.
 const ACCEPT_BUDGET: usize = 64;
@@ -110,6 +111,7 @@ impl<'a> Loop<'a> {
             config: &born.config,
             layout: &born.layout,
             counters,
+            access_log: born.access_log.as_ref(),
             all: born.all.iter().map(over).collect::<Option<Vec<_>>>()?,
         };
         debug_assert_eq!(context.all.len(), born.slot_count);
@@ -221,7 +223,9 @@ impl<'a> Loop<'a> {
             }
             self.accept(now);
             self.drive_handover(now);
-            if self.handle_leave(now) {
+            let over = self.handle_leave(now);
+            self.sessions.flush_log();
+            if over {
                 return Ok(());
             }
             self.publish_lag(now);
@@ -332,6 +336,7 @@ impl<'a> Loop<'a> {
             },
             // Having been woken is the answer.
             ToWorker::Ask => {}
+            ToWorker::Sessions { id, query } => self.answer(id, &query, now),
             ToWorker::Recall { slot } => {
                 self.listeners.give_back(self.poll.registry(), slot);
                 self.datagrams.give_back(self.poll.registry(), slot);
@@ -348,6 +353,23 @@ impl<'a> Loop<'a> {
             ToWorker::Birth { .. } | ToWorker::Sockets(_) | ToWorker::Begin => {
                 warn!("a message of the birth came late");
             }
+        }
+    }
+
+    /// A list of many thousands takes milliseconds, as often as it is asked.
+    fn answer(&mut self, id: u64, query: &Query, now: Millis) {
+        let found = self.sessions.answer(query, now);
+        let sealed = serde_json::to_vec(&found)
+            .map_err(io::Error::from)
+            .and_then(|text| shared::sealed("evenkeel-sessions", &text));
+        match sealed {
+            Ok(memory) => {
+                if let Err(error) = control::send(&self.channel, &FromWorker::Found { id }, &[memory.as_fd()])
+                {
+                    warn!(%error, "the supervisor did not take the list of sessions");
+                }
+            }
+            Err(error) => warn!(%error, "the sessions could not be listed"),
         }
     }
 

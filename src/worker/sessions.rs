@@ -12,9 +12,12 @@
 //! Bounded by the descriptors of the process; each session has one deadline.
 
 mod connect;
+mod list;
 mod moving;
 mod options;
+mod story;
 
+use std::cell::RefCell;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
@@ -30,6 +33,7 @@ use crate::balance::Balancer;
 use crate::config::{Config, ServerAddress, Service, Target};
 use crate::counters::{Counters, Layout, OfListener, OfServer, Process};
 use crate::deadline::Deadlines;
+use crate::handover::Story;
 use crate::relay::{
     self, CloseReason, Drive, End, Lent, MAX_PIPED, MAX_READ, Pipes, Readiness, Session, Side,
 };
@@ -37,6 +41,7 @@ use crate::slab::{Key, Slab};
 use crate::sys::clock::{self, Millis};
 use crate::sys::pipe::Pipe;
 use crate::sys::stream::Stream;
+use crate::worker::access_log::AccessLog;
 pub use moving::Parcel;
 
 /// Bytes that one session may move each way in one turn, so that a busy one
@@ -107,6 +112,8 @@ pub struct Context<'a> {
     pub counters: Counters<'a>,
     /// Every slot's counters.
     pub all: Vec<Counters<'a>>,
+    /// Where ended sessions and flows are told, if they are.
+    pub access_log: Option<&'a RefCell<AccessLog>>,
 }
 
 impl Context<'_> {
@@ -155,6 +162,8 @@ struct Entry {
     born: Millis,
     /// When the last byte moved.
     moved: Millis,
+    /// For the access log, where there is one.
+    story: Option<Box<Story>>,
 }
 
 #[derive(Debug)]
@@ -230,6 +239,7 @@ impl<'a> Sessions<'a> {
             frozen: false,
             born: now,
             moved: now,
+            story: self.begin_story(peer),
         };
         let key = self.slab.insert(entry);
         let counters = &self.context.counters;
@@ -440,6 +450,7 @@ impl<'a> Sessions<'a> {
         let Some(mut entry) = self.slab.remove(key) else { return };
         entry.session.abandon(&mut self.pipes);
         self.deadlines.clear(key.index);
+        self.log_end(&entry, reason);
         self.context.counters.ended(entry.listener as usize, reason).add(1);
         self.count_gone(&entry);
     }

@@ -77,6 +77,10 @@ impl Sessions<'_> {
                     let entry = self.slab.get_mut(key).expect("the caller holds it");
                     entry.server = Some(stream);
                     entry.server_index = Some(server as u32);
+                    if let Some(story) = &mut entry.story {
+                        story.connect_began = Some(now);
+                        story.retries = attempt.tried.len() as u32;
+                    }
                     self.deadlines.set(key.index, attempt.until);
                     entry.stage = Stage::Connecting(attempt);
                     if done {
@@ -204,6 +208,9 @@ impl Sessions<'_> {
         let entry = self.slab.get_mut(key).expect("the caller found it");
         entry.stage = Stage::Open;
         entry.moved = now;
+        if let Some(story) = &mut entry.story {
+            story.established = Some(now);
+        }
         entry.session.handle_ready(Side::Server, Readiness { writable: true, ..Readiness::default() });
         let number = self.server_number(self.slab.get(key).expect("still there"));
         let number = number.expect("an established session has a server");

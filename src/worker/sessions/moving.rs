@@ -90,6 +90,7 @@ impl Sessions<'_> {
             relay,
             born: entry.born,
             moved: entry.moved,
+            story: entry.story.as_deref().cloned(),
         };
         Some(Parcel { key, record, kept })
     }
@@ -170,6 +171,7 @@ impl Sessions<'_> {
             frozen: true,
             born: record.born,
             moved: record.moved,
+            story: record.story.filter(|_| self.context.access_log.is_some()).map(Box::new),
         };
         let counters = &self.context.counters;
         counters.process(Process::Active).add(1);

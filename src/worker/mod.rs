@@ -13,6 +13,7 @@
 mod access_log;
 mod birth;
 mod datagrams;
+mod elsewhere;
 mod event_loop;
 mod handover;
 #[cfg(debug_assertions)]

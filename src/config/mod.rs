@@ -9,6 +9,7 @@ mod checks;
 mod file;
 mod kinds;
 mod load;
+mod older;
 mod problem;
 mod reader;
 mod show;
@@ -25,6 +26,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub use load::{Loaded, load};
+pub use older::read_older;
 pub use problem::{Problem, Problems};
 pub use reader::{Block, Entry};
 pub use show::show;

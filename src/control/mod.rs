@@ -5,6 +5,7 @@
 //! be read is a bug and ends the connection.
 
 pub mod client;
+pub mod misbehave;
 pub mod status;
 
 use std::io;
@@ -30,7 +31,7 @@ pub struct Place {
 
 /// What makes two sockets the same, whatever number a configuration gives
 /// them.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct SocketId {
     /// The address, as bound.
     pub address: SocketAddr,
@@ -55,6 +56,9 @@ pub enum ToWorker {
         account: Option<Account>,
         outliving: Vec<Place>,
         tells_load: bool,
+        /// Open nothing, say `Ready` and end: a new image is tried out.
+        #[serde(default)]
+        trial: bool,
     },
     /// Sockets that its slot has already, one descriptor a place.
     Sockets(Vec<Place>),
@@ -203,6 +207,8 @@ pub enum Request {
     Scale(usize),
     /// Move sessions until the workers have equally many.
     Rebalance,
+    /// Replace the running program by the file at its path.
+    Upgrade,
 }
 
 /// Starts the log of a process as the configuration has it.

@@ -115,9 +115,10 @@ fn handle(request: &Value, knowledge: &Knowledge) -> Value {
             _ => json!({"error": "scale wants \"workers\", a number from 1 to 64"}),
         },
         Some("rebalance") => done(Request::Rebalance),
+        Some("upgrade") => done(Request::Upgrade),
         Some(other) => {
             let shown: String = other.chars().take(40).collect();
-            let known = "status, reload, scale, rebalance, drain, stop";
+            let known = "status, reload, scale, rebalance, upgrade, drain, stop";
             json!({"error": format!("unknown command {shown:?}; known are {known}")})
         }
         None => json!({"error": "a request is an object with a \"command\""}),

@@ -17,6 +17,7 @@ mod reload;
 mod slot;
 mod steering;
 mod steward;
+mod upgrade;
 mod watch;
 
 use std::io;
@@ -33,6 +34,7 @@ use tracing::{error, info, warn};
 use crate::config::{Config, Workers};
 use crate::control::{FromSteward, FromWorker, Request, ToSteward, ToWorker, WorkerState};
 use crate::counters::Process;
+use crate::logging::Log;
 use crate::supervision::watch::Watch;
 use crate::supervision::{Action, Event, Phase, Supervision};
 use crate::sys::clock::{self, Millis};
@@ -45,6 +47,9 @@ use reload::{Reload, Transfers};
 use slot::{Role, Slot};
 use steering::Steering;
 use steward::Steward;
+use upgrade::{Departure, Upgrade};
+
+pub use upgrade::{Left, left, probe, resume};
 
 /// What `evenkeel run` was asked to run.
 pub struct Start {
@@ -56,8 +61,16 @@ pub struct Start {
     pub control_socket: std::path::PathBuf,
     /// Lines for a newcomer, printed once everything serves.
     pub greeting: Option<String>,
-    /// Reads the configuration again, for a reload; an error's text tells all
-    /// that is wrong with it.
+    /// How the file is read.
+    pub file: File,
+}
+
+/// The configuration's file as `run` was told of it.
+pub struct File {
+    /// Its path; `None` where `run` finds it by itself.
+    pub path: Option<std::path::PathBuf>,
+    /// Reads it again, for a reload; an error's text tells all that is wrong
+    /// with it.
     pub read_again: Box<dyn Fn() -> Result<Config, String>>,
 }
 
@@ -113,6 +126,10 @@ struct Supervisor {
     announced: bool,
     /// No slot has a current worker any more; old ones may still finish.
     finishing: bool,
+    /// The running program is being replaced.
+    upgrade: Option<Upgrade>,
+    /// Another image is to be run as soon as this turn of the loop is over.
+    departure: Option<Departure>,
     last_token: usize,
     told: Vec<WorkerState>,
     tables_changed: bool,
@@ -125,7 +142,7 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
     // Before anything is started: a signal that comes early waits.
     let signals = Signals::block(&HANDLED).map_err(Refusal::of_system)?;
     let (mut prepared, generation, mut slots) = prepare::prepare(&start, passed)?;
-    let _log = crate::control::start_log(&start.config.log, "supervisor");
+    let log = crate::control::start_log(&start.config.log, "supervisor");
     prepared.notes.iter().for_each(|note| warn!("{note}"));
     crate::sys::process::set_name("ek-supervisor");
     let poll = Poll::new().map_err(Refusal::of_system)?;
@@ -158,11 +175,16 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         end: None,
         announced: false,
         finishing: false,
+        upgrade: None,
+        departure: None,
         last_token: FIRST_PROCESS,
         told: Vec::new(),
         tables_changed: false,
     };
-    supervisor.serve()
+    info!("evenkeel {} starts {} workers", env!("CARGO_PKG_VERSION"), supervisor.slots.len());
+    supervisor.step(Event::Begin)?;
+    supervisor.start_steward();
+    supervisor.live(log)
 }
 
 impl Refusal {
@@ -176,12 +198,23 @@ impl Refusal {
 }
 
 impl Supervisor {
-    fn serve(&mut self) -> Result<ExitCode, Refusal> {
-        info!("evenkeel {} starts {} workers", env!("CARGO_PKG_VERSION"), self.slots.len());
-        self.step(Event::Begin)?;
-        self.start_steward();
+    /// Serves until the end; another image may go on meanwhile.
+    fn live(mut self, mut log: Log) -> Result<ExitCode, Refusal> {
+        loop {
+            self.serve()?;
+            if let Some(code) = self.end {
+                self.steward.end();
+                return Ok(code);
+            }
+            // Comes back where the other image cannot be run.
+            self.depart(&mut log);
+        }
+    }
+
+    /// Until the daemon is over, or another image is to be run.
+    fn serve(&mut self) -> Result<(), Refusal> {
         let mut events = Events::with_capacity(128);
-        while self.end.is_none() {
+        while self.end.is_none() && self.departure.is_none() {
             let timeout =
                 self.next_wake().map(|at| Duration::from_millis(at.saturating_sub(clock::coarse())));
             // The coarse clock steps by some milliseconds: never spin for it.
@@ -202,6 +235,7 @@ impl Supervisor {
             self.watch_workers()?;
             self.handle_leave_deadline();
             self.handle_reload_deadline();
+            self.handle_upgrade_deadline();
             self.check_finished();
             self.steering.update(clock::coarse(), &self.supervision, &self.slots, &self.generation);
             if self.notify.is_due(clock::coarse()) {
@@ -212,15 +246,15 @@ impl Supervisor {
             }
             self.tell_steward();
         }
-        self.steward.end();
-        Ok(self.end.expect("the loop's condition"))
+        Ok(())
     }
 
     fn next_wake(&self) -> Option<Millis> {
         let leave = self.leave.as_ref().and_then(Leave::kill_at);
         let reload = self.reload.as_ref().map(Reload::deadline);
         let watched = [self.watch.next_deadline(), self.notify.next_deadline()];
-        let own = [self.supervision.next_deadline(), self.steward.due_at(), leave, reload];
+        let upgrade = self.upgrade.as_ref().and_then(Upgrade::deadline);
+        let own = [self.supervision.next_deadline(), self.steward.due_at(), leave, reload, upgrade];
         let steering = [self.steering.next_deadline(clock::coarse())];
         own.into_iter().chain(watched).chain(steering).flatten().min()
     }
@@ -327,6 +361,9 @@ impl Supervisor {
     }
 
     fn read_process(&mut self, token: Token) -> Result<(), Refusal> {
+        if self.read_trial(token) {
+            return Ok(());
+        }
         // Looked up each time: a message may change the slots.
         while let Some((index, retiring, role)) = self.locate(token) {
             let slots = if retiring { &mut self.retiring } else { &mut self.slots };
@@ -402,6 +439,13 @@ impl Supervisor {
                         self.finish_reload_notice();
                     }
                 }
+                Signal::SIGUSR2 => {
+                    self.notify_reloading();
+                    if let Err(refusal) = self.upgrade(None) {
+                        error!("not upgraded: {}", refusal.text);
+                        self.finish_reload_notice();
+                    }
+                }
                 other => warn!("{other} does nothing yet"),
             }
         }
@@ -426,6 +470,7 @@ impl Supervisor {
             self.read_process(token)?;
             self.handle_ended(token, status)?;
         }
+        self.reap_upgrade();
         if self.steward.reap(self.poll.registry(), clock::coarse()) {
             self.start_steward();
         }
@@ -476,6 +521,7 @@ impl Supervisor {
             self.kill_all();
             return Ok(());
         }
+        self.forget_upgrade("the daemon leaves");
         self.abort_reload("the daemon leaves");
         info!("leaving: nothing new is taken, what is here is finished");
         self.notify.begin_leave(clock::coarse());
@@ -552,6 +598,10 @@ impl Supervisor {
             }
             Request::Scale(count) => self.scale(count, id).map(|()| None),
             Request::Rebalance => self.rebalance(id).map(|()| None),
+            Request::Upgrade => {
+                self.notify_reloading();
+                self.upgrade(Some(id)).map(|()| None).inspect_err(|_| self.finish_reload_notice())
+            }
         };
         match now {
             // The answer comes when it is done.
@@ -566,9 +616,15 @@ impl Supervisor {
     }
 
     fn answer(&mut self, requester: Option<u64>, answer: Result<String, String>) {
-        if let Some(id) = requester {
+        if requester.is_some() {
             // Whoever asks for the status next sees what was changed.
             self.tell_steward();
+        }
+        self.answer_at_once(requester, answer);
+    }
+
+    fn answer_at_once(&mut self, requester: Option<u64>, answer: Result<String, String>) {
+        if let Some(id) = requester {
             self.steward.send(&ToSteward::Answer { id, answer }, &[]);
         }
     }

@@ -12,6 +12,7 @@ use tracing::{debug, warn};
 use super::Failure;
 use super::load::Load;
 use crate::config::{self, Config, Listener, Mode, Multicast};
+use crate::control::misbehave;
 use crate::control::{self, FromWorker, Place, ToWorker};
 use crate::counters::Layout;
 use crate::explain::{self, BindFailure};
@@ -44,6 +45,8 @@ pub struct Born {
     pub kept: Vec<Place>,
     /// Places whose sockets outlive the daemon.
     pub outliving: Vec<Place>,
+    /// It only shows that it could work.
+    pub on_trial: bool,
     pub _log: logging::Log,
 }
 
@@ -52,7 +55,8 @@ impl Born {
     /// where the supervisor is gone.
     pub fn be(channel: &Channel) -> Result<Option<Born>, Failure> {
         let Some((birth, fds)) = receive(channel)? else { return Ok(None) };
-        let ToWorker::Birth { slot, slot_count, generation, account, outliving, tells_load } = birth else {
+        let ToWorker::Birth { slot, slot_count, generation, account, outliving, tells_load, trial } = birth
+        else {
             return Err(Failure::new("the supervisor did not begin with a birth"));
         };
         process::set_name(&format!("ek-worker-{slot}"));
@@ -82,9 +86,12 @@ impl Born {
                 Some((message, _)) => return Err(Failure::new(format!("before Begin came {message:?}"))),
             }
         }
+        if !trial && misbehave::is_told("proving") {
+            return Err(Failure::new("told to by a test"));
+        }
         let kept = given.keys().copied().collect();
         let share = Share { index: slot as u32, count: slot_count as u32 };
-        let sockets = complete(&config, given, share, channel)?;
+        let sockets = if trial { Vec::new() } else { complete(&config, given, share, channel)? };
         if config.daemon.pin_workers {
             pin(slot);
         }
@@ -102,6 +109,7 @@ impl Born {
             sockets,
             kept,
             outliving,
+            on_trial: trial,
             _log: log,
         }))
     }

@@ -22,6 +22,7 @@ use super::load::Load;
 use super::sessions::{Context, Sessions};
 use super::test_hook::Busy;
 use crate::config::Mode;
+use crate::control::misbehave;
 use crate::control::{self, FromWorker, Place, ToWorker};
 use crate::counters::{Counters, Process};
 use crate::relay::CloseReason;
@@ -90,6 +91,13 @@ struct Loop<'a> {
 pub fn run(mut born: Born, channel: Channel) -> ExitCode {
     let sockets = std::mem::take(&mut born.sockets);
     let Some(mut state) = Loop::new(&born, sockets, channel) else { return ExitCode::from(1) };
+    if born.on_trial {
+        if misbehave::is_told("trial") {
+            std::process::abort();
+        }
+        state.tell(&FromWorker::Ready);
+        return ExitCode::SUCCESS;
+    }
     match state.serve() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

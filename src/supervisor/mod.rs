@@ -616,15 +616,9 @@ impl Supervisor {
     }
 
     fn answer(&mut self, requester: Option<u64>, answer: Result<String, String>) {
-        if requester.is_some() {
+        if let Some(id) = requester {
             // Whoever asks for the status next sees what was changed.
             self.tell_steward();
-        }
-        self.answer_at_once(requester, answer);
-    }
-
-    fn answer_at_once(&mut self, requester: Option<u64>, answer: Result<String, String>) {
-        if let Some(id) = requester {
             self.steward.send(&ToSteward::Answer { id, answer }, &[]);
         }
     }

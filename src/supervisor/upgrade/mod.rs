@@ -300,11 +300,12 @@ impl Supervisor {
     }
 
     /// Every slot serves with this image: the steward is the last of the old.
-    /// What it still owes is told first; true where this was an upgrade.
+    /// What it still owes is told first, and where the counters are: it may
+    /// answer somebody yet. True where this was an upgrade.
     pub(super) fn finish_upgrade(&mut self, text: &str) -> bool {
         let Some(upgrade) = self.upgrade.take() else { return false };
         info!("upgraded: {text}");
-        self.answer_at_once(upgrade.requester, Ok(text.to_string()));
+        self.answer(upgrade.requester, Ok(text.to_string()));
         self.steward.retire(self.poll.registry());
         self.start_steward();
         true

@@ -101,6 +101,7 @@ pub fn resume(left: Left, file: ConfigFile) -> Result<ExitCode, Refusal> {
         let requester = supervisor.upgrade.take().and_then(|upgrade| upgrade.requester);
         supervisor.end_refused(requester, &left.words);
     }
+    drop(left);
     supervisor.live(log)
 }
 
@@ -114,6 +115,8 @@ fn go_back(left: &Left, essence: &Essence, why: &str) -> Refusal {
         Ok(fd) => Image::from_fd(fd),
         Err(error) => return Refusal::new(1, format!("{why}; and the image before is gone: {error}"), ""),
     };
+    // Its duplicate is what the image before finds.
+    exec::close(left.number);
     let error = exec::replace(&image, left.state.as_fd(), &[], why);
     Refusal::new(1, format!("{why}; and the image before cannot be run: {error}"), "")
 }
@@ -163,7 +166,7 @@ fn build(
     let hang_timeout = current.config.daemon.hang_timeout.as_millis() as u64;
     let mut watch = Watch::new(state.supervision.slot_count(), hang_timeout);
     for slot in slots.iter().filter(|slot| slot.current.is_some()) {
-        watch.begin(slot.number, now);
+        watch.resume(slot.number, now);
     }
     let image = Image::from_fd(unpacker.take(state.image)?);
     let upgrade = Upgrade { requester: state.requester, image, stage: Stage::Proving, deadline: None };

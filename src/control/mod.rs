@@ -6,6 +6,7 @@
 
 pub mod client;
 pub mod misbehave;
+pub mod sessions;
 pub mod status;
 
 use std::io;
@@ -86,6 +87,9 @@ pub enum ToWorker {
     Recall { slot: usize },
     /// Turn once: the beat of that turn is the answer.
     Ask,
+    /// List, or end, the sessions that the query takes.
+    #[allow(missing_docs)]
+    Sessions { id: u64, query: sessions::Query },
     /// Leave gracefully; after so many milliseconds (`None` = no limit) what
     /// is left is reset.
     #[allow(missing_docs)]
@@ -106,6 +110,9 @@ pub enum FromWorker {
     /// What could move has moved to another worker.
     #[allow(missing_docs)]
     HandedOver { moved: usize, left: usize },
+    /// The sessions that were asked for: one descriptor, sealed JSON.
+    #[allow(missing_docs)]
+    Found { id: u64 },
     /// It cannot work: what to tell the operator, and the exit code.
     #[allow(missing_docs)]
     Failed { text: String, advice: String, exit_code: u8 },
@@ -142,6 +149,10 @@ pub enum ToSteward {
     /// The answer to its request.
     #[allow(missing_docs)]
     Answer { id: u64, answer: Result<String, String> },
+    /// What the workers found for its request: one descriptor a worker. So
+    /// many did not answer.
+    #[allow(missing_docs)]
+    Found { id: u64, silent: usize },
 }
 
 /// What a steward is told when it starts.
@@ -194,7 +205,7 @@ pub enum FromSteward {
 }
 
 /// What a caller may ask of the supervisor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
     /// Leave gracefully within `drain_timeout`.
     Drain,
@@ -209,6 +220,8 @@ pub enum Request {
     Rebalance,
     /// Replace the running program by the file at its path.
     Upgrade,
+    /// The sessions that this takes.
+    Sessions(sessions::Query),
 }
 
 /// Starts the log of a process as the configuration has it.

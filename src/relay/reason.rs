@@ -40,11 +40,13 @@ pub enum CloseReason {
     WorkerLost,
     /// A flow that waited for its first answer made room for a new one.
     Evicted,
+    /// An operator ended it.
+    Killed,
 }
 
 impl CloseReason {
     /// All of them, in the order of the counters.
-    pub const ALL: [CloseReason; 15] = [
+    pub const ALL: [CloseReason; 16] = [
         CloseReason::Finished,
         CloseReason::ClientReset,
         CloseReason::ServerReset,
@@ -60,6 +62,7 @@ impl CloseReason {
         CloseReason::Drained,
         CloseReason::WorkerLost,
         CloseReason::Evicted,
+        CloseReason::Killed,
     ];
 
     /// Its name in `status` and metrics.
@@ -80,6 +83,7 @@ impl CloseReason {
             CloseReason::Drained => "drained",
             CloseReason::WorkerLost => "worker_lost",
             CloseReason::Evicted => "evicted",
+            CloseReason::Killed => "killed",
         }
     }
 
@@ -113,7 +117,8 @@ impl CloseReason {
             | CloseReason::NoResources
             | CloseReason::Drained
             | CloseReason::WorkerLost
-            | CloseReason::Evicted => None,
+            | CloseReason::Evicted
+            | CloseReason::Killed => None,
         }
     }
 }

@@ -116,9 +116,19 @@ fn handle(request: &Value, knowledge: &Knowledge) -> Value {
         },
         Some("rebalance") => done(Request::Rebalance),
         Some("upgrade") => done(Request::Upgrade),
+        Some("sessions") => {
+            let query = request.get("query").cloned().unwrap_or_else(|| json!({}));
+            match serde_json::from_value(query).map_err(|error| format!("query: {error}")) {
+                Ok(query) => match knowledge.find_sessions(query) {
+                    Ok((found, silent)) => json!({"found": found, "silent": silent}),
+                    Err(error) => json!({"error": error}),
+                },
+                Err(error) => json!({"error": error}),
+            }
+        }
         Some(other) => {
             let shown: String = other.chars().take(40).collect();
-            let known = "status, reload, scale, rebalance, upgrade, drain, stop";
+            let known = "status, reload, scale, rebalance, upgrade, sessions, drain, stop";
             json!({"error": format!("unknown command {shown:?}; known are {known}")})
         }
         None => json!({"error": "a request is an object with a \"command\""}),

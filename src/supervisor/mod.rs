@@ -8,6 +8,7 @@
 
 mod activation;
 mod generation;
+mod inquiry;
 mod leave;
 mod ledger;
 mod notify;
@@ -40,6 +41,7 @@ use crate::supervision::{Action, Event, Phase, Supervision};
 use crate::sys::clock::{self, Millis};
 use crate::sys::signals::Signals;
 use generation::Generation;
+use inquiry::Inquiry;
 use leave::Leave;
 use notify::{Facts, Notify};
 use prepare::Prepared;
@@ -121,6 +123,7 @@ struct Supervisor {
     /// What earlier generations and slots have counted.
     past: Option<Generation>,
     leave: Option<Leave>,
+    inquiries: Vec<Inquiry>,
     /// Set when the daemon is over.
     end: Option<ExitCode>,
     announced: bool,
@@ -172,6 +175,7 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         scaled: None,
         past: None,
         leave: None,
+        inquiries: Vec::new(),
         end: None,
         announced: false,
         finishing: false,
@@ -236,6 +240,7 @@ impl Supervisor {
             self.handle_leave_deadline();
             self.handle_reload_deadline();
             self.handle_upgrade_deadline();
+            self.end_inquiries();
             self.check_finished();
             self.steering.update(clock::coarse(), &self.supervision, &self.slots, &self.generation);
             if self.notify.is_due(clock::coarse()) {
@@ -255,7 +260,7 @@ impl Supervisor {
         let watched = [self.watch.next_deadline(), self.notify.next_deadline()];
         let upgrade = self.upgrade.as_ref().and_then(Upgrade::deadline);
         let own = [self.supervision.next_deadline(), self.steward.due_at(), leave, reload, upgrade];
-        let steering = [self.steering.next_deadline(clock::coarse())];
+        let steering = [self.steering.next_deadline(clock::coarse()), self.inquiry_deadline()];
         own.into_iter().chain(watched).chain(steering).flatten().min()
     }
 
@@ -411,6 +416,7 @@ impl Supervisor {
                     self.handle_shared(slot);
                 }
             }
+            FromWorker::Found { id } => self.handle_found(token, id, fds),
             FromWorker::Failed { text, advice, .. } if role == Role::Next => {
                 self.abort_reload(&format!("{text}\n{advice}"));
             }
@@ -478,6 +484,7 @@ impl Supervisor {
     }
 
     fn handle_ended(&mut self, token: Token, status: ExitStatus) -> Result<(), Refusal> {
+        self.forget_in_inquiries(token);
         let Some((index, retiring, role)) = self.locate(token) else { return Ok(()) };
         let slot = if retiring { &mut self.retiring[index] } else { &mut self.slots[index] };
         if let Some((_, process)) = slot.find(token) {
@@ -601,6 +608,9 @@ impl Supervisor {
             Request::Upgrade => {
                 self.notify_reloading();
                 self.upgrade(Some(id)).map(|()| None).inspect_err(|_| self.finish_reload_notice())
+            }
+            Request::Sessions(query) => {
+                self.ask_workers(id, &query).map(|()| None).map_err(|text| Refusal::new(1, text, ""))
             }
         };
         match now {

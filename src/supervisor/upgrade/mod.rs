@@ -261,6 +261,7 @@ impl Supervisor {
     /// Runs the other image; returns only where that fails.
     pub(super) fn depart(&mut self, log: &mut Log) {
         let Some(Departure { requester, image, words }) = self.departure.take() else { return };
+        self.cut_inquiries();
         let (state, fds) = self.pack(requester);
         let json = serde_json::to_vec(&state).expect("plain data");
         log.flush();

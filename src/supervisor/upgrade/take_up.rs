@@ -216,6 +216,7 @@ fn build(
         last_token,
         told: Vec::new(),
         tables_changed: false,
+        inquiries: Vec::new(),
         upgrade: Some(upgrade),
         departure: None,
     };

@@ -10,7 +10,8 @@ use std::os::fd::AsRawFd;
 
 use mio::Registry;
 
-use super::{Sessions, Stage, is_unix, millis, register, tcp_options};
+use super::options::Lacks;
+use super::{Sessions, Stage, is_unix, millis, register};
 use crate::config::{ServerAddress, Target};
 use crate::counters::OfServer;
 use crate::relay::{CloseReason, Readiness, Side};
@@ -63,7 +64,7 @@ impl Sessions<'_> {
                 return self.close(key, attempt.failure, now);
             };
             let number = self.context.layout.server(upstream, server);
-            match self.connect(key, upstream, server) {
+            match self.connect(upstream, server) {
                 Ok(connecting) => {
                     let (stream, done) = match connecting {
                         Connecting::Done(stream) => (stream, true),
@@ -127,17 +128,20 @@ impl Sessions<'_> {
         Some((upstream, server))
     }
 
-    fn connect(&self, key: Key, upstream: usize, server: usize) -> io::Result<Connecting> {
-        let listener = self.slab.get(key).expect("the caller holds it").listener as usize;
+    fn connect(&self, upstream: usize, server: usize) -> io::Result<Connecting> {
         match &self.context.config.upstreams[upstream].servers[server].address {
-            ServerAddress::Ip(address) => connect_tcp(*address, &tcp_options(self.context.config, listener)),
+            ServerAddress::Ip(address) => connect_tcp(*address),
             ServerAddress::Unix(path) => connect_unix(path),
             ServerAddress::Name { .. } | ServerAddress::Srv(_) => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 
-    /// The server's socket says that the connect is decided.
-    pub(super) fn handle_connected(&mut self, registry: &Registry, key: Key, now: Millis) {
+    /// The server's socket says that the connect is decided; `failed` where
+    /// with an error: without one there is none to ask for.
+    pub(super) fn handle_connected(&mut self, registry: &Registry, key: Key, failed: bool, now: Millis) {
+        if !failed {
+            return self.establish(key, now);
+        }
         let entry = self.slab.get(key).expect("the caller found it");
         let server = entry.server.as_ref().expect("a connecting session has a server's socket");
         match server.take_error() {
@@ -209,6 +213,8 @@ impl Sessions<'_> {
         let index = entry.server_index.expect("an established session has a server") as usize;
         if is_unix(&self.context.config.upstreams[upstream].servers[index].address) {
             entry.session.probe_always(Side::Server);
+        } else {
+            entry.lacks = Lacks::All;
         }
         self.set_deadline(key, now);
         self.enqueue(key);

@@ -271,7 +271,8 @@ fn twenty_upgrades_leave_nothing_behind() {
         }
         it.upgrade();
         // The socket of commands is never without somebody behind it.
-        assert_eq!(it.run(&["status"]).0, Some(0));
+        let (code, text) = it.run(&["status"]);
+        assert_eq!(code, Some(0), "{text}");
     }
     assert_eq!(settled(), before);
     it.runs_the_file_alone(3);

@@ -15,7 +15,9 @@ use serde_json::Value;
 /// The longest answer that is read.
 const MAX_ANSWER: u64 = 64 << 20;
 /// How often a question is asked again whose answer did not come.
-const ASK_AGAIN: usize = 3;
+const ASK_AGAIN: usize = 10;
+/// And how long after: a process that ends is gone by then, nearly always.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// The control socket where none is named: `/run` for root, the user's own
 /// run-time directory for others.
@@ -55,6 +57,7 @@ pub fn ask(socket: &Path, command: &Value, wait: Duration) -> Result<Value, Stri
         if !is_question || !answer.as_ref().is_err_and(was_cut) {
             break;
         }
+        std::thread::sleep(PAUSE);
         answer = UnixStream::connect(socket).and_then(|stream| exchange(&stream, command, wait));
     }
     let answer = answer.map_err(|error| match error.kind() {

@@ -48,6 +48,9 @@ impl Steward {
         token: Token,
     ) -> io::Result<()> {
         self.due_at = None;
+        for child in &mut self.leaving {
+            let _ = child.kill();
+        }
         let (ours, theirs) = Channel::pair()?;
         ours.set_nonblocking()?;
         let child = prepared.image.spawn(&["steward".to_string()], theirs)?;
@@ -59,7 +62,8 @@ impl Steward {
             config_path: config_path.to_string(),
             started_at: prepared.started_at,
         };
-        let fds = [generation.sealed.as_fd(), prepared.control.as_fd()];
+        let bells = [prepared.board_bell.as_fd(), prepared.failure_bell.as_fd()];
+        let fds = [generation.sealed.as_fd(), prepared.control.as_fd(), bells[0], bells[1]];
         control::send(&process.channel, &ToSteward::Birth(birth), &fds)
     }
 
@@ -86,12 +90,13 @@ impl Steward {
         Ok(Steward { process: Some(process), ..Steward::default() })
     }
 
-    /// It hears no more, says its last words and ends; another one is to be
-    /// started.
-    pub fn retire(&mut self, registry: &Registry) {
+    /// It hears no more, says its last words and ends; when it is gone another
+    /// one is to be started: boards have one writer.
+    pub fn retire(&mut self, registry: &Registry, now: Millis) {
         let Some(process) = self.process.take() else { return };
         let _ = registry.deregister(&mut SourceFd(&process.channel.as_fd().as_raw_fd()));
         self.leaving.push(process.child);
+        self.due_at = Some(now + PATIENCE);
     }
 
     /// Tells it something; false where it is not there to hear it.
@@ -123,7 +128,12 @@ impl Steward {
 
     /// Looks whether it has ended; true where a new one is to be started now.
     pub fn reap(&mut self, registry: &Registry, now: Millis) -> bool {
-        self.leaving.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+        if !self.leaving.is_empty() {
+            self.leaving.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+            if self.leaving.is_empty() && self.process.is_none() {
+                return true;
+            }
+        }
         let Some(process) = &mut self.process else { return false };
         let Ok(Some(status)) = process.child.try_wait() else { return false };
         warn!("steward ended: {status}");

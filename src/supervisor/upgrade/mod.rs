@@ -26,7 +26,7 @@ use std::rc::Rc;
 use mio::Token;
 use tracing::{error, info, warn};
 
-pub use state::{ChildState, Packer, SlotState, Unpacker, probe};
+pub use state::{AccessLogState, ChildState, Packer, SlotState, Unpacker, probe};
 pub use take_up::{Left, left, resume};
 
 use self::state::{FORMAT, PROGRAM, Probe};
@@ -177,7 +177,7 @@ impl Supervisor {
             ));
         }
         let json = serde_json::to_vec(&probe.config).map_err(|error| error.to_string())?;
-        let generation = Generation::for_trial(&self.generation, &json, probe.words);
+        let generation = Generation::for_trial(&self.generation, &json, probe.words, probe.board_words);
         let generation = Rc::new(generation.map_err(|refusal| refusal.text)?);
         let token = self.new_token();
         let Some(upgrade) = &mut self.upgrade else { return Ok(()) };
@@ -307,8 +307,7 @@ impl Supervisor {
         let Some(upgrade) = self.upgrade.take() else { return false };
         info!("upgraded: {text}");
         self.answer(upgrade.requester, Ok(text.to_string()));
-        self.steward.retire(self.poll.registry());
-        self.start_steward();
+        self.steward.retire(self.poll.registry(), clock::coarse());
         true
     }
 }

@@ -15,6 +15,7 @@ use std::rc::Rc;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::board::{self, Override};
 use crate::config::{Config, Workers};
 use crate::control::SocketId;
 use crate::counters::{self, Layout};
@@ -39,6 +40,8 @@ pub struct Probe {
     pub shape: Vec<usize>,
     /// The words of a slot's counters.
     pub words: usize,
+    /// And those of a board.
+    pub board_words: usize,
     /// The file as it reads it, for its own trial worker.
     pub config: Value,
 }
@@ -59,6 +62,9 @@ pub struct State {
     pub account: Option<Account>,
     pub control: RawFd,
     pub lock: RawFd,
+    /// The board's, then the failures'.
+    pub bells: [RawFd; 2],
+    pub access_log: AccessLogState,
     /// The present one first.
     pub generations: Vec<GenerationState>,
     /// What nobody counts in any more.
@@ -70,6 +76,8 @@ pub struct State {
     pub steering: Option<steering::State>,
     #[serde(default)]
     pub steward: Option<ChildState>,
+    #[serde(default)]
+    pub overrides: Vec<(String, String, Override)>,
     #[serde(default)]
     pub scaled: Option<(usize, Workers)>,
     /// Who asked for the upgrade, as the steward knows it.
@@ -83,6 +91,7 @@ pub struct GenerationState {
     pub number: u64,
     pub config: RawFd,
     pub regions: Vec<RawFd>,
+    pub board: RawFd,
 }
 
 /// One slot.
@@ -96,6 +105,14 @@ pub struct SlotState {
     pub old: Vec<ChildState>,
     /// By their place in `generations`.
     pub ledgers: Vec<usize>,
+}
+
+/// The access log's ends, and its file.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct AccessLogState {
+    pub workers_end: RawFd,
+    pub stewards_end: RawFd,
+    pub file: Option<RawFd>,
 }
 
 /// One process.
@@ -115,6 +132,7 @@ pub fn probe(config: &Config) -> Probe {
         format: FORMAT,
         shape: counters::SHAPE.to_vec(),
         words: Layout::of(config).word_count(),
+        board_words: board::Layout::of(config).word_count(),
         config: serde_json::to_value(config).expect("a configuration is plain data"),
     }
 }
@@ -147,6 +165,7 @@ impl<'a> Packer<'a> {
             number: generation.number,
             config: self.keep(&generation.sealed),
             regions: generation.regions.iter().map(|region| self.keep(region)).collect(),
+            board: self.keep(&generation.board),
         }
     }
 }
@@ -171,6 +190,8 @@ impl Supervisor {
             account: self.prepared.account,
             control: packer.keep(&self.prepared.control),
             lock: packer.keep(&*self.prepared.lock),
+            bells: [packer.keep(&self.prepared.board_bell), packer.keep(&self.prepared.failure_bell)],
+            access_log: self.prepared.access_log.pack(&mut packer),
             generations: generations.into_iter().map(|generation| packer.generation(generation)).collect(),
             past: self.past.as_ref().map(|past| packer.generation(past)),
             slots,
@@ -178,6 +199,7 @@ impl Supervisor {
             supervision: self.supervision.clone(),
             steering: Some(self.steering.pack(&mut packer)),
             steward: self.steward.pack(&mut packer),
+            overrides: self.overrides.list(),
             scaled: self.scaled,
             requester,
         };

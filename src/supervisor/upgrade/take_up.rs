@@ -24,11 +24,13 @@ use tracing::{info, warn};
 
 use super::state::{FORMAT, GenerationState, State, Unpacker};
 use super::{Stage, Upgrade};
+use crate::board::Overrides;
 use crate::config;
 use crate::control::misbehave;
 use crate::counters;
 use crate::supervision::watch::Watch;
 use crate::supervisor::File as ConfigFile;
+use crate::supervisor::access_log::AccessLog;
 use crate::supervisor::generation::Generation;
 use crate::supervisor::notify::Notify;
 use crate::supervisor::prepare::Prepared;
@@ -37,6 +39,7 @@ use crate::supervisor::slot::Slot;
 use crate::supervisor::steering::Steering;
 use crate::supervisor::steward::Steward;
 use crate::supervisor::{FIRST_PROCESS, HANDLED, Refusal, SIGNALS, STEWARD, Start, Supervisor};
+use crate::sys::bell::Bell;
 use crate::sys::clock;
 use crate::sys::exec;
 use crate::sys::process::Image;
@@ -173,6 +176,7 @@ fn build(
     let loads = steering.loads().transpose().map_err(text)?;
     let control = UnixListener::from(unpacker.take(state.control)?);
     let own = Image::own().map_err(text)?;
+    let access_log = AccessLog::unpack(&state.access_log, &mut unpacker)?;
     // Last of all: dropping it would let go of the lock.
     let lock = Flock::lock(File::from(unpacker.take(state.lock)?), FlockArg::LockExclusiveNonblock);
     let prepared = Prepared {
@@ -180,7 +184,10 @@ fn build(
         program: state.program,
         account: state.account,
         loads,
+        access_log,
         control,
+        board_bell: Bell::from_fd(unpacker.take(state.bells[0])?),
+        failure_bell: Bell::from_fd(unpacker.take(state.bells[1])?),
         started_at: state.started_at,
         notes: Vec::new(),
         socket: state.socket.clone(),
@@ -216,6 +223,8 @@ fn build(
         last_token,
         told: Vec::new(),
         tables_changed: false,
+        overrides: Overrides::from_list(state.overrides),
+        overrides_changed: true,
         inquiries: Vec::new(),
         upgrade: Some(upgrade),
         departure: None,
@@ -228,7 +237,8 @@ fn restore(state: &GenerationState, unpacker: &mut Unpacker) -> Result<Generatio
     let config = config::read_older(&json)
         .map_err(|error| format!("the configuration of generation {}: {error}", state.number))?;
     let regions = state.regions.iter().map(|number| unpacker.take(*number));
-    Generation::restore(state.number, config, regions.collect::<Result<_, _>>()?)
+    let regions = regions.collect::<Result<_, _>>()?;
+    Generation::restore(state.number, config, regions, unpacker.take(state.board)?)
 }
 
 fn text(error: std::io::Error) -> String {

@@ -124,6 +124,17 @@ pub struct Flows {
     pub datagrams_out: u64,
     /// Sockets at which UDP_SEGMENT failed and was given up, each time.
     pub offload_failures: u64,
+    /// Handed over from one worker to another, whole.
+    #[serde(default)]
+    pub handed_over: u64,
+    /// Lived while the number of workers changed, where nobody can say which
+    /// worker their datagrams come to from then on: some begin anew.
+    #[serde(default)]
+    pub unsteered: u64,
+    /// Datagrams that came to the wrong worker in the moment of a change, and
+    /// were passed on to the right one.
+    #[serde(default)]
+    pub passed_on: u64,
 }
 
 impl Listener {

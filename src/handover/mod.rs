@@ -11,6 +11,8 @@
 //! an error, never a panic. Bounded by `MAX_SESSIONS` a bundle, because a
 //! message carries 253 descriptors at most.
 
+pub mod flows;
+
 use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};

@@ -176,6 +176,9 @@ fn flows(sum: &Sum) -> Flows {
         datagrams_in: of_flows(OfFlows::DatagramsIn),
         datagrams_out: of_flows(OfFlows::DatagramsOut),
         offload_failures: of_flows(OfFlows::OffloadFailures),
+        handed_over: of_flows(OfFlows::TakenOver),
+        unsteered: of_flows(OfFlows::Unsteered),
+        passed_on: of_flows(OfFlows::PassedOn),
     }
 }
 

@@ -16,6 +16,7 @@ mod notify;
 mod plan;
 mod prepare;
 mod reload;
+mod shift;
 mod slot;
 mod steering;
 mod steward;
@@ -48,6 +49,7 @@ use leave::Leave;
 use notify::{Facts, Notify};
 use prepare::Prepared;
 use reload::{Reload, Transfers};
+use shift::Shift;
 use slot::{Role, Slot};
 use steering::Steering;
 use steward::Steward;
@@ -119,6 +121,9 @@ struct Supervisor {
     watch: Watch,
     notify: Notify,
     reload: Option<Reload>,
+    shift: Option<Shift>,
+    /// Helpers, and the slots whose flows they have to give back.
+    to_give_back: Vec<(usize, usize)>,
     transfers: Transfers,
     /// What `scale` set, and what the file said then.
     scaled: Option<(usize, Workers)>,
@@ -176,6 +181,8 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         supervision: Supervision::new(slot_count),
         steering,
         reload: None,
+        shift: None,
+        to_give_back: Vec::new(),
         transfers: Transfers::default(),
         scaled: None,
         past: None,
@@ -225,7 +232,8 @@ impl Supervisor {
     /// Until the daemon is over, or another image is to be run.
     fn serve(&mut self) -> Result<(), Refusal> {
         let mut events = Events::with_capacity(128);
-        while self.end.is_none() && self.departure.is_none() {
+        // Flows that are just moving arrive first.
+        while self.end.is_none() && (self.departure.is_none() || self.shift.is_some()) {
             let timeout =
                 self.next_wake().map(|at| Duration::from_millis(at.saturating_sub(clock::coarse())));
             // The coarse clock steps by some milliseconds: never spin for it.
@@ -247,9 +255,10 @@ impl Supervisor {
             self.handle_leave_deadline();
             self.handle_reload_deadline();
             self.handle_upgrade_deadline();
+            self.handle_shift_deadline();
             self.end_inquiries();
             self.check_finished();
-            self.steering.update(clock::coarse(), &self.supervision, &self.slots, &self.generation);
+            self.steer();
             if self.notify.is_due(clock::coarse()) {
                 self.notify.tick(clock::coarse(), &self.facts());
             }
@@ -261,12 +270,26 @@ impl Supervisor {
         Ok(())
     }
 
+    /// Brings the steering up to date, flows included.
+    fn steer(&mut self) {
+        self.update_steering();
+        self.begin_shift();
+        self.check_shifted();
+    }
+
+    fn update_steering(&mut self) {
+        let flow_slots = self.flow_slots();
+        let now = clock::coarse();
+        self.steering.update(now, &self.supervision, &self.slots, &self.generation, flow_slots);
+    }
+
     fn next_wake(&self) -> Option<Millis> {
         let leave = self.leave.as_ref().and_then(Leave::kill_at);
         let reload = self.reload.as_ref().map(Reload::deadline);
         let watched = [self.watch.next_deadline(), self.notify.next_deadline()];
         let upgrade = self.upgrade.as_ref().and_then(Upgrade::deadline);
-        let own = [self.supervision.next_deadline(), self.steward.due_at(), leave, reload, upgrade];
+        let shift = self.shift.as_ref().map(Shift::deadline);
+        let own = [self.supervision.next_deadline(), self.steward.due_at(), leave, reload, upgrade, shift];
         let steering = [self.steering.next_deadline(clock::coarse()), self.inquiry_deadline()];
         own.into_iter().chain(watched).chain(steering).flatten().min()
     }
@@ -277,7 +300,10 @@ impl Supervisor {
             match action {
                 Action::Spawn(slot) => self.spawn(slot)?,
                 Action::Lend { slot, to } => self.lend(slot, to),
-                Action::Recall { slot, from } => self.slots[from].tell(&ToWorker::Recall { slot }),
+                Action::Recall { slot, from } => {
+                    self.slots[from].tell(&ToWorker::Recall { slot });
+                    self.to_give_back.push((from, slot));
+                }
                 Action::Drain(slot) => self.drain(slot),
                 Action::Kill(slot) => {
                     if let Some(process) = &mut self.slots[slot].current {
@@ -303,9 +329,13 @@ impl Supervisor {
         let token = self.new_token();
         let generation = Rc::clone(&self.generation);
         match self.slots[slot].spawn(&self.prepared, &generation, self.poll.registry(), token) {
-            Ok(mut process) => {
-                process.tell(&ToWorker::Serve, &[]);
+            Ok(process) => {
                 self.slots[slot].current = Some(process);
+                if self.shift.as_ref().is_some_and(|shift| shift.gives_to(slot)) {
+                    self.slots[slot].tell(&ToWorker::Hold);
+                }
+                self.hand_over_again(slot);
+                self.slots[slot].tell(&ToWorker::Serve);
                 self.watch.begin(slot, clock::coarse());
                 Ok(())
             }
@@ -423,6 +453,11 @@ impl Supervisor {
                     self.handle_shared(slot);
                 }
             }
+            FromWorker::Held if role == Role::Current && !retiring => self.handle_held(slot),
+            FromWorker::FlowsPassed { moved, left } if role == Role::Current && !retiring => {
+                self.handle_flows_passed(slot, moved, left);
+            }
+            FromWorker::Held | FromWorker::FlowsPassed { .. } => {}
             FromWorker::Found { id } => self.handle_found(token, id, fds),
             FromWorker::Failed { text, advice, .. } if role == Role::Next => {
                 self.abort_reload(&format!("{text}\n{advice}"));
@@ -522,6 +557,7 @@ impl Supervisor {
                 } else {
                     warn!(slot = index, "worker ended: {status}");
                 }
+                self.note_shift_end_of(index);
                 self.step(Event::Exited { slot: index, clean: status.success() })?;
                 self.handle_shared(index);
             }

@@ -20,6 +20,7 @@ mod hang;
 mod leave;
 mod listeners;
 mod load;
+mod places;
 mod sessions;
 mod test_hook;
 

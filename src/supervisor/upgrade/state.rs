@@ -80,6 +80,8 @@ pub struct State {
     pub overrides: Vec<(String, String, Override)>,
     #[serde(default)]
     pub scaled: Option<(usize, Workers)>,
+    #[serde(default)]
+    pub to_give_back: Vec<(usize, usize)>,
     /// Who asked for the upgrade, as the steward knows it.
     #[serde(default)]
     pub requester: Option<u64>,
@@ -201,6 +203,7 @@ impl Supervisor {
             steward: self.steward.pack(&mut packer),
             overrides: self.overrides.list(),
             scaled: self.scaled,
+            to_give_back: self.to_give_back.clone(),
             requester,
         };
         (state, packer.fds)

@@ -225,6 +225,8 @@ fn build(
         tables_changed: false,
         overrides: Overrides::from_list(state.overrides),
         overrides_changed: true,
+        shift: None,
+        to_give_back: state.to_give_back,
         inquiries: Vec::new(),
         upgrade: Some(upgrade),
         departure: None,

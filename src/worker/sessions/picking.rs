@@ -5,7 +5,7 @@ use mio::Registry;
 use super::connect::Attempt;
 use super::{Sessions, Stage};
 use crate::balance::{Ask, Pick};
-use crate::board::{Address, Health};
+use crate::board::Health;
 use crate::config::{OnDown, ServerAddress};
 use crate::relay::CloseReason;
 use crate::slab::Key;
@@ -65,33 +65,21 @@ impl Sessions<'_> {
 
     /// The server of the configuration that a place belongs to.
     pub(super) fn server_at(&self, upstream: usize, place: usize) -> &ServerAddress {
-        let server = self.context.layout.numbering().server_of(upstream, place);
-        &self.context.config.upstreams[upstream].servers[server].address
+        self.context.server_at(upstream, place)
     }
 
     /// Where a place leads now; `None` where it is vacant.
     pub(super) fn address_at(&self, upstream: usize, place: usize) -> Option<ServerAddress> {
-        match self.balancers[upstream].places().get(place)?.address? {
-            Address::Ip(address) => Some(ServerAddress::Ip(address)),
-            Address::Unix => Some(self.server_at(upstream, place).clone()),
-        }
+        self.context.address_at(&self.balancers[upstream], upstream, place)
     }
 
     /// What a place is called between processes, whatever its number.
     pub(super) fn place_name(&self, upstream: usize, place: usize) -> String {
-        let server = self.server_at(upstream, place);
-        match server {
-            ServerAddress::Ip(_) | ServerAddress::Unix(_) => server.to_string(),
-            ServerAddress::Name { .. } | ServerAddress::Srv(_) => match self.address_at(upstream, place) {
-                Some(address) => format!("{server}={address}"),
-                None => String::new(),
-            },
-        }
+        self.context.place_name(&self.balancers[upstream], upstream, place)
     }
 
     /// The place of this name.
     pub(super) fn place_named(&self, upstream: usize, name: &str) -> Option<usize> {
-        let places = self.context.layout.numbering().places_in(upstream);
-        (0..places).find(|&place| !name.is_empty() && self.place_name(upstream, place) == name)
+        self.context.place_named(&self.balancers[upstream], upstream, name)
     }
 }

@@ -258,13 +258,11 @@ fn twenty_upgrades_leave_nothing_behind() {
     let it = Upgradable::ready(&config(2, &server.to_string()));
     let mut session = connect(local(8080));
     exchange(&mut session, b"x").expect("served");
-    let settled = || {
-        eventually("old processes are gone", || it.daemon.children().len() == 3);
-        weight(&it.daemon)
-    };
     it.install_version(0);
     it.upgrade();
-    let before = settled();
+    eventually("the new steward is there", || it.daemon.log().matches("steward ready").count() == 2);
+    it.runs_the_file_alone(3);
+    let before = weight(&it.daemon);
     for round in 1..=20 {
         if round % 5 == 0 {
             it.install_version(round);
@@ -274,7 +272,13 @@ fn twenty_upgrades_leave_nothing_behind() {
         let (code, text) = it.run(&["status"]);
         assert_eq!(code, Some(0), "{text}");
     }
-    assert_eq!(settled(), before);
+    eventually("as many descriptors as before", || {
+        let now = weight(&it.daemon);
+        if now != before {
+            eprintln!("{now:?} and not {before:?}: {:?}", descriptors(&it.daemon));
+        }
+        now == before
+    });
     it.runs_the_file_alone(3);
     exchange(&mut session, b"x").expect("it was handed over 21 times");
 }
@@ -502,7 +506,8 @@ fn the_table_of_steering_goes_on() {
     };
     ask_all();
     let slots = |it: &Upgradable| it.daemon.listener("datagrams").spread.per_slot;
-    let before = slots(&it);
+    // In one slot alone by chance: 4 in 4^40.
+    assert!(slots(&it).iter().filter(|count| **count > 0).count() > 1);
     for round in 0..3 {
         it.install_version(round);
         it.upgrade();
@@ -510,7 +515,7 @@ fn the_table_of_steering_goes_on() {
         let at = slots(&it);
         ask_all();
         let gained: Vec<u64> = slots(&it).iter().zip(&at).map(|(now, before)| now - before).collect();
-        assert_eq!(gained, before, "each flow begins anew in its own slot");
+        assert_eq!(gained, [0; 4], "a flow began anew: its datagrams came to another slot");
     }
     assert_eq!(it.run(&["scale", "2"]).0, Some(0));
     ask_all();

@@ -94,6 +94,8 @@ struct SteeredState {
     seed: u32,
     weights: Vec<u32>,
     table: Vec<u8>,
+    /// All this is in force.
+    is_applied: bool,
 }
 
 /// A change for which flows have to move.
@@ -189,6 +191,7 @@ impl Steering {
             seed: steered.plan.seed,
             weights: steered.weights.clone(),
             table: steered.table.bytes().to_vec(),
+            is_applied: steered.is_applied,
         });
         State {
             listeners: listeners.collect(),
@@ -223,9 +226,14 @@ impl Steering {
             steered.plan.seed = left.seed;
             steered.weights.clone_from(&left.weights);
             steered.table = Table::from_bytes(table);
+            steered.is_applied = left.is_applied;
+            steered.is_due = !left.is_applied;
         }
         for (id, group) in state.groups {
             let group = Group::unpack(group, unpacker, &id, slots)?;
+            for steered in steering.listeners.iter_mut().filter(|steered| steered.ids.contains(&id)) {
+                steered.active = group.active();
+            }
             steering.groups.insert(id, group);
         }
         Ok(steering)

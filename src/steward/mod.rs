@@ -9,7 +9,9 @@
 //! listens to the supervisor. It ends with its supervisor, and may be killed
 //! at any time: traffic never passes here, and a new one takes its place.
 
+mod admin;
 mod control_socket;
+mod figures;
 mod report;
 
 use std::collections::HashMap;
@@ -25,12 +27,16 @@ use nix::sys::signal::Signal;
 use tracing::{error, warn};
 
 use crate::config::Config;
-use crate::control::{self, FromSteward, Request, StewardBirth, Table, ToSteward, WorkerState};
+use crate::control::{
+    self, DaemonState, FromSteward, ListenerFigures, Request, StewardBirth, Table, ToSteward, WorkerState,
+};
 use crate::counters::Layout;
 use crate::steering::Expected;
 use crate::sys::channel::Channel;
 use crate::sys::shared::{self, Region};
 use crate::sys::{accounts, process, signals};
+use admin::Admin;
+use figures::Figures;
 
 /// How long a steward without a supervisor goes on answering what was asked.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -47,6 +53,8 @@ struct Knowledge {
     workers: Mutex<Vec<WorkerState>>,
     /// By listener: the mechanism in force, and what slots should have got.
     steering: Mutex<HashMap<String, (String, Expected)>>,
+    daemon: Mutex<DaemonState>,
+    figures: Figures,
     channel: Channel,
     pending: Mutex<Pending>,
     /// Requests that are being answered.
@@ -118,21 +126,25 @@ fn serve(channel: Channel) -> Result<(), String> {
         view: RwLock::default(),
         workers: Mutex::default(),
         steering: Mutex::default(),
+        daemon: Mutex::default(),
+        figures: Figures::default(),
         channel,
         pending: Mutex::default(),
         busy: AtomicUsize::new(0),
     });
     // Nobody is answered before the counters are known: they would seem to
     // have gone back.
+    let mut admin = Admin::default();
     while !knowledge.is_complete() {
-        if !hear(&knowledge)? {
+        if !hear(&knowledge, &mut admin)? {
             return Ok(());
         }
     }
     control::send(&knowledge.channel, &FromSteward::Ready, &[]).map_err(|e| e.to_string())?;
     let answering = Arc::clone(&knowledge);
     std::thread::spawn(move || control_socket::serve(&listener, &answering));
-    while hear(&knowledge)? {}
+    admin.begin();
+    while hear(&knowledge, &mut admin)? {}
     // Who asked for the end is still to be told that it was done.
     let deadline = Instant::now() + LAST_WORDS;
     while knowledge.busy.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
@@ -142,7 +154,7 @@ fn serve(channel: Channel) -> Result<(), String> {
 }
 
 /// Takes in one message; false where the supervisor is gone.
-fn hear(knowledge: &Knowledge) -> Result<bool, String> {
+fn hear(knowledge: &Arc<Knowledge>, admin: &mut Admin) -> Result<bool, String> {
     match control::receive(&knowledge.channel) {
         Ok(None) => return Ok(false),
         Ok(Some((ToSteward::Workers(workers), _))) => {
@@ -164,6 +176,16 @@ fn hear(knowledge: &Knowledge) -> Result<bool, String> {
             };
             steering.insert(listener, (active, expected));
         }
+        Ok(Some((ToSteward::Daemon(state), _))) => {
+            *knowledge.daemon.lock().expect("no thread panics with it") = state;
+        }
+        Ok(Some((ToSteward::Admin { address }, fds))) => {
+            admin.serve_at(address.zip(fds.into_iter().next()), knowledge);
+        }
+        Ok(Some((ToSteward::Figures, fds))) => match read_figures(fds) {
+            Ok(figures) => knowledge.figures.handle_come(figures),
+            Err(error) => warn!(%error, "the sockets' figures were not understood"),
+        },
         Ok(Some((ToSteward::Answer { id, answer }, _))) => {
             let waiting = knowledge.pending.lock().expect("no thread panics with it").waiting.remove(&id);
             if let Some(waiting) = waiting {
@@ -175,6 +197,11 @@ fn hear(knowledge: &Knowledge) -> Result<bool, String> {
         Err(error) => warn!(%error, "a message of the supervisor was not understood"),
     }
     Ok(true)
+}
+
+fn read_figures(fds: Vec<OwnedFd>) -> std::io::Result<Vec<ListenerFigures>> {
+    let memory = fds.into_iter().next().ok_or(std::io::ErrorKind::InvalidData)?;
+    Ok(serde_json::from_slice(&shared::read_sealed(memory)?)?)
 }
 
 impl View {
@@ -208,6 +235,15 @@ impl Knowledge {
 
     fn is_complete(&self) -> bool {
         !self.view().configs.is_empty() && !self.workers.lock().expect("no thread panics with it").is_empty()
+    }
+
+    /// What waits at the sockets now.
+    fn figures(&self) -> Arc<Vec<ListenerFigures>> {
+        self.figures.fresh(|| {
+            if let Err(error) = control::send(&self.channel, &FromSteward::Figures, &[]) {
+                warn!(%error, "the supervisor was not asked for figures");
+            }
+        })
     }
 
     /// Asks the supervisor and waits for its answer.

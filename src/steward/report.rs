@@ -4,13 +4,17 @@ use std::collections::BTreeMap;
 
 use super::{Knowledge, View};
 use crate::config::{Config, Mode, Word};
-use crate::control::WorkerState;
-use crate::control::status::{Flows, Listener, Server, SlotFlows, Status, Upstream, Worker};
-use crate::counters::{Cell, Counters, Layout, OfFlows, OfListener, OfServer, Process};
+use crate::control::status::{Connect, Flows, Listener, Queue, Server, SlotFlows, Status, Upstream, Worker};
+use crate::control::{DaemonState, ListenerFigures, SlotFigures, WorkerState};
+use crate::counters::{CONNECT_BOUNDS, Cell, Counters, Layout, OfFlows, OfListener, OfServer, Process};
 use crate::flow::DropReason;
 use crate::relay::CloseReason;
 use crate::spread::Spread;
 use crate::steering::Expected;
+use crate::sys::clock;
+
+/// The reason of datagrams for which the socket's buffer had no room.
+const FULL_BUFFER: &str = "receive_buffer";
 
 /// One table's counters with the configuration that they are of.
 struct Source<'a> {
@@ -27,16 +31,74 @@ pub fn status(knowledge: &Knowledge) -> Status {
     let workers = knowledge.workers.lock().expect("no thread panics with it").clone();
     let config = &view.configs[0].0;
     let slot_count = workers.len();
+    let daemon = knowledge.daemon.lock().expect("no thread panics with it").clone();
+    let figures = knowledge.figures();
+    let unhealthy = unfit(&daemon, &workers);
     Status {
         version: env!("CARGO_PKG_VERSION").into(),
         pid: knowledge.birth.supervisor_pid,
         generation: view.generation,
         started_at: knowledge.birth.started_at,
+        uptime_ms: clock::coarse().saturating_sub(knowledge.birth.started),
         config_path: knowledge.birth.config_path.clone(),
+        healthy: unhealthy.is_none(),
+        unhealthy,
+        reload: daemon.reload,
         workers: workers.iter().map(|state| worker(state, &sources)).collect(),
-        listeners: config.listeners.iter().map(|l| listener(knowledge, l, slot_count, &sources)).collect(),
+        listeners: config
+            .listeners
+            .iter()
+            .map(|l| with_queues(listener(knowledge, l, slot_count, &sources), &figures))
+            .collect(),
         upstreams: config.upstreams.iter().map(|u| upstream(u, &sources)).collect(),
     }
+}
+
+/// Why whoever asks for health should send nobody here; `None` = do.
+pub fn unhealthy(knowledge: &Knowledge) -> Option<String> {
+    let daemon = knowledge.daemon.lock().expect("no thread panics with it");
+    unfit(&daemon, &knowledge.workers.lock().expect("no thread panics with it"))
+}
+
+fn unfit(daemon: &DaemonState, workers: &[WorkerState]) -> Option<String> {
+    if daemon.leaving {
+        return Some("draining: the daemon is leaving".into());
+    }
+    // A slot that a reload adds is nobody's yet: the others serve.
+    let is_coming = |worker: &&WorkerState| daemon.announced && worker.pid == 0 && worker.state == "starting";
+    let idle = workers.iter().filter(|worker| worker.state != "ready" && !is_coming(worker));
+    let idle: Vec<String> =
+        idle.map(|worker| format!("slot {} does not serve: {}", worker.slot, worker.state)).collect();
+    (!idle.is_empty()).then(|| idle.join("; "))
+}
+
+/// Fills in what the supervisor saw at the listener's sockets.
+fn with_queues(mut listener: Listener, figures: &[ListenerFigures]) -> Listener {
+    let slot_count = listener.active_per_slot.len();
+    let Some(seen) = figures.iter().find(|seen| seen.listener == listener.name) else {
+        listener.queues = vec![Queue::default(); slot_count];
+        return listener;
+    };
+    let queue = |slot| seen.slots.get(slot).copied().unwrap_or_default();
+    let queues = (0..slot_count).map(queue);
+    listener.queues =
+        queues.map(|SlotFigures { waiting, limit, dropped }| Queue { waiting, limit, dropped }).collect();
+    let dropped: u64 = listener.queues.iter().map(|queue| queue.dropped).sum();
+    if listener.flows.is_none() {
+        listener.accept_queue = listener.queues.iter().map(|queue| queue.waiting).sum();
+        listener.accept_overflows = dropped;
+        return listener;
+    }
+    // The socket's own count: it goes on while no worker looks.
+    let set = |map: &mut BTreeMap<String, u64>, count| match count {
+        0 => drop(map.remove(FULL_BUFFER)),
+        count => drop(map.insert(FULL_BUFFER.into(), count)),
+    };
+    set(&mut listener.dropped, dropped);
+    for (flows, queue) in listener.flows_per_slot.iter_mut().zip(&listener.queues) {
+        set(&mut flows.dropped, queue.dropped);
+    }
+    listener
 }
 
 fn sources(view: &View) -> Vec<Source<'_>> {
@@ -58,6 +120,7 @@ fn worker(state: &WorkerState, sources: &[Source]) -> Worker {
         generation: state.generation,
         state: state.state.clone(),
         restarts: state.restarts,
+        restart_reasons: state.restart_reasons.clone(),
         accepted: sum(Process::Accepted),
         active: sum(Process::Active),
         loop_lag_us: lag.unwrap_or(0),
@@ -136,6 +199,9 @@ fn listener(
         active: sum(OfListener::Active),
         bytes_in: sum(OfListener::BytesIn),
         bytes_out: sum(OfListener::BytesOut),
+        accept_queue: 0,
+        accept_overflows: 0,
+        queues: Vec::new(),
         flows: is_udp.then(|| flows(&total)),
         dropped: if is_udp { dropped(&total) } else { BTreeMap::new() },
         flows_per_slot: (0..udp_slots).map(slot_flows).collect(),
@@ -177,7 +243,7 @@ fn dropped(sum: &Sum) -> BTreeMap<String, u64> {
         (reason.name().to_string(), count)
     });
     let kernel = sum(&|counters, listener| counters.flows(listener, OfFlows::KernelDrops).get());
-    let kernel = [("receive_buffer".to_string(), kernel)];
+    let kernel = [(FULL_BUFFER.to_string(), kernel)];
     own.chain(kernel).filter(|(_, count)| *count > 0).collect()
 }
 
@@ -195,16 +261,102 @@ fn upstream(config: &crate::config::Upstream, sources: &[Source]) -> Upstream {
             active: sum(OfServer::Active),
             connections: sum(OfServer::Connections),
             failures: sum(OfServer::Failures),
+            connect: connect(&sum, &address, config, sources),
             address: address.clone(),
         }
     });
     Upstream { name: config.name.clone(), balance: config.balance.word().into(), servers: servers.collect() }
 }
 
-/// A server's cell in a table, where that generation had the server.
-fn cell_of<'a>(source: &Source<'a>, upstream: &str, address: &str, which: OfServer) -> Option<Cell<'a>> {
+/// How long connects to a server took.
+fn connect(
+    sum: &dyn Fn(OfServer) -> u64,
+    address: &str,
+    upstream: &crate::config::Upstream,
+    sources: &[Source],
+) -> Connect {
+    let mut buckets = vec![0; CONNECT_BOUNDS.len() + 1];
+    for source in sources {
+        if let Some(server) = server_of(source, &upstream.name, address) {
+            for (bucket, count) in buckets.iter_mut().enumerate() {
+                *count += source.counters.connects(server, bucket).get();
+            }
+        }
+    }
+    Connect {
+        count: buckets.iter().sum(),
+        sum_us: sum(OfServer::ConnectTime),
+        p50_us: quantile(&buckets, 50),
+        p99_us: quantile(&buckets, 99),
+        buckets,
+    }
+}
+
+/// The upper bound of the bucket in which so many percent are reached.
+fn quantile(buckets: &[u64], percent: u64) -> u64 {
+    let wanted = (buckets.iter().sum::<u64>() * percent).div_ceil(100);
+    let mut seen = 0;
+    let bucket = buckets.iter().position(|count| {
+        seen += count;
+        seen >= wanted && wanted > 0
+    });
+    bucket.map_or(0, |bucket| CONNECT_BOUNDS[bucket.min(CONNECT_BOUNDS.len() - 1)])
+}
+
+/// A server's number in a table, where that generation had the server.
+fn server_of(source: &Source, upstream: &str, address: &str) -> Option<usize> {
     let index = source.config.upstreams.iter().position(|u| u.name == upstream)?;
     let servers = &source.config.upstreams[index].servers;
     let server = servers.iter().position(|server| server.address.to_string() == address)?;
-    Some(source.counters.server(source.layout.server(index, server), which))
+    Some(source.layout.server(index, server))
+}
+
+/// A server's cell in a table.
+fn cell_of<'a>(source: &Source<'a>, upstream: &str, address: &str, which: OfServer) -> Option<Cell<'a>> {
+    Some(source.counters.server(server_of(source, upstream, address)?, which))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn worker(slot: usize, pid: u32, state: &str) -> WorkerState {
+        let restart_reasons = BTreeMap::new();
+        WorkerState {
+            slot,
+            pid,
+            generation: 1,
+            state: state.into(),
+            restarts: 0,
+            restart_reasons,
+            helped_by: None,
+        }
+    }
+
+    #[test]
+    fn a_slot_without_a_worker_is_unhealthy_and_one_that_is_to_come_is_not() {
+        let up = DaemonState { announced: true, ..DaemonState::default() };
+        let at = |daemon: &DaemonState, workers: &[WorkerState]| unfit(daemon, workers);
+        assert_eq!(at(&up, &[worker(0, 7, "ready"), worker(1, 0, "starting")]), None);
+        let text = at(&up, &[worker(0, 7, "ready"), worker(1, 0, "backoff")]).expect("a reason");
+        assert_eq!(text, "slot 1 does not serve: backoff");
+        assert!(at(&up, &[worker(0, 7, "starting")]).is_some());
+        assert!(at(&DaemonState::default(), &[worker(0, 7, "ready"), worker(1, 0, "starting")]).is_some());
+        let leaving = DaemonState { leaving: true, ..up };
+        assert!(at(&leaving, &[worker(0, 7, "ready")]).expect("a reason").starts_with("draining"));
+    }
+
+    #[test]
+    fn quantiles_are_the_ends_of_their_buckets() {
+        let mut buckets = vec![0; CONNECT_BOUNDS.len() + 1];
+        assert_eq!(quantile(&buckets, 50), 0);
+        buckets[0] = 98;
+        buckets[3] = 2;
+        assert_eq!(
+            (quantile(&buckets, 50), quantile(&buckets, 98), quantile(&buckets, 99)),
+            (100, 100, 1_000)
+        );
+        buckets[15] = 1_000;
+        assert_eq!(quantile(&buckets, 99), 5_000_000);
+    }
 }

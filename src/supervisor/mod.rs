@@ -7,6 +7,8 @@
 //! keeps its privilege until then: later workers need the same uid to bind.
 
 mod activation;
+mod admin;
+mod figures;
 mod generation;
 mod leave;
 mod ledger;
@@ -14,6 +16,7 @@ mod notify;
 mod plan;
 mod prepare;
 mod reload;
+mod seen;
 mod slot;
 mod steering;
 mod steward;
@@ -42,6 +45,7 @@ use leave::Leave;
 use notify::{Facts, Notify};
 use prepare::Prepared;
 use reload::{Reload, Transfers};
+use seen::Seen;
 use slot::{Role, Slot};
 use steering::Steering;
 use steward::Steward;
@@ -115,6 +119,7 @@ struct Supervisor {
     finishing: bool,
     last_token: usize,
     told: Vec<WorkerState>,
+    seen: Seen,
     tables_changed: bool,
 }
 
@@ -160,6 +165,7 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         finishing: false,
         last_token: FIRST_PROCESS,
         told: Vec::new(),
+        seen: Seen::default(),
         tables_changed: false,
     };
     supervisor.serve()
@@ -399,6 +405,7 @@ impl Supervisor {
                     self.notify_reloading();
                     if let Err(refusal) = self.reload_file(None, false) {
                         error!("not reloaded: {}", refusal.text);
+                        self.seen.note_reload(false, &refusal.text);
                         self.finish_reload_notice();
                     }
                 }
@@ -445,6 +452,7 @@ impl Supervisor {
                     info!(slot = index, "worker has left");
                 } else {
                     warn!(slot = index, "worker ended: {status}");
+                    self.count_end(index, status);
                 }
                 self.step(Event::Exited { slot: index, clean: status.success() })?;
                 self.handle_shared(index);
@@ -518,6 +526,7 @@ impl Supervisor {
             self.steward.handle_failure(now);
         }
         self.told.clear();
+        self.seen.forget_told();
         self.steering.forget_told();
         self.tables_changed = true;
         self.tell_steward();
@@ -527,6 +536,7 @@ impl Supervisor {
         while let Some(message) = self.steward.receive(self.poll.registry()) {
             match message {
                 FromSteward::Ready => info!("steward ready"),
+                FromSteward::Figures => self.tell_figures(),
                 FromSteward::Request { id, request } => self.handle_request(id, request),
             }
         }
@@ -548,7 +558,10 @@ impl Supervisor {
             Request::Reload { dry_run: true } => self.reload_file(Some(id), true),
             Request::Reload { dry_run: false } => {
                 self.notify_reloading();
-                self.reload_file(Some(id), false).inspect_err(|_| self.finish_reload_notice())
+                self.reload_file(Some(id), false).inspect_err(|refusal| {
+                    self.seen.note_reload(false, &refusal.text);
+                    self.finish_reload_notice();
+                })
             }
             Request::Scale(count) => self.scale(count, id).map(|()| None),
             Request::Rebalance => self.rebalance(id).map(|()| None),
@@ -592,6 +605,7 @@ impl Supervisor {
         if states != self.told && self.steward.send(&ToSteward::Workers(states.clone()), &[]) {
             self.told = states;
         }
+        self.tell_seen();
         let steward = &mut self.steward;
         self.steering.tell(|message| steward.send(message, &[]));
     }
@@ -617,6 +631,7 @@ impl Supervisor {
             Phase::Hung { .. } => "hung",
             Phase::Draining | Phase::Gone => "draining",
         };
+        let restart_reasons = self.restart_reasons(slot);
         WorkerState {
             slot,
             pid: self.slots[slot].pid(),
@@ -625,7 +640,8 @@ impl Supervisor {
                 .as_ref()
                 .map_or(self.generation.number, |p| p.generation.number),
             state: state.into(),
-            restarts: self.supervision.restarts(slot),
+            restarts: restart_reasons.values().sum(),
+            restart_reasons,
             helped_by: self.supervision.lent_to(slot),
         }
     }

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{Flock, FlockArg};
 
 use super::activation::{self, Assignment};
+use super::admin::Admin;
 use super::generation::Generation;
 use super::slot::Slot;
 use super::{Refusal, Start};
@@ -21,6 +22,7 @@ use crate::config::{Config, Listener, Mode, Steering, Workers};
 use crate::explain::{self, BindFailure};
 use crate::sys::accounts::{self, Account};
 use crate::sys::activation::Passed;
+use crate::sys::clock::{self, Millis};
 use crate::sys::holders::{self, Protocol};
 use crate::sys::listen::{self, Options};
 use crate::sys::process::{self, Image};
@@ -42,7 +44,11 @@ pub struct Prepared {
     /// Where workers tell their loads, where that can be.
     pub loads: Option<OwnedFd>,
     pub control: UnixListener,
+    /// Where the steward answers over HTTP.
+    pub admin: Option<Admin>,
     pub started_at: u64,
+    /// The same, by the monotonic clock.
+    pub started: Millis,
     /// What the operator should know, once there is a log.
     pub notes: Vec<String>,
     socket: PathBuf,
@@ -77,6 +83,7 @@ pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Generati
     for (index, listener) in probed.iter().enumerate() {
         probe(listener, |address| !is_passed(listener, index, address, &assignment))?;
     }
+    let admin = Admin::bind(admin_address(config), None)?;
     let control = bind_control(&start.control_socket, account)?;
     let generation = Generation::new(FIRST_GENERATION, config.clone(), slot_count)?;
     let mut slots: Vec<Slot> = (0..slot_count).map(Slot::new).collect();
@@ -87,6 +94,8 @@ pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Generati
         account,
         loads: None,
         control,
+        admin,
+        started: clock::coarse(),
         started_at: now.map_or(0, |time| time.as_secs()),
         notes: assignment.notes,
         socket: start.control_socket.clone(),
@@ -235,7 +244,7 @@ pub fn probe(listener: &Listener, concerns: impl Fn(SocketAddr) -> bool) -> Resu
 }
 
 /// Tries again for a while: whoever held the address may be just ending.
-fn patiently(probe: impl Fn() -> std::io::Result<()>) -> std::io::Result<()> {
+pub fn patiently(probe: impl Fn() -> std::io::Result<()>) -> std::io::Result<()> {
     for _ in 0..PROBES {
         match probe() {
             Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => std::thread::sleep(PROBE_AGAIN),
@@ -243,4 +252,9 @@ fn patiently(probe: impl Fn() -> std::io::Result<()>) -> std::io::Result<()> {
         }
     }
     probe()
+}
+
+/// Where the configuration wants it.
+pub fn admin_address(_config: &Config) -> Option<SocketAddr> {
+    None
 }

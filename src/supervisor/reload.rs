@@ -21,6 +21,7 @@ use std::rc::Rc;
 use mio::Token;
 use tracing::{info, warn};
 
+use super::admin::Admin;
 use super::generation::Generation;
 use super::slot::Slot;
 use super::{Refusal, Supervisor, activation, plan, prepare};
@@ -45,6 +46,8 @@ pub struct Reload {
     old_slot_count: usize,
     stage: Stage,
     deadline: Millis,
+    /// The admin address where it changes, bound already.
+    admin: Option<Option<Admin>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,6 +138,7 @@ impl Supervisor {
         for listener in probed {
             prepare::probe(listener, |address| !held(address))?;
         }
+        let admin = self.bind_admin(&config)?;
         plan::carry_over(&self.generation.config, &mut config, |name| self.has_sessions(name));
         let generation = Rc::new(Generation::new(self.generation.number + 1, config, slot_count)?);
         let old_slot_count = self.slots.len();
@@ -145,7 +149,7 @@ impl Supervisor {
         info!("generation {} is being proved", generation.number);
         let deadline = clock::coarse() + PROVING_LIMIT;
         self.reload =
-            Some(Reload { requester, generation, old_slot_count, stage: Stage::Proving(0), deadline });
+            Some(Reload { requester, generation, old_slot_count, stage: Stage::Proving(0), deadline, admin });
         self.prove(0);
         Ok(())
     }
@@ -207,13 +211,18 @@ impl Supervisor {
         let added = self.slots.split_off(reload.old_slot_count);
         self.retiring.extend(added.into_iter().filter(|slot| !slot.old.is_empty()));
         self.resize(reload.old_slot_count);
+        self.seen.note_reload(false, why);
         self.answer(reload.requester, Err(why.to_string()));
         self.finish_reload_notice();
     }
 
     fn commit(&mut self) {
-        let Some(reload) = &self.reload else { return };
+        let Some(reload) = &mut self.reload else { return };
         self.generation = Rc::clone(&reload.generation);
+        if let Some(admin) = reload.admin.take() {
+            self.prepared.admin = admin;
+            self.seen.forget_admin();
+        }
         self.swap(0);
     }
 
@@ -346,6 +355,7 @@ impl Supervisor {
         let Some(reload) = self.reload.take_if(done) else { return };
         info!("generation {} serves with {} workers", reload.generation.number, self.slots.len());
         let text = format!("generation {} serves", reload.generation.number);
+        self.seen.note_reload(true, &text);
         self.answer(reload.requester, Ok(text));
         self.finish_reload_notice();
     }

@@ -55,6 +55,7 @@ impl Steward {
             supervisor_pid: std::process::id(),
             config_path: config_path.to_string(),
             started_at: prepared.started_at,
+            started: prepared.started,
         };
         let fds = [generation.sealed.as_fd(), prepared.control.as_fd()];
         control::send(&process.channel, &ToSteward::Birth(birth), &fds)

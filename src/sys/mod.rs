@@ -18,6 +18,7 @@ pub mod isolated;
 pub mod listen;
 pub mod notify;
 pub mod process;
+pub mod queues;
 pub mod shared;
 pub mod signals;
 pub mod stream;

@@ -15,7 +15,7 @@ use crate::config::{ServerAddress, Target};
 use crate::counters::OfServer;
 use crate::relay::{CloseReason, Readiness, Side};
 use crate::slab::Key;
-use crate::sys::clock::Millis;
+use crate::sys::clock::{self, Millis};
 use crate::sys::stream::{Connecting, connect_tcp, connect_unix};
 
 /// How long a connect waits that could not begin, in milliseconds.
@@ -28,6 +28,10 @@ pub(super) struct Attempt {
     pub client: IpAddr,
     /// When the present connect, or the wait for one, is given up.
     pub until: Millis,
+    /// When the present connect began, in microseconds: a tick of the coarse
+    /// clock is longer than most connects take. `None` where another process
+    /// began it.
+    pub began: Option<u64>,
     /// The servers that failed.
     pub tried: Vec<u32>,
     /// How the last of them did.
@@ -63,6 +67,7 @@ impl Sessions<'_> {
                 return self.close(key, attempt.failure, now);
             };
             let number = self.context.layout.server(upstream, server);
+            attempt.began = Some(clock::precise_micros());
             match self.connect(key, upstream, server) {
                 Ok(connecting) => {
                     let (stream, done) = match connecting {
@@ -172,13 +177,13 @@ impl Sessions<'_> {
         let Attempt { client, mut tried, .. } = attempt;
         tried.push(server);
         let until = now + self.connect_timeout(key);
-        self.begin_connect(registry, key, Attempt { client, until, tried, failure }, now);
+        self.begin_connect(registry, key, Attempt { client, until, began: None, tried, failure }, now);
     }
 
     /// The first attempt of a new session.
     pub(super) fn first_attempt(&self, key: Key, client: IpAddr, now: Millis) -> Attempt {
         let until = now + self.connect_timeout(key);
-        Attempt { client, until, tried: Vec::new(), failure: CloseReason::ConnectFailed }
+        Attempt { client, until, began: None, tried: Vec::new(), failure: CloseReason::ConnectFailed }
     }
 
     fn connect_timeout(&self, key: Key) -> Millis {
@@ -197,12 +202,19 @@ impl Sessions<'_> {
     /// The session has its server: bytes may flow.
     fn establish(&mut self, key: Key, now: Millis) {
         let entry = self.slab.get_mut(key).expect("the caller found it");
-        entry.stage = Stage::Open;
+        let began = match std::mem::replace(&mut entry.stage, Stage::Open) {
+            Stage::Connecting(attempt) => attempt.began,
+            Stage::Waiting(_) | Stage::Open | Stage::Resetting { .. } => None,
+        };
         entry.moved = now;
         entry.session.handle_ready(Side::Server, Readiness { writable: true, ..Readiness::default() });
         let number = self.server_number(self.slab.get(key).expect("still there"));
         let number = number.expect("an established session has a server");
         self.context.counters.server(number, OfServer::Connections).add(1);
+        if let Some(began) = began {
+            let took = clock::precise_micros().saturating_sub(began);
+            self.context.counters.count_connect(number, took);
+        }
         let upstream = self.upstream(key).expect("an established session has an upstream");
         let entry = self.slab.get_mut(key).expect("still there");
         let index = entry.server_index.expect("an established session has a server") as usize;

@@ -134,7 +134,7 @@ impl Sessions<'_> {
                 let tried = tried.iter().filter_map(find).collect();
                 let unknown = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
                 let address = client.peer().ok().flatten().map_or(unknown, |peer| peer.ip());
-                let attempt = Attempt { client: address, until, tried, failure };
+                let attempt = Attempt { client: address, until, began: None, tried, failure };
                 // Without its server in this configuration the connect that is
                 // under way is given up for the next one.
                 if server.is_some() && server_index.is_some() {

@@ -8,6 +8,7 @@ mod arguments;
 mod ask;
 mod files;
 mod status;
+mod top;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -30,6 +31,7 @@ pub fn main() -> ExitCode {
         Command::Check { config, json } => check(&Source::of_check(config), json),
         Command::Config { command: ConfigCommand::Show { config } } => show(&Source::of_check(config)),
         Command::Status { socket, json } => status::run(&files::socket(socket.as_deref()), json),
+        Command::Top { socket, interval } => top::run(&files::socket(socket.as_deref()), interval),
         Command::Reload { socket, dry_run } => {
             let request = serde_json::json!({"command": "reload", "dry_run": dry_run});
             ask::simple(&files::socket(socket.as_deref()), &request)

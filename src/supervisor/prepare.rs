@@ -83,7 +83,7 @@ pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Generati
     for (index, listener) in probed.iter().enumerate() {
         probe(listener, |address| !is_passed(listener, index, address, &assignment))?;
     }
-    let admin = Admin::bind(admin_address(config), None)?;
+    let admin = Admin::bind(config.daemon.admin, None)?;
     let control = bind_control(&start.control_socket, account)?;
     let generation = Generation::new(FIRST_GENERATION, config.clone(), slot_count)?;
     let mut slots: Vec<Slot> = (0..slot_count).map(Slot::new).collect();
@@ -252,9 +252,4 @@ pub fn patiently(probe: impl Fn() -> std::io::Result<()>) -> std::io::Result<()>
         }
     }
     probe()
-}
-
-/// Where the configuration wants it.
-pub fn admin_address(_config: &Config) -> Option<SocketAddr> {
-    None
 }

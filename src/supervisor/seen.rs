@@ -15,7 +15,7 @@ use tracing::warn;
 
 use super::admin::Admin;
 use super::figures::Figures;
-use super::{Refusal, Supervisor, prepare};
+use super::{Refusal, Supervisor};
 use crate::config::Config;
 use crate::control::status::Reload;
 use crate::control::{DaemonState, ToSteward};
@@ -123,7 +123,7 @@ impl Supervisor {
     /// Binds the admin address of a configuration that is to come, where it is
     /// another one.
     pub(super) fn bind_admin(&self, config: &Config) -> Result<Option<Option<Admin>>, Refusal> {
-        let address = prepare::admin_address(config);
+        let address = config.daemon.admin;
         let ours = self.prepared.admin.as_ref();
         if ours.map(|admin| admin.address) == address {
             return Ok(None);

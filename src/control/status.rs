@@ -115,6 +115,12 @@ pub struct Listener {
     /// judged against.
     pub expected_per_slot: Vec<f64>,
     pub spread: Spread,
+    /// The spread in a sentence.
+    #[serde(default)]
+    pub verdict: String,
+    /// Whether it is more uneven than chance would have it.
+    #[serde(default)]
+    pub uneven: bool,
 }
 
 /// A listener's queue in one slot.

@@ -9,7 +9,7 @@ use crate::control::{DaemonState, ListenerFigures, SlotFigures, WorkerState};
 use crate::counters::{CONNECT_BOUNDS, Cell, Counters, Layout, OfFlows, OfListener, OfServer, Process};
 use crate::flow::DropReason;
 use crate::relay::CloseReason;
-use crate::spread::Spread;
+use crate::spread::{Circumstances, Spread, Verdict};
 use crate::steering::Expected;
 use crate::sys::clock;
 
@@ -48,7 +48,7 @@ pub fn status(knowledge: &Knowledge) -> Status {
         listeners: config
             .listeners
             .iter()
-            .map(|l| with_queues(listener(knowledge, l, slot_count, &sources), &figures))
+            .map(|l| judged(with_queues(listener(knowledge, l, slot_count, &sources), &figures)))
             .collect(),
         upstreams: config.upstreams.iter().map(|u| upstream(u, &sources)).collect(),
     }
@@ -70,6 +70,23 @@ fn unfit(daemon: &DaemonState, workers: &[WorkerState]) -> Option<String> {
     let idle: Vec<String> =
         idle.map(|worker| format!("slot {} does not serve: {}", worker.slot, worker.state)).collect();
     (!idle.is_empty()).then(|| idle.join("; "))
+}
+
+/// Says whether the spread is one that chance would make.
+fn judged(mut listener: Listener) -> Listener {
+    let about = Circumstances {
+        noun: if listener.flows.is_some() { "flows" } else { "connections" },
+        steering: Some(listener.steering_in_force()),
+        client_addresses: None,
+    };
+    let verdict = Verdict::weighted(&listener.spread, &listener.expected_per_slot);
+    let text = verdict.sentence(&listener.spread, &about);
+    // Of millions of connections any difference is not chance; one that costs
+    // nobody anything is no trouble.
+    let is_felt = listener.spread.max_over_mean > 1.05;
+    listener.uneven = is_felt && matches!(verdict, Verdict::NotChance { .. });
+    listener.verdict = text;
+    listener
 }
 
 /// Fills in what the supervisor saw at the listener's sockets.
@@ -210,6 +227,8 @@ fn listener(
         spread: Spread::weighted(&connections, &expected_per_slot),
         shares: expected.shares().to_vec(),
         expected_per_slot,
+        verdict: String::new(),
+        uneven: false,
     }
 }
 

@@ -5,7 +5,13 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 
 const FRAME: &str = include_str!("page/index.html");
 const STYLE: &str = include_str!("page/style.css");
-const SCRIPT: &str = include_str!("page/script.js");
+/// Four files of one script: words, parts of the page, things, the clockwork.
+const SCRIPT: [&str; 4] = [
+    include_str!("page/words.js"),
+    include_str!("page/parts.js"),
+    include_str!("page/views.js"),
+    include_str!("page/live.js"),
+];
 
 /// The page, and the policy that lets its style and script run and nothing
 /// else: both are named by a word that is another one each time.
@@ -13,7 +19,10 @@ pub fn page() -> (String, String) {
     // Seeded by the kernel; nobody who could guess it gets bytes into the page.
     let word = || RandomState::new().build_hasher().finish();
     let nonce = format!("{:016x}{:016x}", word(), word());
-    let page = FRAME.replace("{{nonce}}", &nonce).replace("{{style}}", STYLE).replace("{{script}}", SCRIPT);
+    let page = FRAME
+        .replace("{{nonce}}", &nonce)
+        .replace("{{style}}", STYLE)
+        .replace("{{script}}", &SCRIPT.concat());
     let policy = format!(
         "default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; \
          img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

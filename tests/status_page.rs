@@ -177,7 +177,7 @@ fn a_server_that_goes_down_and_a_silent_daemon_are_shown() {
     assert_eq!(browser.value("document.querySelectorAll('.state.bad').length"), 0);
     let mut next = document(1, 2, 1, 3, 102);
     next["upstreams"][0]["servers"][1]["state"] = "down".into();
-    next["upstreams"][0]["servers"][1]["check"] = json!({ "kind": "http", "last_error": "status 503" });
+    next["upstreams"][0]["servers"][1]["check"] = json!({ "kind": "http", "last": "bad", "reason": "status 503" });
     next["healthy"] = false.into();
     next["unhealthy"] = "slot 1 does not serve: backoff".into();
     stage.show(Some(next));
@@ -262,7 +262,7 @@ fn names_are_text_and_nothing_else() {
     document["listeners"][0]["dropped"] = json!({ evil: 1 });
     document["workers"][0]["restart_reasons"] = json!({ evil: 1 });
     document["workers"][0]["restarts"] = 1.into();
-    document["upstreams"][0]["servers"][0]["check"] = json!({ "kind": evil, evil: evil });
+    document["upstreams"][0]["servers"][0]["check"] = json!({ "kind": evil, "reason": evil });
     document["reload"] = json!({ "success": false, "at": 1_700_000_000, "text": evil });
     document["unhealthy"] = evil.into();
     let stage = Stage::new(document);

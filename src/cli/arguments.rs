@@ -93,6 +93,8 @@ pub enum Command {
         #[arg(long, value_name = "PATH")]
         socket: Option<PathBuf>,
     },
+    /// List the sessions, or end some of them
+    Sessions(Box<super::sessions::Args>),
     /// Leave gracefully: take nothing new, finish what is here
     Drain {
         /// The daemon's control socket

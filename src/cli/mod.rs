@@ -7,6 +7,7 @@
 mod arguments;
 mod ask;
 mod files;
+mod sessions;
 mod status;
 mod top;
 
@@ -41,6 +42,10 @@ pub fn main() -> ExitCode {
             ask::simple(&files::socket(socket.as_deref()), &request)
         }
         Command::Rebalance { socket } => ask::command(&files::socket(socket.as_deref()), "rebalance"),
+        Command::Sessions(args) => {
+            let socket = files::socket(args.socket.as_deref());
+            sessions::run(*args, &socket)
+        }
         Command::Drain { socket } => ask::command(&files::socket(socket.as_deref()), "drain"),
         Command::Stop { socket } => ask::command(&files::socket(socket.as_deref()), "stop"),
         Command::Doctor { address, udp, matrix, json, config } => {

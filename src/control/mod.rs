@@ -5,6 +5,7 @@
 //! be read is a bug and ends the connection.
 
 pub mod client;
+pub mod sessions;
 pub mod status;
 
 use std::collections::BTreeMap;
@@ -15,6 +16,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::board::{Change, Override};
 use crate::config::{self, Word};
 use crate::logging;
 use crate::sys::accounts::Account;
@@ -46,7 +48,10 @@ pub struct SocketId {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToWorker {
     /// Who it is. Descriptors: the configuration (sealed JSON), its own
-    /// counters, with `tells_load` the page of loads, then the counters of all
+    /// counters, the upstream board to read, the bell that the steward rings
+    /// when the board has changed, the bell that the worker rings when traffic
+    /// fails, with `tells_load` the page of loads, with `logs_access` where
+    /// lines of the access log go, then the counters of all
     /// slots to read. What is `outliving` is open elsewhere too, and who waits
     /// there is served after the daemon's end.
     #[allow(missing_docs)]
@@ -57,6 +62,7 @@ pub enum ToWorker {
         account: Option<Account>,
         outliving: Vec<Place>,
         tells_load: bool,
+        logs_access: bool,
     },
     /// Sockets that its slot has already, one descriptor a place.
     Sockets(Vec<Place>),
@@ -84,6 +90,9 @@ pub enum ToWorker {
     Recall { slot: usize },
     /// Turn once: the beat of that turn is the answer.
     Ask,
+    /// List, or end, the sessions that the query takes.
+    #[allow(missing_docs)]
+    Sessions { id: u64, query: sessions::Query },
     /// Leave gracefully; after so many milliseconds (`None` = no limit) what
     /// is left is reset.
     #[allow(missing_docs)]
@@ -104,6 +113,9 @@ pub enum FromWorker {
     /// What could move has moved to another worker.
     #[allow(missing_docs)]
     HandedOver { moved: usize, left: usize },
+    /// The sessions that were asked for: one descriptor, sealed JSON.
+    #[allow(missing_docs)]
+    Found { id: u64 },
     /// It cannot work: what to tell the operator, and the exit code.
     #[allow(missing_docs)]
     Failed { text: String, advice: String, exit_code: u8 },
@@ -125,12 +137,17 @@ pub enum PeerMessage {
 /// From the supervisor to the steward.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToSteward {
-    /// Descriptors: the present configuration and the control listener.
+    /// Descriptors: the present configuration, the control listener, the bell
+    /// that workers hear, and the one that they ring.
     Birth(StewardBirth),
-    /// Where the counters are. Descriptors: so many configurations, the
-    /// present one first, then the counters of each table.
+    /// Where the counters and the upstream boards are. Descriptors: so many
+    /// configurations, the present one first; the boards of these of them, to
+    /// write; then the counters of each table.
     #[allow(missing_docs)]
-    Tables { generation: u64, config_count: usize, tables: Vec<Table> },
+    Tables { generation: u64, config_count: usize, boards: Vec<usize>, tables: Vec<Table> },
+    /// All that the operator has changed about servers at run time, by upstream
+    /// and server.
+    Overrides(Vec<(String, String, Override)>),
     /// What the workers do now.
     Workers(Vec<WorkerState>),
     /// How the listener of this name is steered from now on, and the part of
@@ -144,9 +161,16 @@ pub enum ToSteward {
     Admin { address: Option<SocketAddr> },
     /// What it asked for. Descriptor: a list of `ListenerFigures` (sealed JSON).
     Figures,
+    /// The access log. Descriptors: where lines come from, then the file, or
+    /// none for standard error.
+    AccessLog,
     /// The answer to its request.
     #[allow(missing_docs)]
     Answer { id: u64, answer: Result<String, String> },
+    /// What the workers found for its request: one descriptor a worker. So
+    /// many did not answer.
+    #[allow(missing_docs)]
+    Found { id: u64, silent: usize },
 }
 
 /// What a steward is told when it starts.
@@ -233,7 +257,7 @@ pub enum FromSteward {
 }
 
 /// What a caller may ask of the supervisor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
     /// Leave gracefully within `drain_timeout`.
     Drain,
@@ -246,6 +270,11 @@ pub enum Request {
     Scale(usize),
     /// Move sessions until the workers have equally many.
     Rebalance,
+    /// The sessions that this takes.
+    Sessions(sessions::Query),
+    /// One server of the file is to be used otherwise than the file says.
+    #[allow(missing_docs)]
+    Server { upstream: String, server: String, change: Change },
 }
 
 /// Starts the log of a process as the configuration has it.

@@ -1,6 +1,7 @@
 //! The steward: the unprivileged process that speaks with callers.
 //!
-//! It answers the control socket, which the supervisor bound and passed on. It
+//! It answers the control socket, which the supervisor bound and passed on, and
+//! owns the upstream board (`servers`). It
 //! reads the workers' counters in shared memory and what the supervisor last
 //! said of them, so a question costs neither of them anything; only what is to
 //! change something goes to the supervisor, as a typed request.
@@ -9,10 +10,12 @@
 //! listens to the supervisor. It ends with its supervisor, and may be killed
 //! at any time: traffic never passes here, and a new one takes its place.
 
+mod access_log;
 mod admin;
 mod control_socket;
 mod figures;
 mod report;
+pub mod servers;
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -26,7 +29,11 @@ use crossbeam_channel::Sender;
 use nix::sys::signal::Signal;
 use tracing::{error, warn};
 
+use access_log::AccessLog;
+
+use crate::board::Overrides;
 use crate::config::Config;
+use crate::control::sessions::{Found, MOST_SESSIONS, Query};
 use crate::control::{
     self, DaemonState, FromSteward, ListenerFigures, Request, StewardBirth, Table, ToSteward, WorkerState,
 };
@@ -37,6 +44,7 @@ use crate::sys::shared::{self, Region};
 use crate::sys::{accounts, process, signals};
 use admin::Admin;
 use figures::Figures;
+use servers::{Servers, WrittenBoard};
 
 /// How long a steward without a supervisor goes on answering what was asked.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -55,10 +63,12 @@ struct Knowledge {
     steering: Mutex<HashMap<String, (String, Expected)>>,
     daemon: Mutex<DaemonState>,
     figures: Figures,
+    servers: Arc<Servers>,
     channel: Channel,
     pending: Mutex<Pending>,
     /// Requests that are being answered.
     busy: AtomicUsize,
+    access_log: Arc<AccessLog>,
 }
 
 /// Where the counters are: those of the present generation and of what is left
@@ -71,11 +81,19 @@ struct View {
     tables: Vec<(Table, Region)>,
 }
 
+/// What the supervisor answered: a text, or what the workers found and how
+/// many of them were silent.
+#[derive(Debug)]
+enum Answer {
+    Text(Result<String, String>),
+    Found { memories: Vec<OwnedFd>, silent: usize },
+}
+
 /// Requests that the supervisor has not answered.
 #[derive(Debug, Default)]
 struct Pending {
     last_id: u64,
-    waiting: HashMap<u64, Sender<Result<String, String>>>,
+    waiting: HashMap<u64, Sender<Answer>>,
 }
 
 /// The steward process, from its first instruction to its exit code.
@@ -113,6 +131,7 @@ fn serve(channel: Channel) -> Result<(), String> {
     let config = shared::read_sealed(next()?).map_err(|e| e.to_string())?;
     let config: Config = serde_json::from_slice(&config).map_err(|e| e.to_string())?;
     let listener = UnixListener::from(next()?);
+    let servers = Servers::new(next()?, next()?);
     if let Some(account) = birth.account {
         accounts::become_account(account).map_err(|e| format!("cannot become uid {}: {e}", account.uid))?;
     }
@@ -128,9 +147,11 @@ fn serve(channel: Channel) -> Result<(), String> {
         steering: Mutex::default(),
         daemon: Mutex::default(),
         figures: Figures::default(),
+        servers,
         channel,
         pending: Mutex::default(),
         busy: AtomicUsize::new(0),
+        access_log: Arc::default(),
     });
     // Nobody is answered before the counters are known: they would seem to
     // have gone back.
@@ -145,9 +166,11 @@ fn serve(channel: Channel) -> Result<(), String> {
     std::thread::spawn(move || control_socket::serve(&listener, &answering));
     admin.begin();
     while hear(&knowledge, &mut admin)? {}
-    // Who asked for the end is still to be told that it was done.
+    // Who asked for the end is still to be told that it was done, and the last
+    // sessions are still to be logged.
     let deadline = Instant::now() + LAST_WORDS;
-    while knowledge.busy.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
+    let busy = || knowledge.busy.load(Ordering::Acquire) > 0 || !knowledge.access_log.is_idle();
+    while busy() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(2));
     }
     Ok(())
@@ -160,9 +183,14 @@ fn hear(knowledge: &Arc<Knowledge>, admin: &mut Admin) -> Result<bool, String> {
         Ok(Some((ToSteward::Workers(workers), _))) => {
             *knowledge.workers.lock().expect("no thread panics with it") = workers;
         }
-        Ok(Some((ToSteward::Tables { generation, config_count, tables }, fds))) => {
-            let view = View::open(generation, config_count, tables, fds)?;
-            *knowledge.view.write().expect("no thread panics with it") = Arc::new(view);
+        Ok(Some((ToSteward::Tables { generation, config_count, boards, tables }, fds))) => {
+            let (view, boards) = View::open(generation, config_count, boards, tables, fds)?;
+            let view = Arc::new(view);
+            knowledge.servers.handle_view(Arc::clone(&view), boards);
+            *knowledge.view.write().expect("no thread panics with it") = view;
+        }
+        Ok(Some((ToSteward::Overrides(list), _))) => {
+            knowledge.servers.handle_overrides(Overrides::from_list(list));
         }
         Ok(Some((ToSteward::Steering { listener, active, shares }, _))) => {
             let counts = report::connections(&knowledge.view(), &listener, shares.len());
@@ -186,10 +214,14 @@ fn hear(knowledge: &Arc<Knowledge>, admin: &mut Admin) -> Result<bool, String> {
             Ok(figures) => knowledge.figures.handle_come(figures),
             Err(error) => warn!(%error, "the sockets' figures were not understood"),
         },
-        Ok(Some((ToSteward::Answer { id, answer }, _))) => {
-            let waiting = knowledge.pending.lock().expect("no thread panics with it").waiting.remove(&id);
-            if let Some(waiting) = waiting {
-                let _ = waiting.send(answer);
+        Ok(Some((ToSteward::Answer { id, answer }, _))) => knowledge.handle_answer(id, Answer::Text(answer)),
+        Ok(Some((ToSteward::Found { id, silent }, memories))) => {
+            knowledge.handle_answer(id, Answer::Found { memories, silent });
+        }
+        Ok(Some((ToSteward::AccessLog, fds))) => {
+            let mut fds = fds.into_iter();
+            if let Some(source) = fds.next() {
+                knowledge.access_log.aim(source, fds.next());
             }
         }
         Ok(Some((ToSteward::Birth(_), _))) => warn!("a second birth"),
@@ -208,10 +240,11 @@ impl View {
     fn open(
         generation: u64,
         config_count: usize,
+        boards: Vec<usize>,
         tables: Vec<Table>,
         fds: Vec<OwnedFd>,
-    ) -> Result<View, String> {
-        if fds.len() != config_count + tables.len() || config_count == 0 {
+    ) -> Result<(View, Vec<WrittenBoard>), String> {
+        if fds.len() != config_count + boards.len() + tables.len() || config_count == 0 {
             return Err("the tables came with other descriptors than they need".into());
         }
         let mut fds = fds.into_iter();
@@ -222,9 +255,15 @@ impl View {
             let layout = Layout::of(&config);
             configs.push((config, layout));
         }
+        let mut written = Vec::new();
+        for config in boards {
+            let fd = fds.next().ok_or("counted above")?;
+            let region = Region::open(fd).map_err(|e| e.to_string())?;
+            written.push(WrittenBoard { config, region });
+        }
         let open = |(table, fd)| Region::open_read_only(fd).map(|region| (table, region));
         let tables = tables.into_iter().zip(fds).map(open).collect::<Result<Vec<_>, _>>();
-        Ok(View { generation, configs, tables: tables.map_err(|e| e.to_string())? })
+        Ok((View { generation, configs, tables: tables.map_err(|e| e.to_string())? }, written))
     }
 }
 
@@ -246,8 +285,37 @@ impl Knowledge {
         })
     }
 
-    /// Asks the supervisor and waits for its answer.
+    fn handle_answer(&self, id: u64, answer: Answer) {
+        let waiting = self.pending.lock().expect("no thread panics with it").waiting.remove(&id);
+        if let Some(waiting) = waiting {
+            let _ = waiting.send(answer);
+        }
+    }
+
+    /// Asks the supervisor for something to be done and waits until it is.
     fn ask(&self, request: Request) -> Result<String, String> {
+        match self.answer_to(request)? {
+            Answer::Text(answer) => answer,
+            Answer::Found { .. } => Err("the supervisor answered something else".into()),
+        }
+    }
+
+    /// The sessions that the query takes, and how many workers were silent.
+    fn find_sessions(&self, query: Query) -> Result<(Found, usize), String> {
+        let limit = query.limit.min(MOST_SESSIONS);
+        let (memories, silent) = match self.answer_to(Request::Sessions(query))? {
+            Answer::Found { memories, silent } => (memories, silent),
+            Answer::Text(answer) => return Err(answer.err().unwrap_or_default()),
+        };
+        let mut all = Found::default();
+        for memory in memories {
+            let text = shared::read_sealed(memory).map_err(|e| e.to_string())?;
+            all.add(serde_json::from_slice(&text).map_err(|e| e.to_string())?, limit);
+        }
+        Ok((all, silent))
+    }
+
+    fn answer_to(&self, request: Request) -> Result<Answer, String> {
         let (sender, receiver) = crossbeam_channel::bounded(1);
         let id = {
             let mut pending = self.pending.lock().expect("no thread panics with it");
@@ -259,7 +327,7 @@ impl Knowledge {
         control::send(&self.channel, &FromSteward::Request { id, request }, &[])
             .map_err(|error| format!("the supervisor cannot be reached: {error}"))?;
         match receiver.recv_timeout(ANSWER_LIMIT) {
-            Ok(answer) => answer,
+            Ok(answer) => Ok(answer),
             Err(_) => {
                 self.pending.lock().expect("no thread panics with it").waiting.remove(&id);
                 Err("the supervisor gave no answer".into())

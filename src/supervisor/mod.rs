@@ -6,10 +6,12 @@
 //! network. It ends when it was told to leave and every worker is gone, and
 //! keeps its privilege until then: later workers need the same uid to bind.
 
+mod access_log;
 mod activation;
 mod admin;
 mod figures;
 mod generation;
+mod inquiry;
 mod leave;
 mod ledger;
 mod notify;
@@ -33,6 +35,7 @@ use mio::{Events, Interest, Poll, Token};
 use nix::sys::signal::Signal;
 use tracing::{error, info, warn};
 
+use crate::board::Overrides;
 use crate::config::{Config, Workers};
 use crate::control::{FromSteward, FromWorker, Request, ToSteward, ToWorker, WorkerState};
 use crate::counters::Process;
@@ -41,6 +44,7 @@ use crate::supervision::{Action, Event, Phase, Supervision};
 use crate::sys::clock::{self, Millis};
 use crate::sys::signals::Signals;
 use generation::Generation;
+use inquiry::Inquiry;
 use leave::Leave;
 use notify::{Facts, Notify};
 use prepare::Prepared;
@@ -112,6 +116,7 @@ struct Supervisor {
     /// What earlier generations and slots have counted.
     past: Option<Generation>,
     leave: Option<Leave>,
+    inquiries: Vec<Inquiry>,
     /// Set when the daemon is over.
     end: Option<ExitCode>,
     announced: bool,
@@ -121,6 +126,9 @@ struct Supervisor {
     told: Vec<WorkerState>,
     seen: Seen,
     tables_changed: bool,
+    /// What the operator changed about servers at run time.
+    overrides: Overrides,
+    overrides_changed: bool,
 }
 
 /// Runs the daemon until it has left; its exit code.
@@ -160,6 +168,7 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         scaled: None,
         past: None,
         leave: None,
+        inquiries: Vec::new(),
         end: None,
         announced: false,
         finishing: false,
@@ -167,6 +176,8 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         told: Vec::new(),
         seen: Seen::default(),
         tables_changed: false,
+        overrides: Overrides::default(),
+        overrides_changed: false,
     };
     supervisor.serve()
 }
@@ -208,6 +219,7 @@ impl Supervisor {
             self.watch_workers()?;
             self.handle_leave_deadline();
             self.handle_reload_deadline();
+            self.end_inquiries();
             self.check_finished();
             self.steering.update(clock::coarse(), &self.supervision, &self.slots, &self.generation);
             if self.notify.is_due(clock::coarse()) {
@@ -227,7 +239,7 @@ impl Supervisor {
         let reload = self.reload.as_ref().map(Reload::deadline);
         let watched = [self.watch.next_deadline(), self.notify.next_deadline()];
         let own = [self.supervision.next_deadline(), self.steward.due_at(), leave, reload];
-        let steering = [self.steering.next_deadline(clock::coarse())];
+        let steering = [self.steering.next_deadline(clock::coarse()), self.inquiry_deadline()];
         own.into_iter().chain(watched).chain(steering).flatten().min()
     }
 
@@ -380,6 +392,7 @@ impl Supervisor {
                     self.handle_shared(slot);
                 }
             }
+            FromWorker::Found { id } => self.handle_found(token, id, fds),
             FromWorker::Failed { text, advice, .. } if role == Role::Next => {
                 self.abort_reload(&format!("{text}\n{advice}"));
             }
@@ -409,10 +422,27 @@ impl Supervisor {
                         self.finish_reload_notice();
                     }
                 }
+                Signal::SIGUSR1 => self.reopen_logs(),
                 other => warn!("{other} does nothing yet"),
             }
         }
         Ok(())
+    }
+
+    /// Whoever rotated the access log has renamed it before.
+    fn reopen_logs(&mut self) {
+        match access_log::open(&self.generation.config) {
+            Ok(file) => {
+                self.prepared.access_log.set_file(file);
+                self.tell_of_access_log();
+                info!("log files opened anew");
+            }
+            Err(refusal) => error!("{}; the old one is written on", refusal.text),
+        }
+    }
+
+    fn tell_of_access_log(&mut self) {
+        self.steward.send(&ToSteward::AccessLog, &self.prepared.access_log.of_steward());
     }
 
     fn reap(&mut self) -> Result<(), Refusal> {
@@ -440,6 +470,7 @@ impl Supervisor {
     }
 
     fn handle_ended(&mut self, token: Token, status: ExitStatus) -> Result<(), Refusal> {
+        self.forget_in_inquiries(token);
         let Some((index, retiring, role)) = self.locate(token) else { return Ok(()) };
         let slot = if retiring { &mut self.retiring[index] } else { &mut self.slots[index] };
         if let Some((_, process)) = slot.find(token) {
@@ -529,6 +560,8 @@ impl Supervisor {
         self.seen.forget_told();
         self.steering.forget_told();
         self.tables_changed = true;
+        self.tell_of_access_log();
+        self.overrides_changed = true;
         self.tell_steward();
     }
 
@@ -565,6 +598,20 @@ impl Supervisor {
             }
             Request::Scale(count) => self.scale(count, id).map(|()| None),
             Request::Rebalance => self.rebalance(id).map(|()| None),
+            Request::Sessions(query) => {
+                self.ask_workers(id, &query).map(|()| None).map_err(|text| Refusal::new(1, text, ""))
+            }
+            Request::Server { upstream, server, change } => {
+                let config = &self.generation.config;
+                let changed = self.overrides.handle_change(config, &upstream, &server, change);
+                self.overrides_changed = true;
+                changed
+                    .map(|text| {
+                        info!("{text}");
+                        Some(text)
+                    })
+                    .map_err(|text| Refusal::new(1, text, ""))
+            }
         };
         match now {
             // The answer comes when it is done.
@@ -597,6 +644,11 @@ impl Supervisor {
 
     /// Tells the steward what changed since it was last told.
     fn tell_steward(&mut self) {
+        // Before the tables: a new owner writes no board without it.
+        if self.overrides_changed {
+            let message = ToSteward::Overrides(self.overrides.list());
+            self.overrides_changed = !self.steward.send(&message, &[]);
+        }
         if self.tables_changed && self.send_tables() {
             self.tables_changed = false;
         }

@@ -13,15 +13,18 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
 
+use super::access_log::AccessLog;
 use super::activation::{self, Assignment};
 use super::admin::Admin;
 use super::generation::Generation;
 use super::slot::Slot;
 use super::{Refusal, Start};
+use crate::board::Overrides;
 use crate::config::{Config, Listener, Mode, Steering, Workers};
 use crate::explain::{self, BindFailure};
 use crate::sys::accounts::{self, Account};
 use crate::sys::activation::Passed;
+use crate::sys::bell::Bell;
 use crate::sys::clock::{self, Millis};
 use crate::sys::holders::{self, Protocol};
 use crate::sys::listen::{self, Options};
@@ -43,9 +46,14 @@ pub struct Prepared {
     pub account: Option<Account>,
     /// Where workers tell their loads, where that can be.
     pub loads: Option<OwnedFd>,
+    pub access_log: AccessLog,
     pub control: UnixListener,
     /// Where the steward answers over HTTP.
     pub admin: Option<Admin>,
+    /// Rung by the steward when a board has changed.
+    pub board_bell: Bell,
+    /// Rung by workers when traffic fails.
+    pub failure_bell: Bell,
     pub started_at: u64,
     /// The same, by the monotonic clock.
     pub started: Millis,
@@ -86,6 +94,7 @@ pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Generati
     let admin = Admin::bind(config.daemon.admin, None)?;
     let control = bind_control(&start.control_socket, account)?;
     let generation = Generation::new(FIRST_GENERATION, config.clone(), slot_count)?;
+    generation.fill_board(&Overrides::default(), None);
     let mut slots: Vec<Slot> = (0..slot_count).map(Slot::new).collect();
     activation::give(&generation, &assignment, passed, &mut slots)?;
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
@@ -93,9 +102,12 @@ pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Generati
         image: Image::own().map_err(Refusal::of_system)?,
         account,
         loads: None,
+        access_log: AccessLog::new(config)?,
         control,
         admin,
         started: clock::coarse(),
+        board_bell: Bell::new().map_err(Refusal::of_system)?,
+        failure_bell: Bell::new().map_err(Refusal::of_system)?,
         started_at: now.map_or(0, |time| time.as_secs()),
         notes: assignment.notes,
         socket: start.control_socket.clone(),

@@ -24,7 +24,7 @@ use tracing::{info, warn};
 use super::admin::Admin;
 use super::generation::Generation;
 use super::slot::Slot;
-use super::{Refusal, Supervisor, activation, plan, prepare};
+use super::{Refusal, Supervisor, access_log, activation, plan, prepare};
 use crate::config::{Config, Workers};
 use crate::control::{Place, ToWorker};
 use crate::counters::OfListener;
@@ -48,6 +48,7 @@ pub struct Reload {
     deadline: Millis,
     /// The admin address where it changes, bound already.
     admin: Option<Option<Admin>>,
+    access_log: Option<std::fs::File>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,8 +140,10 @@ impl Supervisor {
             prepare::probe(listener, |address| !held(address))?;
         }
         let admin = self.bind_admin(&config)?;
+        let access_log = access_log::open(&config)?;
         plan::carry_over(&self.generation.config, &mut config, |name| self.has_sessions(name));
         let generation = Rc::new(Generation::new(self.generation.number + 1, config, slot_count)?);
+        generation.fill_board(&self.overrides, Some(&self.generation));
         let old_slot_count = self.slots.len();
         for number in old_slot_count..slot_count {
             self.slots.push(Slot::new(number));
@@ -148,8 +151,15 @@ impl Supervisor {
         self.resize(self.slots.len());
         info!("generation {} is being proved", generation.number);
         let deadline = clock::coarse() + PROVING_LIMIT;
-        self.reload =
-            Some(Reload { requester, generation, old_slot_count, stage: Stage::Proving(0), deadline, admin });
+        self.reload = Some(Reload {
+            requester,
+            generation,
+            old_slot_count,
+            stage: Stage::Proving(0),
+            deadline,
+            admin,
+            access_log,
+        });
         self.prove(0);
         Ok(())
     }
@@ -223,6 +233,12 @@ impl Supervisor {
             self.prepared.admin = admin;
             self.seen.forget_admin();
         }
+        self.prepared.access_log.set_file(reload.access_log.take());
+        self.tell_of_access_log();
+        for server in self.overrides.keep_those_of(&self.generation.config) {
+            warn!("server {server} is gone from the file, and with it what was changed about it");
+        }
+        self.overrides_changed = true;
         self.swap(0);
     }
 

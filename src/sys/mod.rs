@@ -6,6 +6,7 @@
 
 pub mod accounts;
 pub mod activation;
+pub mod bell;
 pub mod bpf;
 pub mod channel;
 pub mod clock;
@@ -15,6 +16,7 @@ pub mod handshakes;
 pub mod holders;
 pub mod host;
 pub mod isolated;
+pub mod level;
 pub mod listen;
 pub mod notify;
 pub mod process;

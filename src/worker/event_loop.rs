@@ -21,13 +21,15 @@ use super::listeners::{self, Accepted, Listeners, PAUSE};
 use super::load::Load;
 use super::sessions::{Context, Sessions};
 use super::test_hook::Busy;
+use crate::board::Board;
 use crate::config::Mode;
+use crate::control::sessions::Query;
 use crate::control::{self, FromWorker, Place, ToWorker};
 use crate::counters::{Counters, Process};
 use crate::relay::CloseReason;
 use crate::sys::channel::Channel;
 use crate::sys::clock::{self, Millis};
-use crate::sys::{handshakes, process};
+use crate::sys::{handshakes, process, shared};
 
 /// Connections that one socket may bring in one turn.
 const ACCEPT_BUDGET: usize = 64;
@@ -38,6 +40,9 @@ const RESERVED_FILES: u64 = 64;
 /// Tokens of what is no session: the highest bit, which a packed key has not.
 pub const SPECIAL: usize = 1 << 63;
 const CHANNEL: Token = Token(SPECIAL);
+
+/// The bell that tells of a change on the upstream board.
+const BOARD: Token = Token(SPECIAL | (FIRST_PEER - 1));
 
 /// Channels to other workers, from here on by a running number.
 const FIRST_PEER: usize = 1 << 32;
@@ -110,7 +115,10 @@ impl<'a> Loop<'a> {
             config: &born.config,
             layout: &born.layout,
             counters,
+            access_log: born.access_log.as_ref(),
             all: born.all.iter().map(over).collect::<Option<Vec<_>>>()?,
+            board: Board::over(born.board.words(), &born.board_layout)?,
+            failure_bell: &born.failure_bell,
         };
         debug_assert_eq!(context.all.len(), born.slot_count);
         let reserved = RESERVED_FILES + born.slot_count as u64 + 2 * sockets.len() as u64;
@@ -121,8 +129,11 @@ impl<'a> Loop<'a> {
         // Two descriptors a session.
         let for_sessions = if modes(Mode::Udp) { files - for_flows } else { files };
         let session_limit = (for_sessions / 2).max(1) as usize;
+        let poll = Poll::new().ok()?;
+        let bell = born.board_bell.as_raw_fd();
+        poll.registry().register(&mut SourceFd(&bell), BOARD, Interest::READABLE).ok()?;
         let state = Loop {
-            poll: Poll::new().ok()?,
+            poll,
             channel,
             listeners: Listeners::default(),
             datagrams: Datagrams::new(context.clone(), for_flows as usize, clock::coarse()),
@@ -199,6 +210,10 @@ impl<'a> Loop<'a> {
                 self.busy.burn();
                 match event.token() {
                     CHANNEL => self.handle_channel(now),
+                    BOARD => {
+                        self.sessions.handle_board(self.poll.registry(), now);
+                        self.datagrams.handle_board();
+                    }
                     token if datagrams::is_token(token) => self.datagrams.handle_event(token),
                     token if token.0 & SPECIAL != 0 && special_number(token) >= FIRST_PEER => {
                         self.handle_peer(token, now);
@@ -215,11 +230,13 @@ impl<'a> Loop<'a> {
             self.datagrams.turn(self.poll.registry(), now);
             self.datagrams.handle_deadlines(now);
             if self.sessions.len() < before {
-                self.listeners.end_pause();
+                self.listeners.end_pause(self.poll.registry(), now);
             }
             self.accept(now);
             self.drive_handover(now);
-            if self.handle_leave(now) {
+            let over = self.handle_leave(now);
+            self.sessions.flush_log();
+            if over {
                 return Ok(());
             }
             self.publish_lag(now);
@@ -268,8 +285,14 @@ impl<'a> Loop<'a> {
     }
 
     fn accept(&mut self, now: Millis) {
+        if self.listeners.pause_end().is_some_and(|end| end <= now) {
+            self.listeners.end_pause(self.poll.registry(), now);
+        }
         for index in self.listeners.ready(now) {
             for _ in 0..ACCEPT_BUDGET {
+                if !self.listeners.is_ready(index) {
+                    break;
+                }
                 if self.is_full() {
                     return self.pause(now, None);
                 }
@@ -293,7 +316,7 @@ impl<'a> Loop<'a> {
 
     /// What waits in the queues stays there, and is accepted later.
     fn pause(&mut self, now: Millis, error: Option<io::Error>) {
-        self.listeners.pause(now + PAUSE);
+        self.listeners.pause(self.poll.registry(), now + PAUSE);
         if let Some(error) = error {
             self.sessions.context().counters.process(Process::AcceptPauses).add(1);
             if !std::mem::replace(&mut self.paused_before, true) {
@@ -324,6 +347,7 @@ impl<'a> Loop<'a> {
             },
             // Having been woken is the answer.
             ToWorker::Ask => {}
+            ToWorker::Sessions { id, query } => self.answer(id, &query, now),
             ToWorker::Recall { slot } => {
                 self.listeners.give_back(self.poll.registry(), slot);
                 self.datagrams.give_back(self.poll.registry(), slot);
@@ -340,6 +364,23 @@ impl<'a> Loop<'a> {
             ToWorker::Birth { .. } | ToWorker::Sockets(_) | ToWorker::Begin => {
                 warn!("a message of the birth came late");
             }
+        }
+    }
+
+    /// A list of many thousands takes milliseconds, as often as it is asked.
+    fn answer(&mut self, id: u64, query: &Query, now: Millis) {
+        let found = self.sessions.answer(query, now);
+        let sealed = serde_json::to_vec(&found)
+            .map_err(io::Error::from)
+            .and_then(|text| shared::sealed("evenkeel-sessions", &text));
+        match sealed {
+            Ok(memory) => {
+                if let Err(error) = control::send(&self.channel, &FromWorker::Found { id }, &[memory.as_fd()])
+                {
+                    warn!(%error, "the supervisor did not take the list of sessions");
+                }
+            }
+            Err(error) => warn!(%error, "the sessions could not be listed"),
         }
     }
 

@@ -12,8 +12,13 @@
 //! Bounded by the descriptors of the process; each session has one deadline.
 
 mod connect;
+mod list;
 mod moving;
+mod options;
+mod picking;
+mod story;
 
+use std::cell::RefCell;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
@@ -22,15 +27,20 @@ use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 
 use connect::Attempt;
+use options::Lacks;
 
 use crate::balance::Balancer;
+use crate::board::Board;
 use crate::config::{Config, ServerAddress, Service, Target};
 use crate::counters::{Counters, Layout, OfListener, OfServer, Process};
 use crate::deadline::Deadlines;
+use crate::handover::Story;
 use crate::relay::{CloseReason, Drive, End, MAX_READ, Readiness, Session, Side};
 use crate::slab::{Key, Slab};
+use crate::sys::bell::Bell;
 use crate::sys::clock::{self, Millis};
-use crate::sys::stream::{Stream, TcpOptions};
+use crate::sys::stream::Stream;
+use crate::worker::access_log::AccessLog;
 pub use moving::Parcel;
 
 /// Bytes that one session may move each way in one turn, so that a busy one
@@ -64,6 +74,12 @@ pub struct Context<'a> {
     pub counters: Counters<'a>,
     /// Every slot's counters.
     pub all: Vec<Counters<'a>>,
+    /// Where ended sessions and flows are told, if they are.
+    pub access_log: Option<&'a RefCell<AccessLog>>,
+    /// How the servers stand.
+    pub board: Board<'a>,
+    /// To be rung when traffic fails.
+    pub failure_bell: &'a Bell,
 }
 
 impl Context<'_> {
@@ -72,6 +88,18 @@ impl Context<'_> {
         let seed = (u64::from(std::process::id()) << 32) ^ now;
         let upstreams = self.config.upstreams.iter();
         upstreams.map(|upstream| Balancer::new(upstream, self.slot, self.all.len(), seed)).collect()
+    }
+
+    /// Sessions of a place over all slots, as far as the others have told.
+    pub fn active_at(&self, upstream: usize, place: usize) -> u64 {
+        let number = self.layout.place(upstream, place);
+        self.all.iter().map(|slot| slot.server(number, OfServer::Active).get()).sum()
+    }
+
+    /// Real traffic has met a place that fails, by its number among all.
+    pub fn count_failure(&self, number: usize) {
+        self.counters.server(number, OfServer::Failures).add(1);
+        self.failure_bell.ring();
     }
 
     /// Shows the supervisor that the loop turns.
@@ -89,6 +117,8 @@ pub struct Sessions<'a> {
     /// Sessions with something to do in the next turn.
     queue: Vec<Key>,
     balancers: Vec<Balancer>,
+    /// Each upstream's epoch when the board was last looked at for sessions.
+    seen_epochs: Vec<u64>,
     scratch: Box<[u8]>,
     fired: Vec<u32>,
 }
@@ -98,17 +128,23 @@ struct Entry {
     session: Session,
     client: Stream,
     server: Option<Stream>,
-    /// The server's number in its upstream, once one is picked.
+    /// The server's place in its upstream, once one is picked.
     server_index: Option<u32>,
+    /// Who had that place then: another address may have it by now.
+    incarnation: u32,
     listener: u32,
     stage: Stage,
     queued: bool,
     half_closed: bool,
+    /// Options that its server's socket is still to get.
+    lacks: Lacks,
     /// On its way to or from another process: nobody drives it.
     frozen: bool,
     born: Millis,
     /// When the last byte moved.
     moved: Millis,
+    /// For the access log, where there is one.
+    story: Option<Box<Story>>,
 }
 
 #[derive(Debug)]
@@ -134,6 +170,7 @@ impl<'a> Sessions<'a> {
             slab: Slab::new(),
             deadlines: Deadlines::new(now),
             queue: Vec::new(),
+            seen_epochs: vec![0; balancers.len()],
             balancers,
             scratch: vec![0; MAX_READ].into_boxed_slice(),
             fired: Vec::new(),
@@ -174,13 +211,16 @@ impl<'a> Sessions<'a> {
             client,
             server: None,
             server_index: None,
+            incarnation: 0,
             listener: listener as u32,
             stage: Stage::Open,
             queued: false,
             half_closed: false,
+            lacks: Lacks::Nothing,
             frozen: false,
             born: now,
             moved: now,
+            story: self.begin_story(peer),
         };
         let key = self.slab.insert(entry);
         let counters = &self.context.counters;
@@ -228,8 +268,9 @@ impl<'a> Sessions<'a> {
         match entry.stage {
             Stage::Open => self.enqueue(key),
             Stage::Connecting(_) if side == Side::Server => {
-                if event.is_writable() || event.is_error() || event.is_write_closed() {
-                    self.handle_connected(registry, key, now);
+                let failed = event.is_error() || event.is_write_closed();
+                if event.is_writable() || failed {
+                    self.handle_connected(registry, key, failed, now);
                 }
             }
             // A client that has reset meanwhile sent something before,
@@ -280,6 +321,7 @@ impl<'a> Sessions<'a> {
             let counters = &self.context.counters;
             counters.listener(listener, OfListener::BytesIn).add(after[0] - before[0]);
             counters.listener(listener, OfListener::BytesOut).add(after[1] - before[1]);
+            entry.quicken(before[0], after[0]);
         }
         match result {
             Drive::Done(reason) => return self.close(key, reason, now),
@@ -312,6 +354,7 @@ impl<'a> Sessions<'a> {
     }
 
     fn handle_deadline(&mut self, registry: &Registry, key: Key, now: Millis) {
+        self.settle(key, now);
         let entry = self.slab.get_mut(key).expect("the caller found it");
         match &mut entry.stage {
             Stage::Open => match due(entry, self.context.config) {
@@ -341,8 +384,9 @@ impl<'a> Sessions<'a> {
     /// is left standing while bytes flow, and looked at again when it fires.
     fn set_deadline(&mut self, key: Key, now: Millis) {
         let Some(entry) = self.slab.get(key) else { return };
-        match due(entry, self.context.config) {
-            Some((due, _)) => self.deadlines.set(key.index, due.max(now)),
+        let end = due(entry, self.context.config).map(|(due, _)| due);
+        match end.into_iter().chain(entry.settles_at()).min() {
+            Some(due) => self.deadlines.set(key.index, due.max(now)),
             None => self.deadlines.clear(key.index),
         }
     }
@@ -371,6 +415,7 @@ impl<'a> Sessions<'a> {
     fn remove(&mut self, key: Key, reason: CloseReason) {
         let Some(entry) = self.slab.remove(key) else { return };
         self.deadlines.clear(key.index);
+        self.log_end(&entry, reason);
         self.context.counters.ended(entry.listener as usize, reason).add(1);
         self.count_gone(&entry);
     }
@@ -385,12 +430,12 @@ impl<'a> Sessions<'a> {
         }
     }
 
-    /// The number of the session's server among all servers.
+    /// The number of the session's place among all places of servers.
     fn server_number(&self, entry: &Entry) -> Option<usize> {
         let Target::Upstream(upstream) = self.context.config.listeners[entry.listener as usize].target else {
             return None;
         };
-        entry.server_index.map(|index| self.context.layout.server(upstream, index as usize))
+        entry.server_index.map(|index| self.context.layout.place(upstream, index as usize))
     }
 
     /// Resets every session that is left.
@@ -447,11 +492,6 @@ fn register(registry: &Registry, fd: i32, key: Key, side: Side) -> io::Result<()
 
 fn millis(duration: std::time::Duration) -> Millis {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX / 4).min(u64::MAX / 4)
-}
-
-fn tcp_options(config: &Config, listener: usize) -> TcpOptions {
-    let tcp = &config.listeners[listener].tcp;
-    TcpOptions { keepalive: tcp.keepalive, user_timeout: tcp.user_timeout }
 }
 
 fn is_unix(address: &ServerAddress) -> bool {

@@ -221,10 +221,10 @@ fn servers(out: &mut Encoder, status: &Status) {
 }
 
 /// Every reason that is known, with those that occurred.
-fn with_zeros<'a>(
-    counts: &'a BTreeMap<String, u64>,
+fn with_zeros(
+    counts: &BTreeMap<String, u64>,
     known: impl IntoIterator<Item = &'static str>,
-) -> BTreeMap<&'a str, u64> {
+) -> BTreeMap<&str, u64> {
     let mut all: BTreeMap<&str, u64> = known.into_iter().map(|reason| (reason, 0)).collect();
     all.extend(counts.iter().map(|(reason, &count)| (reason.as_str(), count)));
     all

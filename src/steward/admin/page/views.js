@@ -205,8 +205,11 @@ function serverRow() {
     setText(cells[0], server.address);
     setText(state, server.state);
     setClass(state, stateClass(server.state));
-    setText(extra, server.backup ? " backup" : "");
-    setText(cells[2], checkText(server.check));
+    const changed = server.differs_from_file, marks = [];
+    if (server.backup) marks.push("backup");
+    if (changed) marks.push(changed.file_weight === undefined ? "by hand" : `by hand, weight ${changed.file_weight} in the file`);
+    setText(extra, marks.length ? ` ${marks.join(", ")}` : "");
+    setText(cells[2], placeText(server));
     const connect = server.connect || {}, none = !connect.count;
     const texts = [server.weight, count(server.active), rate(rates.get(`to ${upstream} ${server.address}`).now), count(server.connections), count(server.failures), none ? "–" : `≤ ${micros(connect.p50_us)}`, none ? "–" : `≤ ${micros(connect.p99_us)}`];
     texts.forEach((text, index) => setText(cells[index + 3], text));
@@ -214,14 +217,22 @@ function serverRow() {
   } };
 }
 
-/** A check's result in words, whatever the check tells of itself. */
+/** The check of a server, or of each address of a name. */
+function placeText(server) {
+  const places = server.places || [], told = server.resolve_error ? [`name: ${server.resolve_error}`] : [];
+  if (!places.length) return [...told, checkText(server.check)].join("; ");
+  const up = places.filter((place) => place.state === "up").length;
+  const bad = places.filter((place) => place.state !== "up").map((place) => `${place.address} ${place.state}${place.check ? ` (${checkText(place.check)})` : ""}`);
+  return [...told, `${up} of ${places.length} addresses up`, ...bad.slice(0, 4)].join("; ");
+}
+
+/** A check's result in words. */
 function checkText(check) {
   if (!check || typeof check !== "object") return check ? String(check) : "–";
-  const { kind, latency_us: latency, ...rest } = check;
-  const told = Object.entries(rest).filter(([, value]) => (typeof value === "string" && value) || (typeof value === "number" && value > 0));
-  const parts = told.map(([name, value]) => (typeof value === "string" ? value : `${words(name)} ${count(value)}`));
-  const first = [kind && kind !== "none" ? kind : "", latency > 0 ? micros(latency) : ""].filter(Boolean).join(" ");
-  return [first, ...parts].filter(Boolean).join(", ") || "–";
+  const parts = [[check.kind !== "none" && check.kind, check.latency_us > 0 && micros(check.latency_us)].filter(Boolean).join(" ")];
+  if (check.last === "traffic") parts.push("by its traffic");
+  parts.push(check.reason, check.flapping && "flapping", check.on_trial && "on trial");
+  return parts.filter(Boolean).join(", ") || "–";
 }
 
 /* ---- the workers ---- */

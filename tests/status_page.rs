@@ -177,7 +177,8 @@ fn a_server_that_goes_down_and_a_silent_daemon_are_shown() {
     assert_eq!(browser.value("document.querySelectorAll('.state.bad').length"), 0);
     let mut next = document(1, 2, 1, 3, 102);
     next["upstreams"][0]["servers"][1]["state"] = "down".into();
-    next["upstreams"][0]["servers"][1]["check"] = json!({ "kind": "http", "last": "bad", "reason": "status 503" });
+    next["upstreams"][0]["servers"][1]["check"] =
+        json!({ "kind": "http", "last": "bad", "reason": "status 503" });
     next["healthy"] = false.into();
     next["unhealthy"] = "slot 1 does not serve: backoff".into();
     stage.show(Some(next));

@@ -31,6 +31,7 @@ fn main() {
         health_says_that_a_slot_is_empty,
         rubbish_huge_and_slow_requests_harm_nobody,
         those_who_sit_and_wait_keep_nobody_out,
+        the_document_of_the_control_socket_names_every_command,
         only_the_daemons_user_and_group_reach_the_control_socket needs ["root"],
     ])
 }
@@ -322,6 +323,19 @@ fn those_who_sit_and_wait_keep_nobody_out() {
         matches!(stream.read(&mut [0; 8]), Ok(0))
     };
     eventually("the oldest are closed", || idle.iter().filter(|stream| closed(stream)).count() >= 200);
+}
+
+fn the_document_of_the_control_socket_names_every_command() {
+    let daemon = daemon();
+    let document = fs::read_to_string("docs/CONTROL.md").expect("part of the repository");
+    let error = daemon.ask("nothing").expect_err("no such command");
+    let (_, known) = error.split_once("known are ").expect("the known ones");
+    for command in known.split(", ") {
+        assert!(
+            document.contains(&format!("{{\"command\":\"{command}\"")),
+            "{command} is not in docs/CONTROL.md"
+        );
+    }
 }
 
 fn only_the_daemons_user_and_group_reach_the_control_socket() {

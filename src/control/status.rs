@@ -72,6 +72,9 @@ pub struct Worker {
     pub loop_lag_us: u64,
     /// How often it paused accepting for want of descriptors or memory.
     pub accept_pauses: u64,
+    /// How often an address to connect to servers from had no port left.
+    #[serde(default)]
+    pub port_shortages: u64,
     /// Lines of the access log that were dropped because nobody took them.
     #[serde(default)]
     pub access_log_dropped: u64,
@@ -179,6 +182,17 @@ pub struct Flows {
     pub datagrams_out: u64,
     /// Sockets at which UDP_SEGMENT failed and was given up, each time.
     pub offload_failures: u64,
+    /// Handed over from one worker to another, whole.
+    #[serde(default)]
+    pub handed_over: u64,
+    /// Lived while the number of workers changed, where nobody can say which
+    /// worker their datagrams come to from then on: some begin anew.
+    #[serde(default)]
+    pub unsteered: u64,
+    /// Datagrams that came to the wrong worker in the moment of a change, and
+    /// were passed on to the right one.
+    #[serde(default)]
+    pub passed_on: u64,
 }
 
 impl Listener {

@@ -16,7 +16,7 @@
 //! allocates nothing. So a flood of made-up sources pushes out only itself.
 
 mod index;
-mod proxy;
+mod moving;
 mod quarantine;
 #[cfg(test)]
 mod tests;
@@ -27,7 +27,7 @@ use crate::deadline::Deadlines;
 use crate::slab::{Key, Slab};
 use index::Index;
 
-pub use proxy::ProxyHeader;
+pub use moving::Snapshot;
 pub use quarantine::Quarantine;
 
 /// Whose datagrams a flow takes.
@@ -45,6 +45,10 @@ pub struct FlowKey {
 
 /// The server of a flow that a worker answers by itself.
 pub const NO_SERVER: u32 = u32::MAX;
+/// The server of a flow that came from another configuration, which this one
+/// does not have: what it still sends is passed on, and the client's next
+/// datagram goes to another.
+pub const GONE_SERVER: u32 = u32::MAX - 1;
 const NONE: u32 = u32::MAX;
 
 /// One flow: plain data.
@@ -52,10 +56,12 @@ const NONE: u32 = u32::MAX;
 pub struct Flow {
     /// Its name.
     pub key: FlowKey,
-    /// The server's number in its upstream, or `NO_SERVER`.
+    /// The server's number in its upstream, or `NO_SERVER`, or `GONE_SERVER`.
     pub server: u32,
     /// The server failed; the next datagram goes to another.
     failed: bool,
+    /// It is on its way to another process, and nothing of it moves here.
+    frozen: bool,
     answered: bool,
     /// A client's datagram came after the last reply.
     awaits: bool,
@@ -88,6 +94,8 @@ pub enum Arrival {
     Known(Key),
     /// It belongs to this flow, whose server has failed.
     Move(Key),
+    /// It belongs to a flow that is on its way to another process.
+    Frozen(Key),
     /// It begins a flow; first end that one, where one is named.
     #[allow(missing_docs)]
     Open { evict: Option<Key> },
@@ -128,11 +136,21 @@ pub enum DropReason {
     ToClient,
     /// A reply to a flow that had ended by then.
     Late,
+    /// Its sender is not allowed, or denied, by the listener's `access`.
+    Denied,
+    /// It would begin a flow, and its sender has as many as it may.
+    PerSource,
+    /// It would begin a flow, and its sender began as many within a second as it may.
+    RatePerSource,
+    /// It would begin a flow, and the listener has as many as it may.
+    MaxConnections,
+    /// It would begin a flow, and no local port is left to connect from.
+    NoPorts,
 }
 
 impl DropReason {
     /// All of them, in the order of the counters.
-    pub const ALL: [DropReason; 9] = [
+    pub const ALL: [DropReason; 14] = [
         DropReason::Shed,
         DropReason::Leaving,
         DropReason::NoServer,
@@ -142,6 +160,11 @@ impl DropReason {
         DropReason::ToServer,
         DropReason::ToClient,
         DropReason::Late,
+        DropReason::Denied,
+        DropReason::PerSource,
+        DropReason::RatePerSource,
+        DropReason::MaxConnections,
+        DropReason::NoPorts,
     ];
 
     /// Its name in `status` and metrics.
@@ -156,6 +179,11 @@ impl DropReason {
             DropReason::ToServer => "to_server",
             DropReason::ToClient => "to_client",
             DropReason::Late => "late",
+            DropReason::Denied => "denied",
+            DropReason::PerSource => "per_source",
+            DropReason::RatePerSource => "rate_per_source",
+            DropReason::MaxConnections => "max_connections",
+            DropReason::NoPorts => "no_ports",
         }
     }
 }
@@ -203,6 +231,9 @@ impl Flows {
     pub fn handle_client(&mut self, name: &FlowKey, now: u64) -> Arrival {
         if let Some(key) = self.find(name) {
             let flow = self.slab.get_mut(key).expect("the index names living flows");
+            if flow.frozen {
+                return Arrival::Frozen(key);
+            }
             flow.last = now;
             flow.requests = flow.requests.saturating_add(1);
             flow.awaits = true;
@@ -248,6 +279,7 @@ impl Flows {
             key: name,
             server,
             failed: false,
+            frozen: false,
             answered: false,
             awaits: true,
             requests: 1,
@@ -268,7 +300,7 @@ impl Flows {
 
     /// A datagram from a flow's server.
     pub fn handle_reply(&mut self, key: Key, now: u64) -> Reply {
-        let Some(flow) = self.slab.get_mut(key) else { return Reply::Drop };
+        let Some(flow) = self.slab.get_mut(key).filter(|flow| !flow.frozen) else { return Reply::Drop };
         flow.last = now;
         flow.awaits = false;
         flow.replies = flow.replies.saturating_add(1);
@@ -300,7 +332,7 @@ impl Flows {
     /// Ends a flow and tells what it was.
     pub fn end(&mut self, key: Key) -> Option<Flow> {
         let flow = self.slab.get(key)?;
-        if !flow.answered {
+        if !flow.answered && !flow.frozen {
             self.unlink(key.index);
         }
         let name = self.slab.get(key)?.key;
@@ -342,6 +374,9 @@ impl Flows {
         }
         for key in self.slab.keys() {
             let flow = self.slab.get(key).expect("the key is fresh");
+            if flow.frozen {
+                continue;
+            }
             let idle_timeout = self.books[usize::from(flow.key.listener)].limits.idle_timeout;
             self.deadlines.set(key.index, flow.last.saturating_add(idle_timeout).max(now));
         }
@@ -418,6 +453,16 @@ impl Flows {
 }
 
 impl Flow {
+    /// Whether a client's datagram came after the last reply.
+    pub fn awaits_reply(&self) -> bool {
+        self.awaits
+    }
+
+    /// Whether it is on its way to another process.
+    pub fn is_frozen(&self) -> bool {
+        self.frozen
+    }
+
     /// Whether its server may still send something that was asked for.
     pub fn has_replies_outstanding(&self) -> bool {
         self.server != NO_SERVER && (self.awaits || self.requests > self.replies)

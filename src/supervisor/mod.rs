@@ -19,6 +19,7 @@ mod plan;
 mod prepare;
 mod reload;
 mod seen;
+mod shift;
 mod slot;
 mod steering;
 mod steward;
@@ -50,6 +51,7 @@ use notify::{Facts, Notify};
 use prepare::Prepared;
 use reload::{Reload, Transfers};
 use seen::Seen;
+use shift::Shift;
 use slot::{Role, Slot};
 use steering::Steering;
 use steward::Steward;
@@ -110,6 +112,9 @@ struct Supervisor {
     watch: Watch,
     notify: Notify,
     reload: Option<Reload>,
+    shift: Option<Shift>,
+    /// Helpers, and the slots whose flows they have to give back.
+    to_give_back: Vec<(usize, usize)>,
     transfers: Transfers,
     /// What `scale` set, and what the file said then.
     scaled: Option<(usize, Workers)>,
@@ -164,6 +169,8 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         supervision: Supervision::new(slot_count),
         steering,
         reload: None,
+        shift: None,
+        to_give_back: Vec::new(),
         transfers: Transfers::default(),
         scaled: None,
         past: None,
@@ -219,9 +226,10 @@ impl Supervisor {
             self.watch_workers()?;
             self.handle_leave_deadline();
             self.handle_reload_deadline();
+            self.handle_shift_deadline();
             self.end_inquiries();
             self.check_finished();
-            self.steering.update(clock::coarse(), &self.supervision, &self.slots, &self.generation);
+            self.steer();
             if self.notify.is_due(clock::coarse()) {
                 self.notify.tick(clock::coarse(), &self.facts());
             }
@@ -234,11 +242,25 @@ impl Supervisor {
         Ok(self.end.expect("the loop's condition"))
     }
 
+    /// Brings the steering up to date, flows included.
+    fn steer(&mut self) {
+        self.update_steering();
+        self.begin_shift();
+        self.check_shifted();
+    }
+
+    fn update_steering(&mut self) {
+        let flow_slots = self.flow_slots();
+        let now = clock::coarse();
+        self.steering.update(now, &self.supervision, &self.slots, &self.generation, flow_slots);
+    }
+
     fn next_wake(&self) -> Option<Millis> {
         let leave = self.leave.as_ref().and_then(Leave::kill_at);
         let reload = self.reload.as_ref().map(Reload::deadline);
         let watched = [self.watch.next_deadline(), self.notify.next_deadline()];
-        let own = [self.supervision.next_deadline(), self.steward.due_at(), leave, reload];
+        let shift = self.shift.as_ref().map(Shift::deadline);
+        let own = [self.supervision.next_deadline(), self.steward.due_at(), leave, reload, shift];
         let steering = [self.steering.next_deadline(clock::coarse()), self.inquiry_deadline()];
         own.into_iter().chain(watched).chain(steering).flatten().min()
     }
@@ -249,7 +271,10 @@ impl Supervisor {
             match action {
                 Action::Spawn(slot) => self.spawn(slot)?,
                 Action::Lend { slot, to } => self.lend(slot, to),
-                Action::Recall { slot, from } => self.slots[from].tell(&ToWorker::Recall { slot }),
+                Action::Recall { slot, from } => {
+                    self.slots[from].tell(&ToWorker::Recall { slot });
+                    self.to_give_back.push((from, slot));
+                }
                 Action::Drain(slot) => self.drain(slot),
                 Action::Kill(slot) => {
                     if let Some(process) = &mut self.slots[slot].current {
@@ -275,9 +300,13 @@ impl Supervisor {
         let token = self.new_token();
         let generation = Rc::clone(&self.generation);
         match self.slots[slot].spawn(&self.prepared, &generation, self.poll.registry(), token) {
-            Ok(mut process) => {
-                process.tell(&ToWorker::Serve, &[]);
+            Ok(process) => {
                 self.slots[slot].current = Some(process);
+                if self.shift.as_ref().is_some_and(|shift| shift.gives_to(slot)) {
+                    self.slots[slot].tell(&ToWorker::Hold);
+                }
+                self.hand_over_again(slot);
+                self.slots[slot].tell(&ToWorker::Serve);
                 self.watch.begin(slot, clock::coarse());
                 Ok(())
             }
@@ -392,6 +421,11 @@ impl Supervisor {
                     self.handle_shared(slot);
                 }
             }
+            FromWorker::Held if role == Role::Current && !retiring => self.handle_held(slot),
+            FromWorker::FlowsPassed { moved, left } if role == Role::Current && !retiring => {
+                self.handle_flows_passed(slot, moved, left);
+            }
+            FromWorker::Held | FromWorker::FlowsPassed { .. } => {}
             FromWorker::Found { id } => self.handle_found(token, id, fds),
             FromWorker::Failed { text, advice, .. } if role == Role::Next => {
                 self.abort_reload(&format!("{text}\n{advice}"));
@@ -478,13 +512,19 @@ impl Supervisor {
         }
         match role {
             Role::Current => {
-                slot.current = None;
+                if let Some(dead) = slot.current.take() {
+                    // Nobody writes there any more: what it held is nobody's,
+                    // at once, not only when a successor says so.
+                    let generation = &dead.generation;
+                    generation.counters(slot.number).begin_life(&generation.layout);
+                }
                 if status.success() && self.leave.is_some() {
                     info!(slot = index, "worker has left");
                 } else {
                     warn!(slot = index, "worker ended: {status}");
                     self.count_end(index, status);
                 }
+                self.note_shift_end_of(index);
                 self.step(Event::Exited { slot: index, clean: status.success() })?;
                 self.handle_shared(index);
             }

@@ -15,8 +15,10 @@
 
 mod clients;
 mod fronts;
+mod moving;
 mod outlet;
 mod servers;
+mod story;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -25,18 +27,24 @@ use std::os::fd::OwnedFd;
 use mio::{Registry, Token};
 use tracing::{info, warn};
 
+use super::complaints::Complaints;
+use super::departures::Departures;
 use super::event_loop::SPECIAL;
 use super::sessions::Context;
 use crate::balance::Balancer;
 use crate::config::{Config, Listener, Mode, Multicast, Service, Target};
 use crate::control::Place;
 use crate::counters::{OfFlows, OfListener, OfServer, Process};
-use crate::flow::{DropReason, Flows, Limits, Quarantine};
+use crate::flow::{DropReason, Flow, Flows, GONE_SERVER, Limits, Quarantine};
+use crate::handover::flows::Story;
 use crate::relay::CloseReason;
 use crate::slab::Key;
+use crate::sources::UNCOUNTED;
+use crate::steering::Route;
 use crate::sys::clock::Millis;
 use crate::sys::datagram::{self, Arena};
 use fronts::{Front, Fronts};
+pub use moving::{Item, Passage};
 use outlet::Outlet;
 use servers::{Reply, Uplink};
 
@@ -46,8 +54,8 @@ const PLACES: usize = 64;
 const PLACE_BYTES: usize = 1 << 16;
 /// Receives that one front may have in one turn.
 const FRONT_BUDGET: usize = 4;
-/// How long a flow may be silent, in milliseconds, whose client is served by
-/// another worker by now: as long as a resolver waits for an answer
+/// How long a flow may be silent, in milliseconds, that could not be handed
+/// over, for its client is served by another worker by now: as long as a resolver waits for an answer
 /// (resolv.conf(5)). What a server goes on sending is passed on.
 const LINGER: Millis = 5_000;
 /// How often the kernel's own drops are looked at, in milliseconds.
@@ -74,6 +82,8 @@ fn flow_token(key: Key) -> Token {
 #[derive(Debug)]
 pub struct Datagrams<'a> {
     context: Context<'a>,
+    /// What polls all sockets, once there are any.
+    registry: Option<Registry>,
     fronts: Fronts,
     flows: Flows,
     /// Sockets towards servers, by the flow's place.
@@ -83,6 +93,8 @@ pub struct Datagrams<'a> {
     queue: Vec<Key>,
     spare_queue: Vec<Key>,
     balancers: Vec<Balancer>,
+    /// For the access log, by the flow's place; empty without one.
+    stories: Vec<Option<Box<Story>>>,
     /// Each upstream's epoch when the board was last looked at for flows.
     seen_epochs: Vec<u64>,
     /// What a listener with `service = "identify"` puts in front.
@@ -98,6 +110,15 @@ pub struct Datagrams<'a> {
     look_at: Option<Millis>,
     offload_told: bool,
     quarantine_changed: bool,
+    /// Where a flow's client is counted among the listener's sources, by the
+    /// flow's place.
+    source_places: Vec<u32>,
+    complaints: Complaints,
+    departures: Departures,
+    /// Which slot each listener's clients come to, as far as that was said.
+    routes: Vec<Route>,
+    /// Ways to other slots' workers, while flows move there.
+    passages: Vec<Passage>,
 }
 
 impl<'a> Datagrams<'a> {
@@ -105,7 +126,7 @@ impl<'a> Datagrams<'a> {
     pub fn new(context: Context<'a>, descriptors: usize, now: Millis) -> Datagrams<'a> {
         let config = context.config;
         let is_used = config.listeners.iter().any(|listener| listener.mode == Mode::Udp);
-        let limit = socket_limit(descriptors, context.all.len());
+        let limit = socket_limit(config, descriptors, context.all.len());
         let limits: Vec<Limits> = config.listeners.iter().map(limits_of).collect();
         if context.slot == 0 {
             tell_clamped(config, limit);
@@ -113,6 +134,7 @@ impl<'a> Datagrams<'a> {
         let places = if is_used { PLACES } else { 0 };
         let seed = (u64::from(std::process::id()) << 32) ^ crate::sys::clock::precise_micros();
         let quarantine = config.listeners.iter().map(|listener| millis(listener.udp.quarantine));
+        let departures = Departures::new(config.upstreams.len(), context.slot);
         let balancers = if is_used { context.balancers(now) } else { Vec::new() };
         Datagrams {
             seen_epochs: vec![0; balancers.len()],
@@ -121,8 +143,10 @@ impl<'a> Datagrams<'a> {
             flows: Flows::new(limits, limit, seed, now),
             quarantine: Quarantine::new(quarantine),
             context,
+            registry: None,
             fronts: Fronts::default(),
             uplinks: Vec::new(),
+            stories: Vec::new(),
             queue: Vec::new(),
             spare_queue: Vec::new(),
             arena: Arena::new(places, PLACE_BYTES),
@@ -134,6 +158,11 @@ impl<'a> Datagrams<'a> {
             look_at: None,
             offload_told: false,
             quarantine_changed: false,
+            source_places: Vec::new(),
+            complaints: Complaints::default(),
+            departures,
+            routes: Vec::new(),
+            passages: Vec::new(),
         }
     }
 
@@ -153,13 +182,18 @@ impl<'a> Datagrams<'a> {
     ) -> io::Result<()> {
         let listener = &self.context.config.listeners[place.listener];
         let is_group = listener.bind[place.address].ip().is_multicast();
+        if self.registry.is_none() {
+            self.registry = Some(registry.try_clone()?);
+        }
         let front = Front {
             place,
             socket,
             lent_by,
             // What waited before it was registered may give no edge.
             ready: true,
-            take_up: kept,
+            // While its flows are being handed over, it is one daemon that goes
+            // on, and nothing that waited is stale.
+            take_up: kept && !self.fronts.is_held(),
             can_cut: true,
             is_divided: is_group && listener.udp.multicast == Multicast::Partition,
         };
@@ -256,11 +290,15 @@ impl<'a> Datagrams<'a> {
         self.flows.begin_leave();
     }
 
-    /// Another worker reads the sockets from now on. The flows that there are
-    /// still bring their replies, until they are idle.
-    pub fn stop_receiving(&mut self, registry: &Registry, now: Millis) {
+    /// Another worker reads the sockets from now on.
+    pub fn stop_receiving(&mut self, registry: &Registry) {
         self.fronts.stop(registry);
         self.begin_leave();
+    }
+
+    /// Flows that could not be handed over still bring their replies, until
+    /// they are idle.
+    pub fn linger(&mut self, now: Millis) {
         self.flows.shorten_idle_timeout(LINGER, now);
     }
 
@@ -289,17 +327,37 @@ impl<'a> Datagrams<'a> {
     fn remove_flow(&mut self, key: Key, reason: CloseReason) -> Option<(usize, Option<OwnedFd>)> {
         let flow = self.flows.end(key)?;
         let listener = usize::from(flow.key.listener);
-        let counters = &self.context.counters;
-        counters.process(Process::Active).less_one();
-        counters.listener(listener, OfListener::Active).less_one();
-        counters.ended(listener, reason).add(1);
-        if let Target::Upstream(upstream) = self.context.config.listeners[listener].target {
-            let number = self.context.layout.place(upstream, flow.server as usize);
-            counters.server(number, OfServer::Active).less_one();
-        }
+        self.count_gone(key, &flow);
+        self.log_end(key, &flow, reason);
+        self.context.counters.ended(listener, reason).add(1);
         let uplink = self.uplinks.get_mut(key.index as usize).and_then(Option::take);
         let socket = uplink.filter(|_| flow.has_replies_outstanding()).map(|uplink| uplink.socket);
         Some((listener, socket))
+    }
+
+    /// It is not here any more.
+    fn count_gone(&mut self, key: Key, flow: &Flow) {
+        let listener = usize::from(flow.key.listener);
+        if let Some(place) = self.source_places.get_mut(key.index as usize) {
+            self.context.handle_left(listener, std::mem::replace(place, UNCOUNTED));
+        }
+        let counters = &self.context.counters;
+        counters.process(Process::Active).less_one();
+        counters.listener(listener, OfListener::Active).less_one();
+        if let Some(number) = self.server_number(listener, flow.server) {
+            counters.server(number, OfServer::Active).less_one();
+        }
+    }
+
+    /// A flow's server among all servers; `None` where it has none, or one
+    /// that the configuration has no more.
+    fn server_number(&self, listener: usize, server: u32) -> Option<usize> {
+        match self.context.config.listeners[listener].target {
+            Target::Upstream(upstream) if server < GONE_SERVER => {
+                Some(self.context.layout.place(upstream, server as usize))
+            }
+            Target::Upstream(_) | Target::Service(_) => None,
+        }
     }
 
     fn drop_datagrams(&self, listener: usize, reason: DropReason, count: u64) {
@@ -320,11 +378,26 @@ impl<'a> Datagrams<'a> {
 }
 
 /// Every flow takes a descriptor and a local port, and so does one that rests.
-/// A tenth of the ports stays for the host's other programs.
-fn socket_limit(descriptors: usize, slots: usize) -> u32 {
+/// A tenth of the ports stays for the host's other programs. Each address that
+/// all upstreams may leave from has as many ports of its own.
+fn socket_limit(config: &Config, descriptors: usize, slots: usize) -> u32 {
+    let upstream = |listener: &Listener| match listener.target {
+        Target::Upstream(upstream) if listener.mode == Mode::Udp => Some(&config.upstreams[upstream]),
+        _ => None,
+    };
+    let addresses = config.listeners.iter().filter_map(upstream).map(|upstream| {
+        let of_family = |v4: bool| upstream.source.iter().filter(|address| address.is_ipv4() == v4).count();
+        match upstream.transparent {
+            // As many as there are clients: descriptors are the bound then.
+            true => usize::MAX / (1 << 20),
+            false => of_family(true).max(1).min(of_family(false).max(1)),
+        }
+    });
+    let addresses = addresses.min().unwrap_or(1);
     let range = datagram::local_ports().unwrap_or((32_768, 60_999));
     let ports = usize::from(range.1.saturating_sub(range.0)) + 1;
-    descriptors.min(ports * 9 / 10 / slots.max(1)).max(1) as u32
+    descriptors.min(addresses.saturating_mul(ports * 9 / 10) / slots.max(1)).clamp(1, u32::MAX as usize)
+        as u32
 }
 
 fn tell_clamped(config: &Config, limit: u32) {

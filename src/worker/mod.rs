@@ -12,14 +12,18 @@
 
 mod access_log;
 mod birth;
+mod complaints;
 mod datagrams;
+mod departures;
 mod event_loop;
+mod gate;
 mod handover;
 #[cfg(debug_assertions)]
 mod hang;
 mod leave;
 mod listeners;
 mod load;
+mod places;
 mod sessions;
 mod test_hook;
 

@@ -1,10 +1,12 @@
 // Numbers and times as people read them. Pure.
 "use strict";
 
+const GROUPED = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
+
 /** 1,234 up to six digits, then 1.23 M. */
 function count(value) {
   if (!Number.isFinite(value)) return "–";
-  if (value < 1e6) return Math.round(value).toLocaleString("en-US");
+  if (value < 1e6) return GROUPED.format(value);
   return scaled(value, [[1e12, "T"], [1e9, "G"], [1e6, "M"]]);
 }
 
@@ -12,7 +14,7 @@ function count(value) {
 function rate(value) {
   if (!Number.isFinite(value)) return "–";
   if (value < 9.95) return value < 0.05 ? "0" : value.toFixed(1);
-  if (value < 1e4) return Math.round(value).toLocaleString("en-US");
+  if (value < 1e4) return GROUPED.format(value);
   return scaled(value, [[1e9, "G"], [1e6, "M"], [1e3, "k"]]);
 }
 

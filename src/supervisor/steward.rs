@@ -61,6 +61,7 @@ impl Steward {
             supervisor_pid: std::process::id(),
             config_path: config_path.to_string(),
             started_at: prepared.started_at,
+            started: prepared.started,
         };
         let bells = [prepared.board_bell.as_fd(), prepared.failure_bell.as_fd()];
         let fds = [generation.sealed.as_fd(), prepared.control.as_fd(), bells[0], bells[1]];

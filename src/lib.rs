@@ -8,7 +8,7 @@
 //! 4  cli
 //! 3  supervisor  worker  steward  loadgen  doctor    never import each other
 //! 2  control
-//! 1  config  balance  relay  flow  supervision  counters  spread  steering  deadline  slab  explain    pure
+//! 1  config  balance  relay  flow  health  supervision  counters  spread  steering  deadline  slab  explain    pure
 //! 0  sys  units  logging
 //! ```
 
@@ -24,6 +24,7 @@ pub mod doctor;
 pub mod explain;
 pub mod flow;
 pub mod handover;
+pub mod health;
 pub mod loadgen;
 pub mod logging;
 pub mod relay;

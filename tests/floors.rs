@@ -28,6 +28,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("slab", 1),
     ("explain", 1),
     ("handover", 1),
+    ("health", 1),
     ("sys", 0),
     ("units", 0),
     ("logging", 0),

@@ -135,10 +135,75 @@ fn every_mistake_in_toml_itself_is_told_by_place() {
     );
 }
 
+/// A file whose upstream and listener have these lines more.
+fn with_lines(listener: &str, upstream: &str) -> String {
+    server_at("10.0.0.1:80")
+        .replace("[[upstream]]\n", &format!("{listener}[[upstream]]\n"))
+        .replace("[[upstream.server]]\n", &format!("{upstream}[[upstream.server]]\n"))
+}
+
+#[test]
+fn what_stands_at_the_edges_of_a_session_is_judged() {
+    for (listener, upstream, complaint) in [
+        (
+            "[listener.tcp]\naccept_proxy = \"on\"\n",
+            "",
+            "a.toml:2:8: listener \"front\" has accept_proxy = \"on\" and trusts nobody\n  \
+             name the load balancers in front: trusted = [\"10.0.0.0/8\"]",
+        ),
+        (
+            "[listener.access]\ndeny = [\"10.0.0.1/8\"]\n",
+            "",
+            "a.toml:7:9: deny = \"10.0.0.1/8\" has bits set that its prefix does not cover\n  \
+             this network is written \"10.0.0.0/8\"",
+        ),
+        (
+            "",
+            "[upstream.health]\ncheck = \"command\"\n",
+            "a.toml:7:8: upstream \"web\" has check = \"command\" and no command\n  \
+             write command = [\"/path/of/program\"]",
+        ),
+        (
+            "",
+            "[upstream.health]\ncheck = \"exchange\"\n",
+            "a.toml:7:8: upstream \"web\" has check = \"exchange\" without send and expect\n  \
+             write send, expect or both; to connect alone is check = \"connect\"",
+        ),
+        (
+            "",
+            "[upstream.health]\nexpect_status = [\"200-99\"]\n",
+            "a.toml:9:18: expect_status = \"200-99\" is not a range of status codes\n  \
+             write \"200\" or \"200-399\"",
+        ),
+        (
+            "",
+            "[upstream.health]\nsend = 'a\\q'\n",
+            "a.toml:9:8: send = \"a\\\\q\" has an escape that is not known\n  \
+             write bytes as \\xNN, and \\r, \\n, \\t or \\\\; in TOML a text in single quotes keeps its backslashes",
+        ),
+        (
+            "",
+            "source = \"10.0.0.7:80\"\n",
+            "a.toml:8:10: source = \"10.0.0.7:80\" is not an IP address\n  write it without a port, like \"10.0.0.7\"",
+        ),
+    ] {
+        assert_eq!(complaints(&with_lines(listener, upstream)), complaint);
+    }
+}
+
 #[test]
 fn a_server_address_that_is_none_says_what_it_is() {
     for (address, complaint) in [
-        ("web.example:80", "is a host name\n  names are not resolved yet: write an IP address"),
+        (
+            "web.example",
+            "has no port\n  write \"web.example:PORT\", or \"srv:_service._tcp.web.example\" where SRV records tell it",
+        ),
+        ("web.example:http", "has a wrong port\n  a port is a number from 1 to 65535"),
+        (
+            "srv:web.example",
+            "is not the name of SRV records\n  write \"srv:_http._tcp.example.net\" (RFC 2782)",
+        ),
+        ("10.0.0.256:80", "is not an address\n  write it as \"10.0.0.1:80\" or \"[::1]:80\""),
         ("10.0.0.1", "has no port\n  write \"10.0.0.1:PORT\""),
         ("::1", "has no port\n  write \"[::1]:PORT\""),
         ("10.0.0.1:70000", "has a wrong port\n  a port is a number from 1 to 65535"),
@@ -154,7 +219,14 @@ fn a_server_address_that_is_none_says_what_it_is() {
             format!("a.toml:9:11: address = \"{address}\" {complaint}")
         );
     }
-    for address in ["10.0.0.1:80", "[::1]:80", "[fe80::1%2]:80", "unix:/run/web"] {
+    for address in [
+        "10.0.0.1:80",
+        "[::1]:80",
+        "[fe80::1%2]:80",
+        "unix:/run/web",
+        "web.example:80",
+        "srv:_http._tcp.web.example",
+    ] {
         let config = right(&server_at(address)).config;
         assert_eq!(config.upstreams[0].servers[0].address.to_string(), address);
     }
@@ -322,7 +394,7 @@ fn unknown_tables_are_refused_like_unknown_keys() {
          a.toml:3:2: unknown key \"limits\" at the top level\n  a file takes daemon, log, upstream, listener\n\
          a.toml:10:11: unknown key \"quic\" in [[listener]]\n  \
          [[listener]] takes name, bind, mode, upstream, service, steering, backlog, receive_buffer, send_buffer, \
-         interface, transparent, freebind, tcp, udp"
+         interface, transparent, freebind, tcp, udp, limits, access"
     );
 }
 
@@ -409,11 +481,6 @@ fn what_does_not_go_together_in_udp_is_refused_with_a_way_out() {
             file(bind, "", "", "unix:/run/x"),
             "11:11: upstream \"up\" has a Unix socket, and listener \"dns\" is of mode udp\n  datagrams go to servers \
              with an IP address: write \"10.0.0.1:53\"",
-        ),
-        (
-            file(bind, "", "send_proxy = \"v2\"", server).replace("\"udp\"", "\"tcp\""),
-            "8:8: upstream \"up\" has send_proxy, and listener \"dns\" is of mode tcp\n  the header is there for udp \
-             alone yet: take send_proxy out",
         ),
         (
             file("239.1.1.1:53", "", "", server).replace("\"udp\"", "\"tcp\""),

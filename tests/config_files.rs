@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::time::Duration;
 
-use evenkeel::config::{self, Config, Entry, Loaded, Mode, Service, Target, Workers, load};
+use evenkeel::config::{self, Check, Config, Entry, Loaded, Mode, Service, Target, Workers, load};
 use proptest::prelude::*;
 
 const REFERENCE: &str = include_str!("../config/reference.toml");
@@ -130,6 +130,39 @@ fn defaults_are_those_promised() {
     let upstream = &right(&server_at("10.0.0.1:80")).config.upstreams[0];
     assert_eq!((upstream.connect_timeout, upstream.retries), (Duration::from_secs(3), 2));
     assert_eq!((upstream.servers[0].weight, upstream.servers[0].backup), (1, false));
+}
+
+#[test]
+fn an_upstream_of_datagrams_is_not_checked_unless_the_file_says_so() {
+    let config = right(REFERENCE).config;
+    assert_eq!(
+        config.upstreams.iter().map(|u| u.health.check).collect::<Vec<_>>(),
+        [Check::Connect, Check::None]
+    );
+    let udp = "[[listener]]\nname = \"d\"\nbind = \"127.0.0.1:53\"\nmode = \"udp\"\nupstream = \"dns\"\n\
+               [[upstream]]\nname = \"dns\"\n[upstream.health]\ncheck = \"command\"\ncommand = \"/bin/true\"\n\
+               [[upstream.server]]\naddress = \"10.0.0.53:53\"\n";
+    let health = &right(udp).config.upstreams[0].health;
+    assert_eq!((health.check, health.command.as_slice()), (Check::Command, &["/bin/true".to_string()][..]));
+}
+
+#[test]
+fn bytes_of_an_exchange_are_written_by_escapes() {
+    let text = server_at("10.0.0.1:6379")
+        .replace("[[upstream.server]]", "[upstream.health]\ncheck = \"exchange\"\nsend = 'PING\\r\\n\\x00\\\\'\nexpect = \"+PONG\"\n[[upstream.server]]");
+    let health = &right(&text).config.upstreams[0].health;
+    assert_eq!((health.send.as_slice(), health.expect.as_slice()), (&b"PING\r\n\0\\"[..], &b"+PONG"[..]));
+}
+
+#[test]
+fn networks_and_sources_are_single_texts_or_lists() {
+    let text = server_at("10.0.0.1:80")
+        .replace("[[upstream]]\n", "[listener.access]\nallow = \"10.0.0.0/8\"\ndeny = [\"10.1.0.0/16\", \"10.2.0.1\", \"fd00::/8\"]\n[[upstream]]\nsource = [\"10.0.0.7\", \"fd00::7\"]\n");
+    let config = right(&text).config;
+    let shown = |nets: &[ipnet::IpNet]| nets.iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert_eq!(shown(&config.listeners[0].access.allow), ["10.0.0.0/8"]);
+    assert_eq!(shown(&config.listeners[0].access.deny), ["10.1.0.0/16", "10.2.0.1/32", "fd00::/8"]);
+    assert_eq!(config.upstreams[0].source.len(), 2);
 }
 
 #[test]

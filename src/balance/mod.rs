@@ -159,27 +159,20 @@ impl Candidate {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{SendProxy, Server, ServerAddress};
-    use std::time::Duration;
+    use crate::config::{Word, load};
 
     fn upstream(balance: Balance, servers: &[(u32, bool)]) -> Upstream {
-        let servers = servers
-            .iter()
-            .enumerate()
-            .map(|(i, &(weight, backup))| Server {
-                address: ServerAddress::Ip(format!("10.0.0.{i}:80").parse().unwrap()),
-                weight,
-                backup,
-            })
-            .collect();
-        Upstream {
-            name: "u".into(),
-            balance,
-            connect_timeout: Duration::from_secs(1),
-            retries: 2,
-            send_proxy: SendProxy::Off,
-            servers,
+        let mut text = format!(
+            "[[listener]]\nname = \"l\"\nbind = \"127.0.0.1:80\"\nmode = \"tcp\"\nupstream = \"u\"\n\
+             [[upstream]]\nname = \"u\"\nbalance = \"{}\"\n",
+            balance.word()
+        );
+        for (i, (weight, backup)) in servers.iter().enumerate() {
+            text += &format!(
+                "[[upstream.server]]\naddress = \"10.0.{i}.1:80\"\nweight = {weight}\nbackup = {backup}\n"
+            );
         }
+        load("test", &text).expect("it is right").config.upstreams.remove(0)
     }
 
     const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));

@@ -8,7 +8,9 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::file::{File, ReadListener, ReadUpstream};
 use super::problem::{Problem, Source, called};
-use super::{Listener, Mode, MulticastInterface, SendProxy, ServerAddress, Steering, Target};
+use super::{
+    AcceptProxy, Check, Listener, Mode, MulticastInterface, SendProxy, ServerAddress, Steering, Target,
+};
 
 /// What was found, in no order.
 #[derive(Default)]
@@ -31,6 +33,7 @@ pub(super) fn check(file: &File, source: &Source) -> Found {
     unpinned_workers(file, source, &mut found);
     for read in &file.listeners {
         groups(read, source, &mut found);
+        proxied(read, source, &mut found);
     }
     for (index, upstream) in file.upstreams.iter().enumerate() {
         let users: Vec<&Listener> = file
@@ -41,6 +44,7 @@ pub(super) fn check(file: &File, source: &Source) -> Found {
             .collect();
         servers(upstream, &users, source, &mut found);
         told_of_clients(upstream, &users, source, &mut found);
+        checked(upstream, &users, source, &mut found);
         if users.is_empty() {
             let message = format!("{} is used by no listener", called("upstream", &upstream.upstream.name));
             found.warnings.push(source.problem(
@@ -181,25 +185,57 @@ fn groups(read: &ReadListener, source: &Source, found: &mut Found) {
     }
 }
 
+/// A listener that requires a PROXY header takes it from somebody.
+fn proxied(read: &ReadListener, source: &Source, found: &mut Found) {
+    let tcp = &read.listener.tcp;
+    if tcp.accept_proxy == AcceptProxy::On && tcp.trusted.is_empty() {
+        let message = format!(
+            "{} has accept_proxy = \"on\" and trusts nobody",
+            called("listener", &read.listener.name)
+        );
+        let help = "name the load balancers in front: trusted = [\"10.0.0.0/8\"]";
+        found.errors.push(source.problem(read.at, message, help));
+    }
+}
+
+/// Checks that could never say anything.
+fn checked(read: &ReadUpstream, users: &[&Listener], source: &Source, found: &mut Found) {
+    let health = &read.upstream.health;
+    let upstream = called("upstream", &read.upstream.name);
+    let udp = users.iter().any(|user| user.mode == Mode::Udp);
+    let mut wrong = |message: String, help: &str| found.errors.push(source.problem(read.at, message, help));
+    match health.check {
+        Check::Command if health.command.is_empty() => {
+            wrong(
+                format!("{upstream} has check = \"command\" and no command"),
+                "write command = [\"/path/of/program\"]",
+            );
+        }
+        Check::Exchange if udp && (health.send.is_empty() || health.expect.is_empty()) => {
+            let help = "a datagram has to be sent and answered: write both send and expect";
+            wrong(format!("{upstream} has check = \"exchange\" for udp without send and expect"), help);
+        }
+        Check::Exchange if health.send.is_empty() && health.expect.is_empty() => {
+            let help = "write send, expect or both; to connect alone is check = \"connect\"";
+            wrong(format!("{upstream} has check = \"exchange\" without send and expect"), help);
+        }
+        Check::Http if health.expect_status.is_empty() => {
+            let help = "write expect_status = [\"200-399\"]";
+            wrong(format!("{upstream} has check = \"http\" and expects no status"), help);
+        }
+        _ => {}
+    }
+}
+
 /// PROXY headers and Unix sockets, by the modes of the listeners in front.
 fn told_of_clients(read: &ReadUpstream, users: &[&Listener], source: &Source, found: &mut Found) {
     let upstream = called("upstream", &read.upstream.name);
-    let tcp = users.iter().find(|user| user.mode == Mode::Tcp);
     let udp = users.iter().find(|user| user.mode == Mode::Udp);
-    match (read.upstream.send_proxy, tcp, udp) {
-        (SendProxy::Off, ..) => {}
-        (_, Some(user), _) => {
-            let message = format!("{upstream} has send_proxy, and listener \"{}\" is of mode tcp", user.name);
-            let help = "the header is there for udp alone yet: take send_proxy out";
-            found.errors.push(source.problem(read.at, message, help));
-        }
-        (SendProxy::V1, None, Some(user)) => {
-            let message =
-                format!("{upstream} has send_proxy = \"v1\", and listener \"{}\" is of mode udp", user.name);
-            let help = "version 1 of the PROXY protocol knows TCP alone: write \"v2\"";
-            found.errors.push(source.problem(read.at, message, help));
-        }
-        (SendProxy::V1 | SendProxy::V2, None, _) => {}
+    if let (SendProxy::V1, Some(user)) = (read.upstream.send_proxy, udp) {
+        let message =
+            format!("{upstream} has send_proxy = \"v1\", and listener \"{}\" is of mode udp", user.name);
+        let help = "version 1 of the PROXY protocol knows TCP alone: write \"v2\"";
+        found.errors.push(source.problem(read.at, message, help));
     }
     let Some(user) = udp else { return };
     for (server, at) in read.upstream.servers.iter().zip(&read.server_at) {

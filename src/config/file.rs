@@ -12,7 +12,10 @@ use super::problem::called;
 use super::reader::Table;
 use super::suggest::did_you_mean;
 use super::value::{At, Value, Wrong};
-use super::{Daemon, Listener, Log, Mode, Server, ServerAddress, Service, Target, Tcp, Udp, Upstream};
+use super::{
+    Access, Daemon, Health, Limits, Listener, Log, Mode, Server, ServerAddress, Service, Target, Tcp, Udp,
+    Upstream,
+};
 
 /// No timeout is longer; a deadline then fits every clock and timer.
 const LONGEST: Duration = Duration::from_secs(365 * 86_400);
@@ -25,6 +28,8 @@ const LONGEST_USER_TIMEOUT: Duration = Duration::from_millis(i32::MAX as u64);
 const BUFFER_BYTES: std::ops::RangeInclusive<u64> = 4096..=512 << 20;
 /// Below this a loaded machine's scheduling looks like a hang.
 const SHORTEST_HANG: Duration = Duration::from_millis(100);
+/// A check is a connection to a server; more of them would be load.
+const SHORTEST_INTERVAL: Duration = Duration::from_millis(50);
 const MILLISECOND: Duration = Duration::from_millis(1);
 
 /// The file as it was read, with the places that `checks` speaks of.
@@ -53,7 +58,10 @@ pub(super) fn file(t: &mut Table) -> File {
     let daemon = t.table("daemon", daemon);
     let log = t.table("log", log);
     // Before the listeners, which refer to them.
-    let upstreams = t.tables("upstream", upstream);
+    let glance = t.glance("listener", ["mode", "upstream"]);
+    let of_udp = glance.iter().filter(|[mode, _]| *mode == Some("udp"));
+    let udp_upstreams: Vec<&str> = of_udp.filter_map(|[_, upstream]| *upstream).collect();
+    let upstreams = t.tables("upstream", |t| upstream(t, &udp_upstreams));
     let names: Vec<&str> = upstreams.iter().map(|read| read.upstream.name.as_str()).collect();
     let listeners = t.tables("listener", |t| listener(t, &names));
     File { daemon, log, listeners, upstreams }
@@ -68,14 +76,21 @@ fn daemon(t: &mut Table) -> Daemon {
         control_socket: t.optional("control_socket", socket_path).map(At::into_value),
         max_connections: t.read("max_connections", 0, number(0..=1_000_000_000)),
         hang_timeout: t.read("hang_timeout", "2s", duration(SHORTEST_HANG..=LONGEST)),
+        crash_proof: t.read("crash_proof", true, boolean),
         orphan_timeout: t.read("orphan_timeout", "10s", duration(Duration::ZERO..=LONGEST)),
+        on_stop: t.read("on_stop", "drain", word),
+        admin: t.optional("admin", admin_address).map(At::into_value),
         drain_timeout: t.read("drain_timeout", "30s", duration(Duration::ZERO..=LONGEST)),
         share_ports: t.read("share_ports", false, boolean),
     }
 }
 
 fn log(t: &mut Table) -> Log {
-    Log { level: t.read("level", "info", word), format: t.read("format", "text", word) }
+    Log {
+        level: t.read("level", "info", word),
+        format: t.read("format", "text", word),
+        access: t.read("access", "off", access_log),
+    }
 }
 
 fn listener(t: &mut Table, upstreams: &[&str]) -> ReadListener {
@@ -96,6 +111,8 @@ fn listener(t: &mut Table, upstreams: &[&str]) -> ReadListener {
         freebind: t.read("freebind", false, boolean),
         tcp: t.table_where(mode == Mode::Tcp, "tcp", tcp),
         udp: t.table_where(mode == Mode::Udp, "udp", udp),
+        limits: t.table("limits", limits),
+        access: t.table("access", access),
         name,
     };
     ReadListener { listener, at, bind_at: bind.iter().map(|bind| bind.at).collect() }
@@ -144,7 +161,21 @@ fn tcp(t: &mut Table) -> Tcp {
         user_timeout: t.read("user_timeout", "0s", duration(Duration::ZERO..=LONGEST_USER_TIMEOUT)),
         fast_open: t.read("fast_open", false, boolean),
         defer_accept: t.read("defer_accept", false, boolean),
+        accept_proxy: t.read("accept_proxy", "off", word),
+        trusted: t.optional_list("trusted", network),
     }
+}
+
+fn limits(t: &mut Table) -> Limits {
+    Limits {
+        max_connections: t.read("max_connections", 0, number(0..=1_000_000_000)),
+        per_source: t.read("per_source", 0, number(0..=1_000_000_000)),
+        rate_per_source: t.read("rate_per_source", 0, number(0..=1_000_000)),
+    }
+}
+
+fn access(t: &mut Table) -> Access {
+    Access { allow: t.list("allow", &[], network), deny: t.list("deny", &[], network) }
 }
 
 fn udp(t: &mut Table) -> Udp {
@@ -159,17 +190,58 @@ fn udp(t: &mut Table) -> Udp {
     }
 }
 
-fn upstream(t: &mut Table) -> ReadUpstream {
+fn upstream(t: &mut Table, udp_upstreams: &[&str]) -> ReadUpstream {
     let (name, at) = required_name(t);
     let balance = t.read("balance", "round-robin", word);
     let connect_timeout = t.read("connect_timeout", "3s", duration(MILLISECOND..=LONGEST));
     let retries = t.read("retries", 2, number(0..=16));
     let send_proxy = t.read("send_proxy", "off", word);
+    let source = t.optional_list("source", source_address);
+    let transparent = t.read("transparent", false, boolean);
+    let all_down = t.read("all_down", "close", word);
+    let on_down = t.read("on_down", "keep", word);
+    let queue_timeout = t.read("queue_timeout", "5s", duration(Duration::ZERO..=LONGEST));
+    let of_udp = udp_upstreams.contains(&name.as_str());
+    let health = t.table("health", |t| health(t, of_udp));
     let servers = t.tables("server", server);
     let server_at = servers.iter().map(|server| server.at).collect();
     let servers = servers.into_iter().map(At::into_value).collect();
-    let upstream = Upstream { balance, connect_timeout, retries, send_proxy, servers, name };
+    let upstream = Upstream {
+        balance,
+        connect_timeout,
+        retries,
+        send_proxy,
+        source,
+        transparent,
+        all_down,
+        on_down,
+        queue_timeout,
+        health,
+        servers,
+        name,
+    };
     ReadUpstream { upstream, at, server_at }
+}
+
+/// Where datagrams go there is hardly ever something to connect to.
+fn health(t: &mut Table, of_udp: bool) -> Health {
+    Health {
+        check: t.read("check", if of_udp { "none" } else { "connect" }, word),
+        port: t.read("port", 0, number(0..=65_535)),
+        interval: t.read("interval", "2s", duration(SHORTEST_INTERVAL..=LONGEST)),
+        timeout: t.read("timeout", "1s", duration(MILLISECOND..=LONGEST)),
+        rise: t.read("rise", 2, number(1..=1000)),
+        fall: t.read("fall", 3, number(1..=1000)),
+        passive: t.read("passive", true, boolean),
+        slow_start: t.read("slow_start", "0s", duration(Duration::ZERO..=LONGEST)),
+        method: t.read("method", "GET", method),
+        path: t.read("path", "/", http_path),
+        host: t.read("host", "", http_host),
+        expect_status: t.list("expect_status", &["200-399"], status_range),
+        send: t.read("send", "", escaped_bytes),
+        expect: t.read("expect", "", escaped_bytes),
+        command: t.list("command", &[], argument),
+    }
 }
 
 fn server(t: &mut Table) -> At<Server> {
@@ -180,6 +252,7 @@ fn server(t: &mut Table) -> At<Server> {
         address: address.map_or(ServerAddress::Unix("".into()), At::into_value),
         weight: t.read("weight", 1, number(0..=256)),
         backup: t.read("backup", false, boolean),
+        max_connections: t.read("max_connections", 0, number(0..=1_000_000_000)),
     };
     At { value, at }
 }

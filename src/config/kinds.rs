@@ -4,15 +4,17 @@
 //! Pure and bounded: nothing here reads a file, resolves a name or asks the
 //! system.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ipnet::IpNet;
+
 use super::suggest::did_you_mean;
 use super::value::{Value, Wrong};
 use super::words::Word;
-use super::{Mode, MulticastInterface, ServerAddress, Steering, Workers};
+use super::{AccessLog, Mode, MulticastInterface, ServerAddress, StatusRange, Steering, Workers};
 use crate::units::{UnitError, format_duration, format_size, parse_duration, parse_size};
 
 /// `sun_path` holds 108 bytes and a final NUL (unix(7)).
@@ -20,6 +22,9 @@ const UNIX_PATH_BYTES: usize = 107;
 
 /// IFNAMSIZ is 16 with the final NUL (netdevice(7)).
 const INTERFACE_BYTES: usize = 15;
+
+/// What a check sends or looks for is a greeting, not a load.
+const EXCHANGE_BYTES: usize = 4096;
 
 /// `"1h"`, within a range.
 pub(super) fn duration(range: RangeInclusive<Duration>) -> impl Fn(&Value) -> Result<Duration, Wrong> {
@@ -269,7 +274,7 @@ pub(super) fn bind_address(value: &Value) -> Result<SocketAddr, Wrong> {
     Ok(address)
 }
 
-/// Where a server is: `ip:port` or `unix:/path`.
+/// Where a server is: `ip:port`, `unix:/path`, `name:port` or `srv:name`.
 pub(super) fn server_address(value: &Value) -> Result<ServerAddress, Wrong> {
     let text = text(value)?;
     if let Some(path) = text.strip_prefix("unix:") {
@@ -284,6 +289,12 @@ pub(super) fn server_address(value: &Value) -> Result<ServerAddress, Wrong> {
             format!("write the address in front of the port: \"10.0.0.1:{port}\""),
         ));
     }
+    if let Some(name) = text.strip_prefix("srv:") {
+        return srv_name(name).map(ServerAddress::Srv);
+    }
+    if let Some(named) = named_server(text)? {
+        return Ok(named);
+    }
     let address = socket_address(text, "10.0.0.1:80")?;
     if address.port() == 0 {
         return Err(Wrong::new("has port 0", "write the server's port, 1 to 65535"));
@@ -293,6 +304,203 @@ pub(super) fn server_address(value: &Value) -> Result<ServerAddress, Wrong> {
         return Err(Wrong::new("is not the address of one host", "write the server's own address"));
     }
     Ok(ServerAddress::Ip(address))
+}
+
+/// `name:port`, or nothing where the host is no name.
+fn named_server(text: &str) -> Result<Option<ServerAddress>, Wrong> {
+    let (host, port) = text.rsplit_once(':').unwrap_or((text, ""));
+    if !is_host_name(host) {
+        return Ok(None);
+    }
+    match port.parse() {
+        Ok(0) => Err(Wrong::new("has port 0", "write the server's port, 1 to 65535")),
+        Ok(port) => Ok(Some(ServerAddress::Name { host: host.to_ascii_lowercase(), port })),
+        Err(_) if port.is_empty() => Err(Wrong::new(
+            "has no port",
+            format!("write \"{host}:PORT\", or \"srv:_service._tcp.{host}\" where SRV records tell it"),
+        )),
+        Err(_) => Err(Wrong::new("has a wrong port", "a port is a number from 1 to 65535")),
+    }
+}
+
+/// The name that SRV records are asked of.
+fn srv_name(name: &str) -> Result<String, Wrong> {
+    let mut labels = name.split('.');
+    let underscored =
+        |label: Option<&str>| label.is_some_and(|label| label.len() > 1 && label.starts_with('_'));
+    let rest = name.splitn(3, '.').nth(2).unwrap_or_default();
+    if underscored(labels.next()) && underscored(labels.next()) && is_host_name(rest) {
+        return Ok(name.to_ascii_lowercase());
+    }
+    Err(Wrong::new("is not the name of SRV records", "write \"srv:_http._tcp.example.net\" (RFC 2782)"))
+}
+
+/// A host name by RFC 1123, its underscores forgiven; the last label has a
+/// letter, or it would be an address that was mistyped.
+fn is_host_name(host: &str) -> bool {
+    let bare = host.strip_suffix('.').unwrap_or(host);
+    let label = |label: &str| {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
+        (1..=63).contains(&label.len())
+            && label.chars().all(allowed)
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    let lettered = |label: &str| label.chars().any(|c| c.is_ascii_alphabetic());
+    (1..=253).contains(&bare.len())
+        && bare.split('.').all(label)
+        && bare.rsplit('.').next().is_some_and(lettered)
+}
+
+/// `"10.0.0.0/8"`, or one address.
+pub(super) fn network(value: &Value) -> Result<IpNet, Wrong> {
+    let text = text(value)?;
+    if let Ok(address) = text.parse::<IpAddr>() {
+        return Ok(IpNet::from(address));
+    }
+    match text.parse::<IpNet>() {
+        Ok(network) if network.trunc() == network => Ok(network),
+        Ok(network) => {
+            let help = format!("this network is written \"{}\"", network.trunc());
+            Err(Wrong::new("has bits set that its prefix does not cover", help))
+        }
+        Err(_) => {
+            Err(Wrong::new("is not a network", "write \"10.0.0.0/8\", \"2001:db8::/32\" or a single address"))
+        }
+    }
+}
+
+/// An address of this host to connect from.
+pub(super) fn source_address(value: &Value) -> Result<IpAddr, Wrong> {
+    let text = text(value)?;
+    match text.parse::<IpAddr>() {
+        Ok(ip) if ip.is_unspecified() || ip.is_multicast() => {
+            Err(Wrong::new("is not the address of a host", "write an address that this host has"))
+        }
+        Ok(ip) => Ok(ip),
+        Err(_) => Err(Wrong::new("is not an IP address", "write it without a port, like \"10.0.0.7\"")),
+    }
+}
+
+/// Where the status page is.
+pub(super) fn admin_address(value: &Value) -> Result<SocketAddr, Wrong> {
+    let address = bind_address(value)?;
+    if address.ip().is_multicast() {
+        return Err(Wrong::new(
+            "is a group address",
+            "write an address of this host, like \"127.0.0.1:9180\"",
+        ));
+    }
+    Ok(address)
+}
+
+/// `"off"`, `"stderr"` or a file's path.
+pub(super) fn access_log(value: &Value) -> Result<AccessLog, Wrong> {
+    match text(value)? {
+        "off" => Ok(AccessLog::Off),
+        "stderr" => Ok(AccessLog::Stderr),
+        path if path.starts_with('/') && !path.ends_with('/') && !path.contains('\0') => {
+            Ok(AccessLog::File(PathBuf::from(path)))
+        }
+        other => {
+            let all = "write \"off\", \"stderr\", or the absolute path of a file";
+            Err(Wrong::new("is not known", did_you_mean(other, &["off", "stderr"], all)))
+        }
+    }
+}
+
+/// An HTTP method (RFC 9110: a token).
+pub(super) fn method(value: &Value) -> Result<String, Wrong> {
+    let text = text(value)?;
+    let token = |c: char| c.is_ascii_alphanumeric() || "!#$%&'*+-.^_`|~".contains(c);
+    if text.is_empty() || text.len() > 32 || !text.chars().all(token) {
+        return Err(Wrong::new("is not an HTTP method", "write \"GET\" or \"HEAD\""));
+    }
+    Ok(text.to_string())
+}
+
+/// The target of an HTTP request.
+pub(super) fn http_path(value: &Value) -> Result<String, Wrong> {
+    let text = text(value)?;
+    if !text.starts_with('/') || text.len() > 2048 || !text.chars().all(|c| c.is_ascii_graphic()) {
+        return Err(Wrong::new(
+            "is not the path of a request",
+            "start it with \"/\" and escape what is not ASCII",
+        ));
+    }
+    Ok(text.to_string())
+}
+
+/// A Host header, or nothing.
+pub(super) fn http_host(value: &Value) -> Result<String, Wrong> {
+    let text = text(value)?;
+    if text.len() > 255 || !text.chars().all(|c| c.is_ascii_graphic() && c != '/') {
+        return Err(Wrong::new("is not a host", "write a name, like \"www.example.net\""));
+    }
+    Ok(text.to_string())
+}
+
+/// `"200"` or `"200-399"`.
+pub(super) fn status_range(value: &Value) -> Result<StatusRange, Wrong> {
+    let wrong = || Wrong::new("is not a range of status codes", "write \"200\" or \"200-399\"");
+    let code = |text: &str| text.parse().ok().filter(|code| (100..=599).contains(code));
+    let (first, last) = match value {
+        Value::Integer(number) => (u16::try_from(*number).ok().filter(|c| (100..=599).contains(c)), None),
+        Value::Text(text) => match text.split_once('-') {
+            Some((first, last)) => (code(first), Some(code(last).ok_or_else(wrong)?)),
+            None => (code(text), None),
+        },
+        _ => return Err(wrong()),
+    };
+    let first = first.ok_or_else(wrong)?;
+    let range = StatusRange { first, last: last.unwrap_or(first) };
+    if range.first > range.last { Err(wrong()) } else { Ok(range) }
+}
+
+/// A text in which `\xNN`, `\r`, `\n`, `\t` and `\\` stand for bytes.
+pub(super) fn escaped_bytes(value: &Value) -> Result<Vec<u8>, Wrong> {
+    let text = text(value)?;
+    let wrong = || {
+        let help = "write bytes as \\xNN, and \\r, \\n, \\t or \\\\; in TOML a text in single quotes keeps its backslashes";
+        Wrong::new("has an escape that is not known", help)
+    };
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let [first, tail @ ..] = rest {
+        rest = tail;
+        if *first != b'\\' {
+            bytes.push(*first);
+            continue;
+        }
+        let [escape, tail @ ..] = rest else { return Err(wrong()) };
+        rest = tail;
+        bytes.push(match escape {
+            b'r' => b'\r',
+            b'n' => b'\n',
+            b't' => b'\t',
+            b'\\' => b'\\',
+            b'x' => {
+                let digits = rest.get(..2).ok_or_else(wrong)?;
+                rest = &rest[2..];
+                let digits = std::str::from_utf8(digits).map_err(|_| wrong())?;
+                u8::from_str_radix(digits, 16).map_err(|_| wrong())?
+            }
+            _ => return Err(wrong()),
+        });
+    }
+    if bytes.len() > EXCHANGE_BYTES {
+        return Err(Wrong::new("is too long", format!("at most {EXCHANGE_BYTES} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// One word of a command line.
+pub(super) fn argument(value: &Value) -> Result<String, Wrong> {
+    let text = text(value)?;
+    if text.contains('\0') || text.len() > 4096 {
+        return Err(Wrong::new("is not an argument", "write a text of at most 4096 bytes without NUL"));
+    }
+    Ok(text.to_string())
 }
 
 fn text<'v>(value: &'v Value) -> Result<&'v str, Wrong> {
@@ -337,7 +545,7 @@ fn socket_address(text: &str, example: &str) -> Result<SocketAddr, Wrong> {
     }
     let like_a_name = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     if host.chars().all(like_a_name) && host.chars().any(|c| c.is_ascii_alphabetic()) {
-        return Err(Wrong::new("is a host name", "names are not resolved yet: write an IP address"));
+        return Err(Wrong::new("is a host name", "write an IP address"));
     }
     Err(Wrong::new("is not an address", format!("write it as \"{example}\" or \"[::1]:80\"")))
 }

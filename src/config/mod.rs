@@ -7,6 +7,7 @@
 
 mod checks;
 mod file;
+mod health;
 mod kinds;
 mod load;
 mod problem;
@@ -18,12 +19,14 @@ mod value;
 mod words;
 
 use std::fmt;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+pub use health::{Check, Health, StatusRange};
 pub use load::{Loaded, load};
 pub use problem::{Problem, Problems};
 pub use reader::{Block, Entry};
@@ -62,12 +65,28 @@ pub struct Daemon {
     pub max_connections: u64,
     /// A worker whose loop does not turn for so long is replaced.
     pub hang_timeout: Duration,
+    /// Sessions outlive their worker.
+    pub crash_proof: bool,
     /// How long workers go on accepting without a supervisor.
     pub orphan_timeout: Duration,
+    /// What a stop does where systemd does not tell it from a restart.
+    pub on_stop: OnStop,
+    /// Where the status page and the metrics are; `None` = nowhere.
+    pub admin: Option<SocketAddr>,
     /// How long a graceful leave may take.
     pub drain_timeout: Duration,
     /// Start although another program already listens at one of our addresses.
     pub share_ports: bool,
+}
+
+/// What becomes of the sessions when the daemon is told to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnStop {
+    /// They finish, within `drain_timeout`.
+    Drain,
+    /// They wait in systemd's store for the next start.
+    Park,
 }
 
 /// `workers = "auto"` or a number.
@@ -86,6 +105,19 @@ pub struct Log {
     pub level: Level,
     /// Text or JSON lines.
     pub format: Format,
+    /// Where one line a session or flow goes.
+    pub access: AccessLog,
+}
+
+/// Where the access log goes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AccessLog {
+    /// Nowhere.
+    Off,
+    /// With the daemon's own log.
+    Stderr,
+    /// To this file, which is opened anew on USR1.
+    File(PathBuf),
 }
 
 /// A log level.
@@ -138,6 +170,30 @@ pub struct Listener {
     pub tcp: Tcp,
     /// The `[listener.udp]` table.
     pub udp: Udp,
+    /// The `[listener.limits]` table.
+    pub limits: Limits,
+    /// The `[listener.access]` table.
+    pub access: Access,
+}
+
+/// The `[listener.limits]` table, over all slots; 0 = no such limit.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Sessions, or flows, at once.
+    pub max_connections: u64,
+    /// The same of one client address.
+    pub per_source: u32,
+    /// New ones a second of one client address.
+    pub rate_per_source: u32,
+}
+
+/// The `[listener.access]` table: who may come.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Access {
+    /// These alone; empty = everyone.
+    pub allow: Vec<IpNet>,
+    /// Never these, allowed or not.
+    pub deny: Vec<IpNet>,
 }
 
 /// What a listener's sockets speak.
@@ -203,6 +259,19 @@ pub struct Tcp {
     pub fast_open: bool,
     /// TCP_DEFER_ACCEPT on the listener.
     pub defer_accept: bool,
+    /// Whether connections begin with a PROXY protocol header.
+    pub accept_proxy: AcceptProxy,
+    /// Who may send that header.
+    pub trusted: Vec<IpNet>,
+}
+
+/// Whether a PROXY protocol header is required.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[allow(missing_docs)]
+pub enum AcceptProxy {
+    Off,
+    On,
 }
 
 /// The `[listener.udp]` table.
@@ -259,6 +328,18 @@ pub struct Upstream {
     pub retries: u32,
     /// Whether servers are told who the client is.
     pub send_proxy: SendProxy,
+    /// Addresses to connect from, in turn; empty = the kernel's choice.
+    pub source: Vec<IpAddr>,
+    /// Connect from the client's own address (IP_TRANSPARENT).
+    pub transparent: bool,
+    /// What happens to a new session when every server is down.
+    pub all_down: AllDown,
+    /// What happens to the open sessions of a server that goes down.
+    pub on_down: OnDown,
+    /// How long a session waits for a place when every server is full.
+    pub queue_timeout: Duration,
+    /// The `[upstream.health]` table.
+    pub health: Health,
     /// At least one.
     pub servers: Vec<Server>,
 }
@@ -284,6 +365,26 @@ pub enum SendProxy {
     V2,
 }
 
+/// What happens to a new session when every server is down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AllDown {
+    /// It is closed.
+    Close,
+    /// It is tried on any of them.
+    TryAny,
+}
+
+/// What happens to the open sessions of a server that goes down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnDown {
+    /// They go on as long as they can.
+    Keep,
+    /// They are reset.
+    Reset,
+}
+
 /// An `[[upstream.server]]` table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Server {
@@ -293,6 +394,8 @@ pub struct Server {
     pub weight: u32,
     /// Used only when no other server can be.
     pub backup: bool,
+    /// Sessions at once over all workers; 0 = no limit.
+    pub max_connections: u32,
 }
 
 /// Where a server is.
@@ -302,6 +405,12 @@ pub enum ServerAddress {
     Ip(SocketAddr),
     /// `unix:/path`
     Unix(PathBuf),
+    /// `name:port`: the addresses that the name has.
+    #[allow(missing_docs)]
+    Name { host: String, port: u16 },
+    /// `srv:name`: the hosts, ports, priorities and weights that its SRV
+    /// records give.
+    Srv(String),
 }
 
 /// As the file writes it.
@@ -310,6 +419,8 @@ impl fmt::Display for ServerAddress {
         match self {
             Self::Ip(address) => write!(f, "{address}"),
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Name { host, port } => write!(f, "{host}:{port}"),
+            Self::Srv(name) => write!(f, "srv:{name}"),
         }
     }
 }

@@ -209,6 +209,59 @@ impl<'d, 'f> Table<'_, 'd, 'f> {
         judged.collect()
     }
 
+    /// A key with a list, whose default is a list of texts; one value will do.
+    /// Elements that will not do are left out.
+    pub(super) fn list<T>(
+        &mut self,
+        key: &'static str,
+        default: &[&'static str],
+        kind: impl Fn(&Value) -> Result<T, Wrong>,
+    ) -> Vec<T> {
+        let default = Value::from(default);
+        let typed = self.typed(key);
+        self.note(key, typed.as_ref(), Some(&default));
+        let elements = match typed.unwrap_or(At { value: default, at: self.at }) {
+            At { value: Value::List(elements), .. } => elements,
+            one => vec![one],
+        };
+        elements.iter().filter_map(|element| self.judge(key, element, &kind)).collect()
+    }
+
+    /// The same, but unset by default.
+    pub(super) fn optional_list<T>(
+        &mut self,
+        key: &'static str,
+        kind: impl Fn(&Value) -> Result<T, Wrong>,
+    ) -> Vec<T> {
+        let typed = self.typed(key);
+        self.note(key, typed.as_ref(), None);
+        let elements = match typed {
+            None => Vec::new(),
+            Some(At { value: Value::List(elements), .. }) => elements,
+            Some(one) => vec![one],
+        };
+        elements.iter().filter_map(|element| self.judge(key, element, &kind)).collect()
+    }
+
+    /// What the tables of a list have as texts for two keys, before they are
+    /// read: what is read first may depend on it.
+    pub(super) fn glance(&self, tables: &str, keys: [&str; 2]) -> Vec<[Option<&'d str>; 2]> {
+        let Some(DeValue::Array(elements)) =
+            self.data.and_then(|data| data.get(tables)).map(Spanned::get_ref)
+        else {
+            return Vec::new();
+        };
+        let tables = elements.iter().filter_map(|element| match element.get_ref() {
+            DeValue::Table(table) => Some(table),
+            _ => None,
+        });
+        let text = |table: &'d DeTable<'d>, key: &str| match table.get(key)?.get_ref() {
+            DeValue::String(text) => Some(text.as_ref()),
+            _ => None,
+        };
+        tables.map(|table| keys.map(|key| text(table, key))).collect()
+    }
+
     /// A table within this one, or its defaults.
     pub(super) fn table<T>(
         &mut self,

@@ -85,6 +85,12 @@ impl From<i64> for Value<'_> {
     }
 }
 
+impl From<&[&'static str]> for Value<'_> {
+    fn from(texts: &[&'static str]) -> Self {
+        Self::List(texts.iter().map(|text| At { value: Self::Text(text), at: 0 }).collect())
+    }
+}
+
 impl From<bool> for Value<'_> {
     fn from(yes: bool) -> Self {
         Self::Boolean(yes)

@@ -3,7 +3,10 @@
 //! One table an enum, read both ways; it must be in the order that messages
 //! list the words in.
 
-use super::{Balance, Format, Level, Mode, Multicast, SendProxy, Service, Steering};
+use super::{
+    AcceptProxy, AllDown, Balance, Check, Format, Level, Mode, Multicast, OnDown, OnStop, SendProxy, Service,
+    Steering,
+};
 
 /// An enum whose values have words.
 pub trait Word: Copy + PartialEq + 'static {
@@ -67,6 +70,32 @@ impl Word for SendProxy {
     const WORDS: &'static [(&'static str, Self)] = &[("off", Self::Off), ("v1", Self::V1), ("v2", Self::V2)];
 }
 
+impl Word for AcceptProxy {
+    const WORDS: &'static [(&'static str, Self)] = &[("off", Self::Off), ("on", Self::On)];
+}
+
+impl Word for OnStop {
+    const WORDS: &'static [(&'static str, Self)] = &[("drain", Self::Drain), ("park", Self::Park)];
+}
+
+impl Word for AllDown {
+    const WORDS: &'static [(&'static str, Self)] = &[("close", Self::Close), ("try-any", Self::TryAny)];
+}
+
+impl Word for OnDown {
+    const WORDS: &'static [(&'static str, Self)] = &[("keep", Self::Keep), ("reset", Self::Reset)];
+}
+
+impl Word for Check {
+    const WORDS: &'static [(&'static str, Self)] = &[
+        ("none", Self::None),
+        ("connect", Self::Connect),
+        ("http", Self::Http),
+        ("exchange", Self::Exchange),
+        ("command", Self::Command),
+    ];
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -89,5 +118,10 @@ mod tests {
         words_are_those_of_json::<Balance>();
         words_are_those_of_json::<Multicast>();
         words_are_those_of_json::<SendProxy>();
+        words_are_those_of_json::<AcceptProxy>();
+        words_are_those_of_json::<OnStop>();
+        words_are_those_of_json::<AllDown>();
+        words_are_those_of_json::<OnDown>();
+        words_are_those_of_json::<Check>();
     }
 }

@@ -132,6 +132,7 @@ impl Sessions<'_> {
         match &self.context.config.upstreams[upstream].servers[server].address {
             ServerAddress::Ip(address) => connect_tcp(*address, &tcp_options(self.context.config, listener)),
             ServerAddress::Unix(path) => connect_unix(path),
+            ServerAddress::Name { .. } | ServerAddress::Srv(_) => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 

@@ -9,6 +9,7 @@
 //! listens to the supervisor. It ends with its supervisor, and may be killed
 //! at any time: traffic never passes here, and a new one takes its place.
 
+mod checks;
 mod control_socket;
 mod report;
 

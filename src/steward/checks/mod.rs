@@ -1,0 +1,7 @@
+//! Health checks.
+
+mod command;
+mod dial;
+mod exchange;
+mod http;
+mod probe;

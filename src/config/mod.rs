@@ -27,7 +27,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 pub use health::{Check, Health, StatusRange};
-pub use load::{Loaded, load};
+pub use load::{Loaded, NamedServer, load};
 pub use problem::{Problem, Problems};
 pub use reader::{Block, Entry};
 pub use show::show;

@@ -11,6 +11,7 @@
 
 mod checks;
 mod control_socket;
+pub mod names;
 mod report;
 
 use std::collections::HashMap;

@@ -14,7 +14,9 @@
 
 pub mod daemon;
 pub mod datagrams;
+pub mod health;
 pub mod machine;
+pub mod resolver;
 pub mod servers;
 
 use std::io::{Read, Write};

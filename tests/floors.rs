@@ -18,6 +18,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("control", 2),
     ("config", 1),
     ("balance", 1),
+    ("board", 1),
     ("relay", 1),
     ("flow", 1),
     ("supervision", 1),

@@ -14,6 +14,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::board::{Change, Override};
 use crate::config::{self, Word};
 use crate::logging;
 use crate::sys::accounts::Account;
@@ -44,7 +45,9 @@ pub struct SocketId {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToWorker {
     /// Who it is. Descriptors: the configuration (sealed JSON), its own
-    /// counters, with `tells_load` the page of loads, then the counters of all
+    /// counters, the upstream board to read, the bell that the steward rings
+    /// when the board has changed, the bell that the worker rings when traffic
+    /// fails, with `tells_load` the page of loads, then the counters of all
     /// slots to read. What is `outliving` is open elsewhere too, and who waits
     /// there is served after the daemon's end.
     #[allow(missing_docs)]
@@ -123,12 +126,17 @@ pub enum PeerMessage {
 /// From the supervisor to the steward.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToSteward {
-    /// Descriptors: the present configuration and the control listener.
+    /// Descriptors: the present configuration, the control listener, the bell
+    /// that workers hear, and the one that they ring.
     Birth(StewardBirth),
-    /// Where the counters are. Descriptors: so many configurations, the
-    /// present one first, then the counters of each table.
+    /// Where the counters and the upstream boards are. Descriptors: so many
+    /// configurations, the present one first; the boards of these of them, to
+    /// write; then the counters of each table.
     #[allow(missing_docs)]
-    Tables { generation: u64, config_count: usize, tables: Vec<Table> },
+    Tables { generation: u64, config_count: usize, boards: Vec<usize>, tables: Vec<Table> },
+    /// All that the operator has changed about servers at run time, by upstream
+    /// and server.
+    Overrides(Vec<(String, String, Override)>),
     /// What the workers do now.
     Workers(Vec<WorkerState>),
     /// How the listener of this name is steered from now on, and the part of
@@ -190,7 +198,7 @@ pub enum FromSteward {
 }
 
 /// What a caller may ask of the supervisor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
     /// Leave gracefully within `drain_timeout`.
     Drain,
@@ -203,6 +211,9 @@ pub enum Request {
     Scale(usize),
     /// Move sessions until the workers have equally many.
     Rebalance,
+    /// One server of the file is to be used otherwise than the file says.
+    #[allow(missing_docs)]
+    Server { upstream: String, server: String, change: Change },
 }
 
 /// Starts the log of a process as the configuration has it.

@@ -40,11 +40,17 @@ pub enum CloseReason {
     WorkerLost,
     /// A flow that waited for its first answer made room for a new one.
     Evicted,
+    /// Every server was down, draining, disabled or without an address.
+    NoServer,
+    /// Every server had all the sessions that it may for `queue_timeout`.
+    QueueTimeout,
+    /// Its server went down, and `on_down` is reset.
+    ServerDown,
 }
 
 impl CloseReason {
     /// All of them, in the order of the counters.
-    pub const ALL: [CloseReason; 15] = [
+    pub const ALL: [CloseReason; 18] = [
         CloseReason::Finished,
         CloseReason::ClientReset,
         CloseReason::ServerReset,
@@ -60,6 +66,9 @@ impl CloseReason {
         CloseReason::Drained,
         CloseReason::WorkerLost,
         CloseReason::Evicted,
+        CloseReason::NoServer,
+        CloseReason::QueueTimeout,
+        CloseReason::ServerDown,
     ];
 
     /// Its name in `status` and metrics.
@@ -80,6 +89,9 @@ impl CloseReason {
             CloseReason::Drained => "drained",
             CloseReason::WorkerLost => "worker_lost",
             CloseReason::Evicted => "evicted",
+            CloseReason::NoServer => "no_server",
+            CloseReason::QueueTimeout => "queue_timeout",
+            CloseReason::ServerDown => "server_down",
         }
     }
 
@@ -113,7 +125,10 @@ impl CloseReason {
             | CloseReason::NoResources
             | CloseReason::Drained
             | CloseReason::WorkerLost
-            | CloseReason::Evicted => None,
+            | CloseReason::Evicted
+            | CloseReason::NoServer
+            | CloseReason::QueueTimeout
+            | CloseReason::ServerDown => None,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The steward: the unprivileged process that speaks with callers.
 //!
-//! It answers the control socket, which the supervisor bound and passed on. It
+//! It answers the control socket, which the supervisor bound and passed on, and
+//! owns the upstream board (`servers`). It
 //! reads the workers' counters in shared memory and what the supervisor last
 //! said of them, so a question costs neither of them anything; only what is to
 //! change something goes to the supervisor, as a typed request.
@@ -13,6 +14,7 @@ mod checks;
 mod control_socket;
 pub mod names;
 mod report;
+pub mod servers;
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -26,6 +28,7 @@ use crossbeam_channel::Sender;
 use nix::sys::signal::Signal;
 use tracing::{error, warn};
 
+use crate::board::Overrides;
 use crate::config::Config;
 use crate::control::{self, FromSteward, Request, StewardBirth, Table, ToSteward, WorkerState};
 use crate::counters::Layout;
@@ -33,6 +36,7 @@ use crate::steering::Expected;
 use crate::sys::channel::Channel;
 use crate::sys::shared::{self, Region};
 use crate::sys::{accounts, process, signals};
+use servers::{Servers, WrittenBoard};
 
 /// How long a steward without a supervisor goes on answering what was asked.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -49,6 +53,7 @@ struct Knowledge {
     workers: Mutex<Vec<WorkerState>>,
     /// By listener: the mechanism in force, and what slots should have got.
     steering: Mutex<HashMap<String, (String, Expected)>>,
+    servers: Arc<Servers>,
     channel: Channel,
     pending: Mutex<Pending>,
     /// Requests that are being answered.
@@ -107,6 +112,7 @@ fn serve(channel: Channel) -> Result<(), String> {
     let config = shared::read_sealed(next()?).map_err(|e| e.to_string())?;
     let config: Config = serde_json::from_slice(&config).map_err(|e| e.to_string())?;
     let listener = UnixListener::from(next()?);
+    let servers = Servers::new(next()?, next()?);
     if let Some(account) = birth.account {
         accounts::become_account(account).map_err(|e| format!("cannot become uid {}: {e}", account.uid))?;
     }
@@ -120,6 +126,7 @@ fn serve(channel: Channel) -> Result<(), String> {
         view: RwLock::default(),
         workers: Mutex::default(),
         steering: Mutex::default(),
+        servers,
         channel,
         pending: Mutex::default(),
         busy: AtomicUsize::new(0),
@@ -150,9 +157,14 @@ fn hear(knowledge: &Knowledge) -> Result<bool, String> {
         Ok(Some((ToSteward::Workers(workers), _))) => {
             *knowledge.workers.lock().expect("no thread panics with it") = workers;
         }
-        Ok(Some((ToSteward::Tables { generation, config_count, tables }, fds))) => {
-            let view = View::open(generation, config_count, tables, fds)?;
-            *knowledge.view.write().expect("no thread panics with it") = Arc::new(view);
+        Ok(Some((ToSteward::Tables { generation, config_count, boards, tables }, fds))) => {
+            let (view, boards) = View::open(generation, config_count, boards, tables, fds)?;
+            let view = Arc::new(view);
+            knowledge.servers.handle_view(Arc::clone(&view), boards);
+            *knowledge.view.write().expect("no thread panics with it") = view;
+        }
+        Ok(Some((ToSteward::Overrides(list), _))) => {
+            knowledge.servers.handle_overrides(Overrides::from_list(list));
         }
         Ok(Some((ToSteward::Steering { listener, active, shares }, _))) => {
             let counts = report::connections(&knowledge.view(), &listener, shares.len());
@@ -183,10 +195,11 @@ impl View {
     fn open(
         generation: u64,
         config_count: usize,
+        boards: Vec<usize>,
         tables: Vec<Table>,
         fds: Vec<OwnedFd>,
-    ) -> Result<View, String> {
-        if fds.len() != config_count + tables.len() || config_count == 0 {
+    ) -> Result<(View, Vec<WrittenBoard>), String> {
+        if fds.len() != config_count + boards.len() + tables.len() || config_count == 0 {
             return Err("the tables came with other descriptors than they need".into());
         }
         let mut fds = fds.into_iter();
@@ -197,9 +210,15 @@ impl View {
             let layout = Layout::of(&config);
             configs.push((config, layout));
         }
+        let mut written = Vec::new();
+        for config in boards {
+            let fd = fds.next().ok_or("counted above")?;
+            let region = Region::open(fd).map_err(|e| e.to_string())?;
+            written.push(WrittenBoard { config, region });
+        }
         let open = |(table, fd)| Region::open_read_only(fd).map(|region| (table, region));
         let tables = tables.into_iter().zip(fds).map(open).collect::<Result<Vec<_>, _>>();
-        Ok(View { generation, configs, tables: tables.map_err(|e| e.to_string())? })
+        Ok((View { generation, configs, tables: tables.map_err(|e| e.to_string())? }, written))
     }
 }
 

@@ -30,6 +30,7 @@ use mio::{Events, Interest, Poll, Token};
 use nix::sys::signal::Signal;
 use tracing::{error, info, warn};
 
+use crate::board::Overrides;
 use crate::config::{Config, Workers};
 use crate::control::{FromSteward, FromWorker, Request, ToSteward, ToWorker, WorkerState};
 use crate::counters::Process;
@@ -116,6 +117,9 @@ struct Supervisor {
     last_token: usize,
     told: Vec<WorkerState>,
     tables_changed: bool,
+    /// What the operator changed about servers at run time.
+    overrides: Overrides,
+    overrides_changed: bool,
 }
 
 /// Runs the daemon until it has left; its exit code.
@@ -161,6 +165,8 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         last_token: FIRST_PROCESS,
         told: Vec::new(),
         tables_changed: false,
+        overrides: Overrides::default(),
+        overrides_changed: false,
     };
     supervisor.serve()
 }
@@ -520,6 +526,7 @@ impl Supervisor {
         self.told.clear();
         self.steering.forget_told();
         self.tables_changed = true;
+        self.overrides_changed = true;
         self.tell_steward();
     }
 
@@ -552,6 +559,17 @@ impl Supervisor {
             }
             Request::Scale(count) => self.scale(count, id).map(|()| None),
             Request::Rebalance => self.rebalance(id).map(|()| None),
+            Request::Server { upstream, server, change } => {
+                let config = &self.generation.config;
+                let changed = self.overrides.handle_change(config, &upstream, &server, change);
+                self.overrides_changed = true;
+                changed
+                    .map(|text| {
+                        info!("{text}");
+                        Some(text)
+                    })
+                    .map_err(|text| Refusal::new(1, text, ""))
+            }
         };
         match now {
             // The answer comes when it is done.
@@ -584,6 +602,11 @@ impl Supervisor {
 
     /// Tells the steward what changed since it was last told.
     fn tell_steward(&mut self) {
+        // Before the tables: a new owner writes no board without it.
+        if self.overrides_changed {
+            let message = ToSteward::Overrides(self.overrides.list());
+            self.overrides_changed = !self.steward.send(&message, &[]);
+        }
         if self.tables_changed && self.send_tables() {
             self.tables_changed = false;
         }

@@ -137,6 +137,7 @@ impl Supervisor {
         }
         plan::carry_over(&self.generation.config, &mut config, |name| self.has_sessions(name));
         let generation = Rc::new(Generation::new(self.generation.number + 1, config, slot_count)?);
+        generation.fill_board(&self.overrides, Some(&self.generation));
         let old_slot_count = self.slots.len();
         for number in old_slot_count..slot_count {
             self.slots.push(Slot::new(number));
@@ -214,6 +215,10 @@ impl Supervisor {
     fn commit(&mut self) {
         let Some(reload) = &self.reload else { return };
         self.generation = Rc::clone(&reload.generation);
+        for server in self.overrides.keep_those_of(&self.generation.config) {
+            warn!("server {server} is gone from the file, and with it what was changed about it");
+        }
+        self.overrides_changed = true;
         self.swap(0);
     }
 

@@ -154,9 +154,11 @@ impl Slot {
         };
         let own = generation.regions[self.number].as_fd();
         let readable = generation.readable.iter().map(AsFd::as_fd);
+        let bells = [&prepared.board_bell, &prepared.failure_bell].map(AsFd::as_fd);
+        let board = [generation.readable_board.as_fd()].into_iter().chain(bells);
         let loads = prepared.loads_for(generation).into_iter().map(AsFd::as_fd);
         let fds: Vec<BorrowedFd> =
-            [generation.sealed.as_fd(), own].into_iter().chain(loads).chain(readable).collect();
+            [generation.sealed.as_fd(), own].into_iter().chain(board).chain(loads).chain(readable).collect();
         control::send(channel, &birth, &fds)?;
         control::send_sockets(channel, &self.held_of(generation), ToWorker::Sockets)?;
         control::send(channel, &ToWorker::Begin, &[])

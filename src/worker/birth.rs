@@ -11,12 +11,14 @@ use tracing::{debug, warn};
 
 use super::Failure;
 use super::load::Load;
+use crate::board;
 use crate::config::{self, Config, Listener, Mode, Multicast};
 use crate::control::{self, FromWorker, Place, ToWorker};
 use crate::counters::Layout;
 use crate::explain::{self, BindFailure};
 use crate::logging;
 use crate::sys::accounts::{self, Account};
+use crate::sys::bell::Bell;
 use crate::sys::channel::Channel;
 use crate::sys::filter;
 use crate::sys::holders::{self, Protocol};
@@ -35,6 +37,13 @@ pub struct Born {
     pub layout: Layout,
     /// This slot's counters, to write.
     pub own: Region,
+    /// How the servers stand.
+    pub board: Region,
+    pub board_layout: board::Layout,
+    /// Heard when the board has changed.
+    pub board_bell: Bell,
+    /// Rung when traffic fails.
+    pub failure_bell: Bell,
     /// Where it tells its load, if anything is steered by it.
     pub load: Option<Load>,
     /// Every slot's counters, to read.
@@ -61,6 +70,8 @@ impl Born {
         let mut next = || fds.next().ok_or_else(|| Failure::new("the birth came with too few descriptors"));
         let config = read_config(next()?)?;
         let own = Region::open(next()?).map_err(|e| Failure::new(format!("the counters: {e}")))?;
+        let board = Region::open_read_only(next()?).map_err(|e| Failure::new(format!("the board: {e}")))?;
+        let (board_bell, failure_bell) = (Bell::from_fd(next()?), Bell::from_fd(next()?));
         let load = match tells_load {
             true => Some(Load::open(next()?, slot).map_err(|e| Failure::new(format!("the loads: {e}")))?),
             false => None,
@@ -90,6 +101,7 @@ impl Born {
         }
         give_up_privileges(account)?;
         let layout = Layout::of(&config);
+        let board_layout = board::Layout::of(&config);
         Ok(Some(Born {
             slot,
             slot_count,
@@ -97,6 +109,10 @@ impl Born {
             config,
             layout,
             own,
+            board,
+            board_layout,
+            board_bell,
+            failure_bell,
             load,
             all,
             sockets,

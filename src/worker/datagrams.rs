@@ -83,6 +83,8 @@ pub struct Datagrams<'a> {
     queue: Vec<Key>,
     spare_queue: Vec<Key>,
     balancers: Vec<Balancer>,
+    /// Each upstream's epoch when the board was last looked at for flows.
+    seen_epochs: Vec<u64>,
     /// What a listener with `service = "identify"` puts in front.
     identities: Vec<String>,
     arena: Arena,
@@ -111,8 +113,10 @@ impl<'a> Datagrams<'a> {
         let places = if is_used { PLACES } else { 0 };
         let seed = (u64::from(std::process::id()) << 32) ^ crate::sys::clock::precise_micros();
         let quarantine = config.listeners.iter().map(|listener| millis(listener.udp.quarantine));
+        let balancers = if is_used { context.balancers(now) } else { Vec::new() };
         Datagrams {
-            balancers: if is_used { context.balancers(now) } else { Vec::new() },
+            seen_epochs: vec![0; balancers.len()],
+            balancers,
             identities: config.listeners.iter().map(|listener| identity(&context, listener)).collect(),
             flows: Flows::new(limits, limit, seed, now),
             quarantine: Quarantine::new(quarantine),
@@ -290,7 +294,7 @@ impl<'a> Datagrams<'a> {
         counters.listener(listener, OfListener::Active).less_one();
         counters.ended(listener, reason).add(1);
         if let Target::Upstream(upstream) = self.context.config.listeners[listener].target {
-            let number = self.context.layout.server(upstream, flow.server as usize);
+            let number = self.context.layout.place(upstream, flow.server as usize);
             counters.server(number, OfServer::Active).less_one();
         }
         let uplink = self.uplinks.get_mut(key.index as usize).and_then(Option::take);

@@ -10,7 +10,9 @@ use mio::{Interest, Registry};
 
 use super::outlet::Sent;
 use super::{Datagrams, PLACES, flow_token, has_own_address};
-use crate::config::{ServerAddress, Target};
+use crate::balance::{Ask, Pick};
+use crate::board::{Address, Health};
+use crate::config::Target;
 use crate::control::Place;
 use crate::counters::{OfFlows, OfListener, OfServer};
 use crate::flow::{self, DropReason, FlowKey};
@@ -80,7 +82,7 @@ impl Datagrams<'_> {
         now: Millis,
     ) -> Result<Key, DropReason> {
         let listener = usize::from(name.listener);
-        let (server, socket) = self.connect_to_one(listener, name.client.ip(), None)?;
+        let (server, socket) = self.connect_to_one(listener, name.client.ip(), None, now)?;
         let key = self.flows.open(name, server as u32, now);
         self.count_opened(listener);
         self.count_server(listener, server, OfServer::Connections);
@@ -100,7 +102,7 @@ impl Datagrams<'_> {
         let Some(flow) = self.flows.get(key) else { return Err(DropReason::Shed) };
         let (name, old, outstanding) = (flow.key, flow.server, flow.has_replies_outstanding());
         let listener = usize::from(name.listener);
-        let Ok((server, socket)) = self.connect_to_one(listener, name.client.ip(), Some(old)) else {
+        let Ok((server, socket)) = self.connect_to_one(listener, name.client.ip(), Some(old), now) else {
             self.flows.handle_moved(key, old);
             return Ok(());
         };
@@ -109,7 +111,7 @@ impl Datagrams<'_> {
             return Err(DropReason::Shed);
         }
         if let Target::Upstream(upstream) = self.context.config.listeners[listener].target {
-            let number = self.context.layout.server(upstream, old as usize);
+            let number = self.context.layout.place(upstream, old as usize);
             self.context.counters.server(number, OfServer::Active).less_one();
         }
         self.count_server(listener, server, OfServer::Connections);
@@ -129,6 +131,34 @@ impl Datagrams<'_> {
         Ok(())
     }
 
+    /// The board may have changed: flows of servers that went down go to
+    /// another with their next datagram.
+    pub fn handle_board(&mut self) {
+        for upstream in 0..self.seen_epochs.len() {
+            let epoch = self.context.board.epoch(upstream);
+            if self.seen_epochs[upstream] != epoch {
+                self.seen_epochs[upstream] = epoch;
+                self.balancers[upstream].refresh(&self.context.board, upstream);
+                self.leave_down(upstream);
+            }
+        }
+    }
+
+    fn leave_down(&mut self, upstream: usize) {
+        let places = self.balancers[upstream].places();
+        let is_down = |place: u32| places.get(place as usize).is_some_and(|p| p.health == Health::Down);
+        if !(0..places.len()).any(|place| is_down(place as u32)) {
+            return;
+        }
+        for key in self.flows.keys() {
+            let Some(flow) = self.flows.get(key) else { continue };
+            let target = self.context.config.listeners[usize::from(flow.key.listener)].target;
+            if target == Target::Upstream(upstream) && is_down(flow.server) {
+                self.flows.handle_failure(key);
+            }
+        }
+    }
+
     fn put_uplink(&mut self, key: Key, socket: OwnedFd) -> Option<Uplink> {
         let place = key.index as usize;
         if place >= self.uplinks.len() {
@@ -139,8 +169,13 @@ impl Datagrams<'_> {
 
     fn count_server(&self, listener: usize, server: usize, which: OfServer) {
         if let Target::Upstream(upstream) = self.context.config.listeners[listener].target {
-            let number = self.context.layout.server(upstream, server);
-            self.context.counters.server(number, which).add(1);
+            let number = self.context.layout.place(upstream, server);
+            match which {
+                OfServer::Failures => self.context.count_failure(number),
+                OfServer::Connections | OfServer::Active => {
+                    self.context.counters.server(number, which).add(1);
+                }
+            }
         }
     }
 
@@ -151,6 +186,7 @@ impl Datagrams<'_> {
         listener: usize,
         client: IpAddr,
         failed: Option<u32>,
+        now: Millis,
     ) -> Result<(usize, OwnedFd), DropReason> {
         let Target::Upstream(upstream) = self.context.config.listeners[listener].target else {
             return Err(DropReason::NoServer);
@@ -160,12 +196,16 @@ impl Datagrams<'_> {
         let most = tried.len() + self.context.config.upstreams[upstream].retries as usize;
         while tried.len() <= most {
             let context = &self.context;
-            let active = |server: usize| {
-                let number = context.layout.server(upstream, server);
-                context.all.iter().map(|slot| slot.server(number, OfServer::Active).get()).sum()
-            };
-            let picked = self.balancers[upstream].pick(client, active, |server| tried.contains(&server));
-            let Some(server) = picked else { break };
+            let balancer = &mut self.balancers[upstream];
+            balancer.refresh(&context.board, upstream);
+            let picked = balancer.pick(&Ask {
+                client,
+                now,
+                table: context.board.table(upstream),
+                active: &|place| context.active_at(upstream, place),
+                tried: &|place| tried.contains(&place),
+            });
+            let Pick::Place(server) = picked else { break };
             match self.connect_to(listener, upstream, server) {
                 Ok(socket) => return Ok((server, socket)),
                 Err(error) if is_shortage(&error) => return Err(DropReason::Shed),
@@ -181,8 +221,7 @@ impl Datagrams<'_> {
     /// A socket to this server. Where the host has none left, one that rests
     /// is given up early, and then a flow that was never answered.
     fn connect_to(&mut self, listener: usize, upstream: usize, server: usize) -> io::Result<OwnedFd> {
-        let ServerAddress::Ip(address) = self.context.config.upstreams[upstream].servers[server].address
-        else {
+        let Some(Address::Ip(address)) = self.balancers[upstream].places()[server].address else {
             return Err(io::ErrorKind::Unsupported.into());
         };
         while self.quarantine.len() + self.len() >= self.flows.socket_limit() as usize {

@@ -252,6 +252,7 @@ impl Nginx {
             .arg(folder.path())
             .args(["-c", "nginx.conf", "-e", "stderr"])
             .stdin(Stdio::null())
+            .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .expect("nginx");

@@ -159,6 +159,8 @@ pub struct StewardBirth {
     pub config_path: String,
     /// When the daemon started, seconds since 1970.
     pub started_at: u64,
+    /// No steward of this daemon was there before, so none has judged a server.
+    pub is_first: bool,
 }
 
 /// Some of a slot's counters. What a slot has counted is the sum of its tables.

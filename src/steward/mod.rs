@@ -139,6 +139,7 @@ fn serve(channel: Channel) -> Result<(), String> {
         }
     }
     control::send(&knowledge.channel, &FromSteward::Ready, &[]).map_err(|e| e.to_string())?;
+    checks::start(Arc::clone(&knowledge.servers), knowledge.birth.is_first);
     let answering = Arc::clone(&knowledge);
     std::thread::spawn(move || control_socket::serve(&listener, &answering));
     while hear(&knowledge)? {}

@@ -23,6 +23,8 @@ const PATIENCE: Millis = 1_000;
 #[derive(Debug, Default)]
 pub struct Steward {
     process: Option<Process>,
+    /// There was one before.
+    had_one: bool,
     backoff: Backoff,
     due_at: Option<Millis>,
 }
@@ -55,6 +57,7 @@ impl Steward {
             supervisor_pid: std::process::id(),
             config_path: config_path.to_string(),
             started_at: prepared.started_at,
+            is_first: !std::mem::replace(&mut self.had_one, true),
         };
         let bells = [prepared.board_bell.as_fd(), prepared.failure_bell.as_fd()];
         let fds = [generation.sealed.as_fd(), prepared.control.as_fd(), bells[0], bells[1]];

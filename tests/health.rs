@@ -282,11 +282,11 @@ impl Nginx {
 
 impl Drop for Nginx {
     fn drop(&mut self) {
-        for pid in children_of(self.child.id()) {
-            signal(pid, Signal::SIGKILL);
-        }
+        let children = children_of(self.child.id());
+        // The master first, or it would start others.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        children.into_iter().filter(|&pid| runs(pid)).for_each(|pid| signal(pid, Signal::SIGKILL));
     }
 }
 

@@ -56,6 +56,15 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// The same, live in the terminal
+    Top {
+        /// The daemon's control socket
+        #[arg(long, value_name = "PATH")]
+        socket: Option<PathBuf>,
+        /// From one look to the next: "250ms", "1s", "5s"
+        #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = interval)]
+        interval: std::time::Duration,
+    },
     /// Bring the configuration file into force; waits until it serves
     ///
     /// On any error in the file the old configuration goes on, nothing is
@@ -84,6 +93,8 @@ pub enum Command {
         #[arg(long, value_name = "PATH")]
         socket: Option<PathBuf>,
     },
+    /// List the sessions, or end some of them
+    Sessions(Box<super::sessions::Args>),
     /// Leave gracefully: take nothing new, finish what is here
     Drain {
         /// The daemon's control socket
@@ -147,4 +158,14 @@ pub enum ConfigCommand {
         #[arg(short, long, value_name = "PATH")]
         config: Option<PathBuf>,
     },
+}
+
+/// From a tenth of a second to an hour.
+fn interval(text: &str) -> Result<std::time::Duration, String> {
+    let allowed = std::time::Duration::from_millis(100)..=std::time::Duration::from_secs(3600);
+    match crate::units::parse_duration(text) {
+        Ok(interval) if allowed.contains(&interval) => Ok(interval),
+        Ok(_) => Err("write \"100ms\" to \"1h\"".into()),
+        Err(_) => Err("write a number with its unit, like \"500ms\" or \"2s\"".into()),
+    }
 }

@@ -7,7 +7,9 @@
 mod arguments;
 mod ask;
 mod files;
+mod sessions;
 mod status;
+mod top;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -34,6 +36,7 @@ pub fn main() -> ExitCode {
         Command::Check { config, json } => check(&Source::of_check(config), json),
         Command::Config { command: ConfigCommand::Show { config } } => show(&Source::of_check(config)),
         Command::Status { socket, json } => status::run(&files::socket(socket.as_deref()), json),
+        Command::Top { socket, interval } => top::run(&files::socket(socket.as_deref()), interval),
         Command::Reload { socket, dry_run } => {
             let request = serde_json::json!({"command": "reload", "dry_run": dry_run});
             ask::simple(&files::socket(socket.as_deref()), &request)
@@ -43,6 +46,10 @@ pub fn main() -> ExitCode {
             ask::simple(&files::socket(socket.as_deref()), &request)
         }
         Command::Rebalance { socket } => ask::command(&files::socket(socket.as_deref()), "rebalance"),
+        Command::Sessions(args) => {
+            let socket = files::socket(args.socket.as_deref());
+            sessions::run(*args, &socket)
+        }
         Command::Drain { socket } => ask::command(&files::socket(socket.as_deref()), "drain"),
         Command::Stop { socket } => ask::command(&files::socket(socket.as_deref()), "stop"),
         Command::Doctor { address, udp, matrix, json, config } => {

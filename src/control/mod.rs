@@ -5,6 +5,7 @@
 //! be read is a bug and ends the connection.
 
 pub mod client;
+pub mod sessions;
 pub mod status;
 
 use std::io;
@@ -85,6 +86,9 @@ pub enum ToWorker {
     Recall { slot: usize },
     /// Turn once: the beat of that turn is the answer.
     Ask,
+    /// List, or end, the sessions that the query takes.
+    #[allow(missing_docs)]
+    Sessions { id: u64, query: sessions::Query },
     /// Leave gracefully; after so many milliseconds (`None` = no limit) what
     /// is left is reset.
     #[allow(missing_docs)]
@@ -105,6 +109,9 @@ pub enum FromWorker {
     /// What could move has moved to another worker.
     #[allow(missing_docs)]
     HandedOver { moved: usize, left: usize },
+    /// The sessions that were asked for: one descriptor, sealed JSON.
+    #[allow(missing_docs)]
+    Found { id: u64 },
     /// It cannot work: what to tell the operator, and the exit code.
     #[allow(missing_docs)]
     Failed { text: String, advice: String, exit_code: u8 },
@@ -146,6 +153,10 @@ pub enum ToSteward {
     /// The answer to its request.
     #[allow(missing_docs)]
     Answer { id: u64, answer: Result<String, String> },
+    /// What the workers found for its request: one descriptor a worker. So
+    /// many did not answer.
+    #[allow(missing_docs)]
+    Found { id: u64, silent: usize },
 }
 
 /// What a steward is told when it starts.
@@ -216,6 +227,8 @@ pub enum Request {
     /// One server of the file is to be used otherwise than the file says.
     #[allow(missing_docs)]
     Server { upstream: String, server: String, change: Change },
+    /// The sessions that this takes.
+    Sessions(sessions::Query),
 }
 
 /// Starts the log of a process as the configuration has it.

@@ -68,8 +68,8 @@ pub enum Drive {
     Idle,
     /// The budget is spent. No new edge will come: drive it again.
     Again,
-    /// The session is over. After a reset the caller resets the other side,
-    /// once what was sent to it is acknowledged.
+    /// The session is over, and the caller closes both sides. After a reset
+    /// it resets the other side, once what was sent to it is acknowledged.
     Done(CloseReason),
 }
 
@@ -263,10 +263,12 @@ impl Session {
     }
 
     /// The end of the stream goes on to the other side, unless it was no
-    /// orderly one.
+    /// orderly one. Where it is the last of the session, closing says it.
     fn finish<E: End>(&mut self, half: usize, ends: [&E; 2]) {
         let Half { from, to, .. } = self.halves[half];
+        let is_last = self.broken.is_none() && self.halves[1 - half].state == HalfState::Ended;
         if self.sides[from as usize].broken.is_none()
+            && !is_last
             && let Some(to) = to
             && let Err(error) = ends[to as usize].finish()
         {

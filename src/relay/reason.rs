@@ -46,11 +46,13 @@ pub enum CloseReason {
     QueueTimeout,
     /// Its server went down, and `on_down` is reset.
     ServerDown,
+    /// An operator ended it.
+    Killed,
 }
 
 impl CloseReason {
     /// All of them, in the order of the counters.
-    pub const ALL: [CloseReason; 18] = [
+    pub const ALL: [CloseReason; 19] = [
         CloseReason::Finished,
         CloseReason::ClientReset,
         CloseReason::ServerReset,
@@ -69,6 +71,7 @@ impl CloseReason {
         CloseReason::NoServer,
         CloseReason::QueueTimeout,
         CloseReason::ServerDown,
+        CloseReason::Killed,
     ];
 
     /// Its name in `status` and metrics.
@@ -92,6 +95,7 @@ impl CloseReason {
             CloseReason::NoServer => "no_server",
             CloseReason::QueueTimeout => "queue_timeout",
             CloseReason::ServerDown => "server_down",
+            CloseReason::Killed => "killed",
         }
     }
 
@@ -128,7 +132,8 @@ impl CloseReason {
             | CloseReason::Evicted
             | CloseReason::NoServer
             | CloseReason::QueueTimeout
-            | CloseReason::ServerDown => None,
+            | CloseReason::ServerDown
+            | CloseReason::Killed => None,
         }
     }
 }

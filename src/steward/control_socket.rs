@@ -115,9 +115,19 @@ fn handle(request: &Value, knowledge: &Knowledge) -> Value {
             _ => json!({"error": "scale wants \"workers\", a number from 1 to 64"}),
         },
         Some("rebalance") => done(Request::Rebalance),
+        Some("sessions") => {
+            let query = request.get("query").cloned().unwrap_or_else(|| json!({}));
+            match serde_json::from_value(query).map_err(|error| format!("query: {error}")) {
+                Ok(query) => match knowledge.find_sessions(query) {
+                    Ok((found, silent)) => json!({"found": found, "silent": silent}),
+                    Err(error) => json!({"error": error}),
+                },
+                Err(error) => json!({"error": error}),
+            }
+        }
         Some(other) => {
             let shown: String = other.chars().take(40).collect();
-            let known = "status, reload, scale, rebalance, drain, stop";
+            let known = "status, reload, scale, rebalance, sessions, drain, stop";
             json!({"error": format!("unknown command {shown:?}; known are {known}")})
         }
         None => json!({"error": "a request is an object with a \"command\""}),

@@ -30,6 +30,7 @@ use tracing::{error, warn};
 
 use crate::board::Overrides;
 use crate::config::Config;
+use crate::control::sessions::{Found, MOST_SESSIONS, Query};
 use crate::control::{self, FromSteward, Request, StewardBirth, Table, ToSteward, WorkerState};
 use crate::counters::Layout;
 use crate::steering::Expected;
@@ -70,11 +71,19 @@ struct View {
     tables: Vec<(Table, Region)>,
 }
 
+/// What the supervisor answered: a text, or what the workers found and how
+/// many of them were silent.
+#[derive(Debug)]
+enum Answer {
+    Text(Result<String, String>),
+    Found { memories: Vec<OwnedFd>, silent: usize },
+}
+
 /// Requests that the supervisor has not answered.
 #[derive(Debug, Default)]
 struct Pending {
     last_id: u64,
-    waiting: HashMap<u64, Sender<Result<String, String>>>,
+    waiting: HashMap<u64, Sender<Answer>>,
 }
 
 /// The steward process, from its first instruction to its exit code.
@@ -179,11 +188,9 @@ fn hear(knowledge: &Knowledge) -> Result<bool, String> {
             };
             steering.insert(listener, (active, expected));
         }
-        Ok(Some((ToSteward::Answer { id, answer }, _))) => {
-            let waiting = knowledge.pending.lock().expect("no thread panics with it").waiting.remove(&id);
-            if let Some(waiting) = waiting {
-                let _ = waiting.send(answer);
-            }
+        Ok(Some((ToSteward::Answer { id, answer }, _))) => knowledge.handle_answer(id, Answer::Text(answer)),
+        Ok(Some((ToSteward::Found { id, silent }, memories))) => {
+            knowledge.handle_answer(id, Answer::Found { memories, silent });
         }
         Ok(Some((ToSteward::Birth(_), _))) => warn!("a second birth"),
         Err(error) if error.raw_os_error().is_some() => return Ok(false),
@@ -232,8 +239,37 @@ impl Knowledge {
         !self.view().configs.is_empty() && !self.workers.lock().expect("no thread panics with it").is_empty()
     }
 
-    /// Asks the supervisor and waits for its answer.
+    fn handle_answer(&self, id: u64, answer: Answer) {
+        let waiting = self.pending.lock().expect("no thread panics with it").waiting.remove(&id);
+        if let Some(waiting) = waiting {
+            let _ = waiting.send(answer);
+        }
+    }
+
+    /// Asks the supervisor for something to be done and waits until it is.
     fn ask(&self, request: Request) -> Result<String, String> {
+        match self.answer_to(request)? {
+            Answer::Text(answer) => answer,
+            Answer::Found { .. } => Err("the supervisor answered something else".into()),
+        }
+    }
+
+    /// The sessions that the query takes, and how many workers were silent.
+    fn find_sessions(&self, query: Query) -> Result<(Found, usize), String> {
+        let limit = query.limit.min(MOST_SESSIONS);
+        let (memories, silent) = match self.answer_to(Request::Sessions(query))? {
+            Answer::Found { memories, silent } => (memories, silent),
+            Answer::Text(answer) => return Err(answer.err().unwrap_or_default()),
+        };
+        let mut all = Found::default();
+        for memory in memories {
+            let text = shared::read_sealed(memory).map_err(|e| e.to_string())?;
+            all.add(serde_json::from_slice(&text).map_err(|e| e.to_string())?, limit);
+        }
+        Ok((all, silent))
+    }
+
+    fn answer_to(&self, request: Request) -> Result<Answer, String> {
         let (sender, receiver) = crossbeam_channel::bounded(1);
         let id = {
             let mut pending = self.pending.lock().expect("no thread panics with it");
@@ -245,7 +281,7 @@ impl Knowledge {
         control::send(&self.channel, &FromSteward::Request { id, request }, &[])
             .map_err(|error| format!("the supervisor cannot be reached: {error}"))?;
         match receiver.recv_timeout(ANSWER_LIMIT) {
-            Ok(answer) => answer,
+            Ok(answer) => Ok(answer),
             Err(_) => {
                 self.pending.lock().expect("no thread panics with it").waiting.remove(&id);
                 Err("the supervisor gave no answer".into())

@@ -8,6 +8,7 @@
 
 mod activation;
 mod generation;
+mod inquiry;
 mod leave;
 mod ledger;
 mod notify;
@@ -39,6 +40,7 @@ use crate::supervision::{Action, Event, Phase, Supervision};
 use crate::sys::clock::{self, Millis};
 use crate::sys::signals::Signals;
 use generation::Generation;
+use inquiry::Inquiry;
 use leave::Leave;
 use notify::{Facts, Notify};
 use prepare::Prepared;
@@ -109,6 +111,7 @@ struct Supervisor {
     /// What earlier generations and slots have counted.
     past: Option<Generation>,
     leave: Option<Leave>,
+    inquiries: Vec<Inquiry>,
     /// Set when the daemon is over.
     end: Option<ExitCode>,
     announced: bool,
@@ -159,6 +162,7 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         scaled: None,
         past: None,
         leave: None,
+        inquiries: Vec::new(),
         end: None,
         announced: false,
         finishing: false,
@@ -208,6 +212,7 @@ impl Supervisor {
             self.watch_workers()?;
             self.handle_leave_deadline();
             self.handle_reload_deadline();
+            self.end_inquiries();
             self.check_finished();
             self.steering.update(clock::coarse(), &self.supervision, &self.slots, &self.generation);
             if self.notify.is_due(clock::coarse()) {
@@ -227,7 +232,7 @@ impl Supervisor {
         let reload = self.reload.as_ref().map(Reload::deadline);
         let watched = [self.watch.next_deadline(), self.notify.next_deadline()];
         let own = [self.supervision.next_deadline(), self.steward.due_at(), leave, reload];
-        let steering = [self.steering.next_deadline(clock::coarse())];
+        let steering = [self.steering.next_deadline(clock::coarse()), self.inquiry_deadline()];
         own.into_iter().chain(watched).chain(steering).flatten().min()
     }
 
@@ -380,6 +385,7 @@ impl Supervisor {
                     self.handle_shared(slot);
                 }
             }
+            FromWorker::Found { id } => self.handle_found(token, id, fds),
             FromWorker::Failed { text, advice, .. } if role == Role::Next => {
                 self.abort_reload(&format!("{text}\n{advice}"));
             }
@@ -439,6 +445,7 @@ impl Supervisor {
     }
 
     fn handle_ended(&mut self, token: Token, status: ExitStatus) -> Result<(), Refusal> {
+        self.forget_in_inquiries(token);
         let Some((index, retiring, role)) = self.locate(token) else { return Ok(()) };
         let slot = if retiring { &mut self.retiring[index] } else { &mut self.slots[index] };
         if let Some((_, process)) = slot.find(token) {
@@ -569,6 +576,9 @@ impl Supervisor {
                         Some(text)
                     })
                     .map_err(|text| Refusal::new(1, text, ""))
+            }
+            Request::Sessions(query) => {
+                self.ask_workers(id, &query).map(|()| None).map_err(|text| Refusal::new(1, text, ""))
             }
         };
         match now {

@@ -16,6 +16,7 @@ pub mod handshakes;
 pub mod holders;
 pub mod host;
 pub mod isolated;
+pub mod level;
 pub mod listen;
 pub mod notify;
 pub mod process;

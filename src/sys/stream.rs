@@ -37,15 +37,19 @@ pub struct TcpOptions {
 }
 
 impl TcpOptions {
-    /// Sets the options on a listener or a connection.
+    /// Sets the options on a listener.
     pub fn apply(&self, socket: impl AsFd) -> io::Result<()> {
         let fd = socket.as_fd();
+        set_inline(&SockRef::from(&fd))?;
+        self.settle(fd)
+    }
+
+    /// Sets on a connection that was made, not accepted, what it can do
+    /// without at first.
+    pub fn settle(&self, socket: impl AsFd) -> io::Result<()> {
+        let fd = socket.as_fd();
+        set_quick(fd)?;
         let socket = SockRef::from(&fd);
-        // A relay must not hold back a small segment: who wrote it may wait
-        // for the answer.
-        socket.set_tcp_nodelay(true)?;
-        // Urgent bytes stay in the stream: kept out of it they would be lost.
-        socket.set_out_of_band_inline(true)?;
         if !self.keepalive.is_zero() {
             let time = self.keepalive.max(Duration::from_secs(1));
             socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(time))?;
@@ -55,6 +59,18 @@ impl TcpOptions {
         }
         Ok(())
     }
+}
+
+/// Small segments are sent at once, and what was held back is: who wrote it
+/// may wait for the answer. Without it only a small segment behind one that is
+/// not acknowledged waits (Nagle), so the first one never does.
+pub fn set_quick(socket: impl AsFd) -> io::Result<()> {
+    SockRef::from(&socket.as_fd()).set_tcp_nodelay(true)
+}
+
+/// Urgent bytes stay in the stream: kept out of it they would be lost.
+fn set_inline(socket: &SockRef) -> io::Result<()> {
+    socket.set_out_of_band_inline(true)
 }
 
 /// Accepts one connection; would-block when none waits.
@@ -75,10 +91,11 @@ pub fn accept(listener: impl AsFd) -> io::Result<(Stream, SocketAddr)> {
     Ok((stream, address))
 }
 
-/// Begins a TCP connection.
-pub fn connect_tcp(address: SocketAddr, options: &TcpOptions) -> io::Result<Connecting> {
+/// Begins a TCP connection. Of its options it has only the one that cannot
+/// wait: the shortest connections need no other (`TcpOptions::settle`).
+pub fn connect_tcp(address: SocketAddr) -> io::Result<Connecting> {
     let socket = Socket::new(Domain::for_address(address), nonblocking_stream(), Some(Protocol::TCP))?;
-    options.apply(&socket)?;
+    set_inline(&SockRef::from(&socket))?;
     begin(socket, &SockAddr::from(address))
 }
 

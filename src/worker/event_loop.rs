@@ -23,12 +23,13 @@ use super::sessions::{Context, Sessions};
 use super::test_hook::Busy;
 use crate::board::Board;
 use crate::config::Mode;
+use crate::control::sessions::Query;
 use crate::control::{self, FromWorker, Place, ToWorker};
 use crate::counters::{Counters, Process};
 use crate::relay::CloseReason;
 use crate::sys::channel::Channel;
 use crate::sys::clock::{self, Millis};
-use crate::sys::{handshakes, process};
+use crate::sys::{handshakes, process, shared};
 
 /// Connections that one socket may bring in one turn.
 const ACCEPT_BUDGET: usize = 64;
@@ -228,7 +229,7 @@ impl<'a> Loop<'a> {
             self.datagrams.turn(self.poll.registry(), now);
             self.datagrams.handle_deadlines(now);
             if self.sessions.len() < before {
-                self.listeners.end_pause();
+                self.listeners.end_pause(self.poll.registry(), now);
             }
             self.accept(now);
             self.drive_handover(now);
@@ -281,8 +282,14 @@ impl<'a> Loop<'a> {
     }
 
     fn accept(&mut self, now: Millis) {
+        if self.listeners.pause_end().is_some_and(|end| end <= now) {
+            self.listeners.end_pause(self.poll.registry(), now);
+        }
         for index in self.listeners.ready(now) {
             for _ in 0..ACCEPT_BUDGET {
+                if !self.listeners.is_ready(index) {
+                    break;
+                }
                 if self.is_full() {
                     return self.pause(now, None);
                 }
@@ -306,7 +313,7 @@ impl<'a> Loop<'a> {
 
     /// What waits in the queues stays there, and is accepted later.
     fn pause(&mut self, now: Millis, error: Option<io::Error>) {
-        self.listeners.pause(now + PAUSE);
+        self.listeners.pause(self.poll.registry(), now + PAUSE);
         if let Some(error) = error {
             self.sessions.context().counters.process(Process::AcceptPauses).add(1);
             if !std::mem::replace(&mut self.paused_before, true) {
@@ -337,6 +344,7 @@ impl<'a> Loop<'a> {
             },
             // Having been woken is the answer.
             ToWorker::Ask => {}
+            ToWorker::Sessions { id, query } => self.answer(id, &query, now),
             ToWorker::Recall { slot } => {
                 self.listeners.give_back(self.poll.registry(), slot);
                 self.datagrams.give_back(self.poll.registry(), slot);
@@ -353,6 +361,23 @@ impl<'a> Loop<'a> {
             ToWorker::Birth { .. } | ToWorker::Sockets(_) | ToWorker::Begin => {
                 warn!("a message of the birth came late");
             }
+        }
+    }
+
+    /// A list of many thousands takes milliseconds, as often as it is asked.
+    fn answer(&mut self, id: u64, query: &Query, now: Millis) {
+        let found = self.sessions.answer(query, now);
+        let sealed = serde_json::to_vec(&found)
+            .map_err(io::Error::from)
+            .and_then(|text| shared::sealed("evenkeel-sessions", &text));
+        match sealed {
+            Ok(memory) => {
+                if let Err(error) = control::send(&self.channel, &FromWorker::Found { id }, &[memory.as_fd()])
+                {
+                    warn!(%error, "the supervisor did not take the list of sessions");
+                }
+            }
+            Err(error) => warn!(%error, "the sessions could not be listed"),
         }
     }
 

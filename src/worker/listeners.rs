@@ -1,26 +1,32 @@
 //! A worker's listening sockets: its own slot's, and those of empty
 //! neighbours.
 //!
-//! Edge-triggered: readiness is remembered until accept would block. Accepting
-//! pauses, with a deadline, when the worker or the host is out of descriptors
-//! or memory; it never spins, and what waits in the queue stays there.
+//! Polled for their state, so that a connection that comes alone costs no
+//! second accept: a turn takes as many as lately came at once, and twice as
+//! many where that was not all. Accepting pauses, with a deadline, when the
+//! worker or the host is out of descriptors or memory; nothing is polled
+//! meanwhile, and what waits in the queue stays there.
 
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use mio::unix::SourceFd;
-use mio::{Interest, Registry, Token};
+use mio::{Registry, Token};
 
 use super::event_loop::listener_token;
 use crate::control::Place;
 use crate::sys::clock::Millis;
 use crate::sys::filter;
+use crate::sys::level;
 use crate::sys::stream::{self, Stream};
 
 /// How long accepting pauses, in milliseconds: long enough to cost nothing,
 /// short enough that nobody waits long for the first free descriptor.
 pub const PAUSE: Millis = 100;
+
+/// No turn accepts as many at one socket.
+const LARGEST_BATCH: u32 = 64;
 
 /// All listening sockets that this worker polls.
 #[derive(Debug, Default)]
@@ -36,6 +42,14 @@ struct Entry {
     /// The slot that it belongs to, where that is not the worker's own.
     lent_by: Option<usize>,
     ready: bool,
+    /// In epoll; not during a pause.
+    watched: bool,
+    /// After so many the poll is left to say whether there are more.
+    batch: u32,
+    /// How many of the batch came.
+    taken: u32,
+    /// The last turn took a whole batch.
+    filled: bool,
     /// No new handshakes: what is accepted has to be made welcome.
     closed: bool,
 }
@@ -63,11 +77,12 @@ impl Listeners {
         lent_by: Option<usize>,
     ) -> io::Result<()> {
         let index = self.entries.iter().position(Option::is_none).unwrap_or(self.entries.len());
-        registry.register(&mut SourceFd(&socket.as_raw_fd()), listener_token(index), Interest::READABLE)?;
-        // What waited before it was registered may give no edge.
+        level::watch(registry, &socket, listener_token(index).0)?;
         // A predecessor may have died while it left.
         let closed = filter::is_closed(&socket);
-        let entry = Some(Entry { place, socket, lent_by, ready: true, closed });
+        let (ready, watched) = (true, true);
+        let entry =
+            Some(Entry { place, socket, lent_by, ready, watched, batch: 1, taken: 0, filled: false, closed });
         if index == self.entries.len() {
             self.entries.push(entry);
         } else {
@@ -115,7 +130,8 @@ impl Listeners {
     }
 
     /// The sockets at which something may wait; none during a pause.
-    pub fn ready(&self, now: Millis) -> Vec<usize> {
+    pub fn ready(&mut self, now: Millis) -> Vec<usize> {
+        self.entries.iter_mut().flatten().for_each(Entry::begin_turn);
         if self.paused_until.is_some_and(|until| now < until) {
             return Vec::new();
         }
@@ -127,11 +143,17 @@ impl Listeners {
         self.paused_until.is_none_or(|until| now >= until) && self.entries.iter().flatten().any(|e| e.ready)
     }
 
+    /// Whether there is more to accept at one socket in this turn.
+    pub fn is_ready(&self, index: usize) -> bool {
+        self.entries.get(index).is_some_and(|entry| entry.as_ref().is_some_and(|entry| entry.ready))
+    }
+
     /// Tries to accept at one socket.
     pub fn accept(&mut self, index: usize) -> Accepted {
         let Some(Some(entry)) = self.entries.get_mut(index) else { return Accepted::Empty };
         match stream::accept(&entry.socket) {
             Ok((stream, peer)) => {
+                entry.handle_accepted();
                 if entry.closed {
                     // It lives already; at worst it hears nothing.
                     let _ = filter::welcome(&stream);
@@ -139,7 +161,7 @@ impl Listeners {
                 Accepted::Connection(entry.place.listener, stream, peer)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                entry.ready = false;
+                entry.handle_empty();
                 Accepted::Empty
             }
             Err(error) => match error.raw_os_error() {
@@ -153,19 +175,34 @@ impl Listeners {
         }
     }
 
-    /// Accepts nothing until then.
-    pub fn pause(&mut self, until: Millis) {
+    /// Accepts nothing until then. What waits would wake the worker all the
+    /// time, so it is not polled either.
+    pub fn pause(&mut self, registry: &Registry, until: Millis) {
         self.paused_until = Some(until);
+        for entry in self.entries.iter_mut().flatten().filter(|entry| entry.watched) {
+            let _ = registry.deregister(&mut SourceFd(&entry.socket.as_raw_fd()));
+            entry.watched = false;
+        }
     }
 
-    /// A descriptor or a place became free.
-    pub fn end_pause(&mut self) {
-        self.paused_until = None;
+    /// A descriptor or a place became free, or the pause is over.
+    pub fn end_pause(&mut self, registry: &Registry, now: Millis) {
+        if self.paused_until.take().is_none() {
+            return;
+        }
+        for (index, entry) in self.entries.iter_mut().enumerate() {
+            let Some(entry) = entry.as_mut().filter(|entry| !entry.watched) else { continue };
+            match level::watch(registry, &entry.socket, listener_token(index).0) {
+                Ok(()) => (entry.watched, entry.ready) = (true, true),
+                // Out of memory: not polled, it would never be served again.
+                Err(_) => self.paused_until = Some(now + PAUSE),
+            }
+        }
     }
 
-    /// When the pause ends, while there is anything to accept after it.
+    /// When the pause ends.
     pub fn pause_end(&self) -> Option<Millis> {
-        self.paused_until.filter(|_| self.entries.iter().flatten().any(|e| e.ready))
+        self.paused_until.filter(|_| !self.is_empty())
     }
 
     /// Every socket, with the listener's number.
@@ -173,10 +210,12 @@ impl Listeners {
         self.entries.iter().flatten().map(|entry| (entry.place, entry.socket.as_fd()))
     }
 
-    /// Looks at every queue again, whatever the edges said.
+    /// Looks at every queue again, from here on to its end each time: nobody
+    /// may be left in one that is to be closed.
     pub fn expect_all(&mut self) {
         for entry in self.entries.iter_mut().flatten() {
             entry.ready = true;
+            (entry.batch, entry.filled) = (u32::MAX, false);
         }
     }
 
@@ -198,6 +237,31 @@ impl Listeners {
                 let _ = registry.deregister(&mut SourceFd(&closed.socket.as_raw_fd()));
             }
         }
+    }
+}
+
+impl Entry {
+    fn handle_accepted(&mut self) {
+        self.taken += 1;
+        if self.taken == self.batch {
+            (self.ready, self.filled) = (false, true);
+            self.taken = 0;
+        }
+    }
+
+    /// Ready again right after a whole batch: that was not all.
+    fn begin_turn(&mut self) {
+        if std::mem::take(&mut self.filled) && self.ready {
+            self.batch = self.batch.saturating_mul(2).min(LARGEST_BATCH);
+        }
+    }
+
+    fn handle_empty(&mut self) {
+        self.ready = false;
+        if self.batch != u32::MAX {
+            self.batch = self.taken.clamp(1, LARGEST_BATCH);
+        }
+        self.taken = 0;
     }
 }
 

@@ -12,7 +12,9 @@
 //! Bounded by the descriptors of the process; each session has one deadline.
 
 mod connect;
+mod list;
 mod moving;
+mod options;
 mod picking;
 
 use std::io;
@@ -23,6 +25,7 @@ use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 
 use connect::Attempt;
+use options::Lacks;
 
 use crate::balance::Balancer;
 use crate::board::Board;
@@ -33,7 +36,7 @@ use crate::relay::{CloseReason, Drive, End, MAX_READ, Readiness, Session, Side};
 use crate::slab::{Key, Slab};
 use crate::sys::bell::Bell;
 use crate::sys::clock::{self, Millis};
-use crate::sys::stream::{Stream, TcpOptions};
+use crate::sys::stream::Stream;
 pub use moving::Parcel;
 
 /// Bytes that one session may move each way in one turn, so that a busy one
@@ -127,6 +130,8 @@ struct Entry {
     stage: Stage,
     queued: bool,
     half_closed: bool,
+    /// Options that its server's socket is still to get.
+    lacks: Lacks,
     /// On its way to or from another process: nobody drives it.
     frozen: bool,
     born: Millis,
@@ -203,6 +208,7 @@ impl<'a> Sessions<'a> {
             stage: Stage::Open,
             queued: false,
             half_closed: false,
+            lacks: Lacks::Nothing,
             frozen: false,
             born: now,
             moved: now,
@@ -253,8 +259,9 @@ impl<'a> Sessions<'a> {
         match entry.stage {
             Stage::Open => self.enqueue(key),
             Stage::Connecting(_) if side == Side::Server => {
-                if event.is_writable() || event.is_error() || event.is_write_closed() {
-                    self.handle_connected(registry, key, now);
+                let failed = event.is_error() || event.is_write_closed();
+                if event.is_writable() || failed {
+                    self.handle_connected(registry, key, failed, now);
                 }
             }
             // A client that has reset meanwhile sent something before,
@@ -305,6 +312,7 @@ impl<'a> Sessions<'a> {
             let counters = &self.context.counters;
             counters.listener(listener, OfListener::BytesIn).add(after[0] - before[0]);
             counters.listener(listener, OfListener::BytesOut).add(after[1] - before[1]);
+            entry.quicken(before[0], after[0]);
         }
         match result {
             Drive::Done(reason) => return self.close(key, reason, now),
@@ -337,6 +345,7 @@ impl<'a> Sessions<'a> {
     }
 
     fn handle_deadline(&mut self, registry: &Registry, key: Key, now: Millis) {
+        self.settle(key, now);
         let entry = self.slab.get_mut(key).expect("the caller found it");
         match &mut entry.stage {
             Stage::Open => match due(entry, self.context.config) {
@@ -366,8 +375,9 @@ impl<'a> Sessions<'a> {
     /// is left standing while bytes flow, and looked at again when it fires.
     fn set_deadline(&mut self, key: Key, now: Millis) {
         let Some(entry) = self.slab.get(key) else { return };
-        match due(entry, self.context.config) {
-            Some((due, _)) => self.deadlines.set(key.index, due.max(now)),
+        let end = due(entry, self.context.config).map(|(due, _)| due);
+        match end.into_iter().chain(entry.settles_at()).min() {
+            Some(due) => self.deadlines.set(key.index, due.max(now)),
             None => self.deadlines.clear(key.index),
         }
     }
@@ -472,11 +482,6 @@ fn register(registry: &Registry, fd: i32, key: Key, side: Side) -> io::Result<()
 
 fn millis(duration: std::time::Duration) -> Millis {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX / 4).min(u64::MAX / 4)
-}
-
-fn tcp_options(config: &Config, listener: usize) -> TcpOptions {
-    let tcp = &config.listeners[listener].tcp;
-    TcpOptions { keepalive: tcp.keepalive, user_timeout: tcp.user_timeout }
 }
 
 fn is_unix(address: &ServerAddress) -> bool {

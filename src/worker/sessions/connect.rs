@@ -10,7 +10,8 @@ use std::os::fd::AsRawFd;
 
 use mio::Registry;
 
-use super::{Sessions, Stage, is_unix, millis, register, tcp_options};
+use super::options::Lacks;
+use super::{Sessions, Stage, is_unix, millis, register};
 use crate::balance::Pick;
 use crate::config::{ServerAddress, Target};
 use crate::counters::OfServer;
@@ -66,7 +67,7 @@ impl Sessions<'_> {
                 (_, Pick::Nobody | Pick::Full) => return self.close(key, CloseReason::NoServer, now),
             };
             let number = self.context.layout.place(upstream, server);
-            match self.connect(key, upstream, server) {
+            match self.connect(upstream, server) {
                 Ok(connecting) => {
                     let (stream, done) = match connecting {
                         Connecting::Done(stream) => (stream, true),
@@ -116,12 +117,9 @@ impl Sessions<'_> {
         }
     }
 
-    fn connect(&self, key: Key, upstream: usize, server: usize) -> io::Result<Connecting> {
-        let listener = self.slab.get(key).expect("the caller holds it").listener as usize;
+    fn connect(&self, upstream: usize, server: usize) -> io::Result<Connecting> {
         match self.address_at(upstream, server) {
-            Some(ServerAddress::Ip(address)) => {
-                connect_tcp(address, &tcp_options(self.context.config, listener))
-            }
+            Some(ServerAddress::Ip(address)) => connect_tcp(address),
             Some(ServerAddress::Unix(path)) => connect_unix(&path),
             Some(ServerAddress::Name { .. } | ServerAddress::Srv(_)) | None => {
                 Err(io::ErrorKind::Unsupported.into())
@@ -129,8 +127,12 @@ impl Sessions<'_> {
         }
     }
 
-    /// The server's socket says that the connect is decided.
-    pub(super) fn handle_connected(&mut self, registry: &Registry, key: Key, now: Millis) {
+    /// The server's socket says that the connect is decided; `failed` where
+    /// with an error: without one there is none to ask for.
+    pub(super) fn handle_connected(&mut self, registry: &Registry, key: Key, failed: bool, now: Millis) {
+        if !failed {
+            return self.establish(key, now);
+        }
         let entry = self.slab.get(key).expect("the caller found it");
         let server = entry.server.as_ref().expect("a connecting session has a server's socket");
         match server.take_error() {
@@ -200,8 +202,12 @@ impl Sessions<'_> {
         let upstream = self.upstream(key).expect("an established session has an upstream");
         let entry = self.slab.get(key).expect("still there");
         let index = entry.server_index.expect("an established session has a server") as usize;
-        if is_unix(self.server_at(upstream, index)) {
-            self.slab.get_mut(key).expect("still there").session.probe_always(Side::Server);
+        let is_unix = is_unix(self.server_at(upstream, index));
+        let entry = self.slab.get_mut(key).expect("still there");
+        if is_unix {
+            entry.session.probe_always(Side::Server);
+        } else {
+            entry.lacks = Lacks::All;
         }
         self.set_deadline(key, now);
         self.enqueue(key);

@@ -13,6 +13,7 @@ use mio::Registry;
 use mio::unix::SourceFd;
 
 use super::connect::Attempt;
+use super::options::Lacks;
 use super::{Entry, Sessions, Stage, is_unix, register};
 use crate::config::Target;
 use crate::counters::{OfListener, OfServer, Process};
@@ -156,6 +157,7 @@ impl Sessions<'_> {
             stage,
             queued: false,
             half_closed,
+            lacks: Lacks::Nothing,
             frozen: true,
             born: record.born,
             moved: record.moved,
@@ -183,8 +185,13 @@ impl Sessions<'_> {
             tracing::warn!(%error, "a session that was handed over cannot be polled");
             return self.close(key, crate::relay::CloseReason::NoResources, now);
         }
-        if self.server_is_unix(key) {
-            self.slab.get_mut(key).expect("still there").session.probe_always(Side::Server);
+        let is_unix = self.server_is_unix(key);
+        let entry = self.slab.get_mut(key).expect("still there");
+        if is_unix {
+            entry.session.probe_always(Side::Server);
+        } else if matches!(entry.stage, Stage::Open) && entry.server.is_some() {
+            // What the sender has set already does no harm twice.
+            entry.lacks = Lacks::All;
         }
         let entry = self.slab.get(key).expect("still there");
         match &entry.stage {

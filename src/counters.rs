@@ -36,6 +36,8 @@ pub enum Process {
     LoopLag,
     /// How often accepting was paused for want of descriptors or memory.
     AcceptPauses,
+    /// Lines of the access log that nobody took in time.
+    AccessDropped,
     /// When the event loop last turned, in milliseconds of the monotonic
     /// clock. What the worker says of itself, and so never trusted further
     /// than to judge that worker.
@@ -78,6 +80,14 @@ pub enum OfFlows {
     /// Not of a socket with a share of a group: there the kernel counts what
     /// the filter refuses as well.
     KernelDrops,
+    /// Flows that another process had and this one took over, whole.
+    TakenOver,
+    /// Flows that lived here when the slots changed and nobody could say where
+    /// their datagrams come from then on.
+    Unsteered,
+    /// Datagrams that came a moment too late and were passed on to the slot
+    /// that has their flow.
+    PassedOn,
     /// Datagrams that the worker dropped, by reason: this word and the
     /// following ones.
     Dropped = 48,
@@ -224,8 +234,12 @@ impl<'a> Counters<'a> {
             }
             // Not the kernel's drops: those are the sockets' own, and the
             // sockets live on.
-            use OfFlows::{DatagramsIn, DatagramsOut, Moved, OffloadFailures, QuarantineCut};
-            for which in [DatagramsIn, DatagramsOut, Moved, OffloadFailures, QuarantineCut] {
+            use OfFlows::{
+                DatagramsIn, DatagramsOut, Moved, OffloadFailures, PassedOn, QuarantineCut, TakenOver,
+                Unsteered,
+            };
+            let counts = [DatagramsIn, DatagramsOut, Moved, OffloadFailures, QuarantineCut];
+            for which in counts.into_iter().chain([PassedOn, TakenOver, Unsteered]) {
                 self.flows(index, which).add(from.flows(old, which).get());
             }
             for reason in DropReason::ALL {
@@ -339,6 +353,7 @@ mod tests {
             use OfFlows::*;
             let flows =
                 [DatagramsIn, DatagramsOut, Moved, Quarantined, QuarantineCut, OffloadFailures, KernelDrops];
+            cells.extend([TakenOver, Unsteered, PassedOn].map(|which| counters.flows(listener, which)));
             cells.extend(flows.map(|which| counters.flows(listener, which)));
             cells.extend(DropReason::ALL.map(|reason| counters.dropped(listener, reason)));
         }

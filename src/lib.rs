@@ -14,6 +14,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod access_log;
 pub mod balance;
 pub mod board;
 pub mod cli;

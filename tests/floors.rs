@@ -22,6 +22,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("relay", 1),
     ("flow", 1),
     ("supervision", 1),
+    ("access_log", 1),
     ("counters", 1),
     ("spread", 1),
     ("steering", 1),

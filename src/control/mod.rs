@@ -9,7 +9,7 @@ pub mod sessions;
 pub mod status;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use serde::de::DeserializeOwned;
@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::board::{Change, Override};
 use crate::config::{self, Word};
 use crate::logging;
+use crate::steering::Route;
 use crate::sys::accounts::Account;
 use crate::sys::channel::{Channel, MAX_FDS};
 
@@ -48,7 +49,8 @@ pub enum ToWorker {
     /// Who it is. Descriptors: the configuration (sealed JSON), its own
     /// counters, the upstream board to read, the bell that the steward rings
     /// when the board has changed, the bell that the worker rings when traffic
-    /// fails, with `tells_load` the page of loads, then the counters of all
+    /// fails, with `tells_load` the page of loads, with `logs_access` where
+    /// lines of the access log go, then the counters of all
     /// slots to read. What is `outliving` is open elsewhere too, and who waits
     /// there is served after the daemon's end.
     #[allow(missing_docs)]
@@ -59,6 +61,7 @@ pub enum ToWorker {
         account: Option<Account>,
         outliving: Vec<Place>,
         tells_load: bool,
+        logs_access: bool,
     },
     /// Sockets that its slot has already, one descriptor a place.
     Sockets(Vec<Place>),
@@ -66,14 +69,27 @@ pub enum ToWorker {
     Begin,
     /// Accept.
     Serve,
-    /// Pass every session to the worker at the other end of this descriptor
-    /// and leave; what cannot be passed is finished within the limit. The
-    /// sockets of these places are in no configuration any more: what waits
-    /// in their queues is accepted first.
+    /// Pass every flow and session to the worker at the other end of this
+    /// descriptor and leave; what cannot be passed is finished within the
+    /// limit. The sockets of these places are in no configuration any more:
+    /// what waits in their queues is accepted first.
     #[allow(missing_docs)]
     HandOver { removed: Vec<Place>, limit: Option<u64> },
-    /// Take what the worker at the other end of this descriptor passes.
-    TakeOver,
+    /// Take what the worker at the other end of this descriptor passes. Where
+    /// flows are among it, no client's datagram is read before they are here.
+    #[allow(missing_docs)]
+    TakeOver { flows: bool },
+    /// Read no client's datagram from now on, and say so (`Held`): they are
+    /// about to be steered anew.
+    Hold,
+    /// Every `TakeOver` has been sent: read again once those are through.
+    Release,
+    /// Clients' datagrams are steered anew. Read what has come so far, then
+    /// pass each flow whose datagrams come to another slot to that one's
+    /// worker, and say so (`FlowsPassed`). Descriptors: `Routes` as sealed
+    /// JSON, then a channel to each of these slots.
+    #[allow(missing_docs)]
+    PassFlows { to: Vec<usize> },
     /// Pass so many sessions to the worker at the other end of this
     /// descriptor, and serve on.
     #[allow(missing_docs)]
@@ -109,6 +125,12 @@ pub enum FromWorker {
     /// What could move has moved to another worker.
     #[allow(missing_docs)]
     HandedOver { moved: usize, left: usize },
+    /// It reads no client's datagram.
+    Held,
+    /// So many flows are where their datagrams come; so many others could not
+    /// be passed.
+    #[allow(missing_docs)]
+    FlowsPassed { moved: usize, left: usize },
     /// The sessions that were asked for: one descriptor, sealed JSON.
     #[allow(missing_docs)]
     Found { id: u64 },
@@ -117,9 +139,20 @@ pub enum FromWorker {
     Failed { text: String, advice: String, exit_code: u8 },
 }
 
-/// Between two workers, while sessions move.
+/// How each UDP listener of this name is steered from now on.
+pub type Routes = Vec<(String, Route)>;
+
+/// Between two workers, while flows and sessions move. Flows come first.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum PeerMessage {
+    /// A bundle of flows: its memory, then their sockets. Answered by `Taken`.
+    #[allow(missing_docs)]
+    Flows { count: usize },
+    /// No further flows will come.
+    FlowsDone,
+    /// Datagrams of a client that came to the sender a moment too late. One
+    /// descriptor: their bytes.
+    Straggler(Straggler),
     /// A bundle: its memory, then the sessions' sockets.
     #[allow(missing_docs)]
     Sessions { count: usize },
@@ -128,6 +161,18 @@ pub enum PeerMessage {
     Taken { refused: Vec<usize> },
     /// Nothing more will come.
     Done,
+}
+
+/// Datagrams that are passed on, of one length but for the last where there
+/// are several.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Straggler {
+    pub listener: String,
+    pub bind: SocketAddr,
+    pub client: SocketAddr,
+    pub local: IpAddr,
+    pub segment: Option<usize>,
 }
 
 /// From the supervisor to the steward.
@@ -150,6 +195,9 @@ pub enum ToSteward {
     /// what comes that each slot is due.
     #[allow(missing_docs)]
     Steering { listener: String, active: String, shares: Vec<f64> },
+    /// The access log. Descriptors: where lines come from, then the file, or
+    /// none for standard error.
+    AccessLog,
     /// The answer to its request.
     #[allow(missing_docs)]
     Answer { id: u64, answer: Result<String, String> },
@@ -224,11 +272,11 @@ pub enum Request {
     Scale(usize),
     /// Move sessions until the workers have equally many.
     Rebalance,
+    /// The sessions that this takes.
+    Sessions(sessions::Query),
     /// One server of the file is to be used otherwise than the file says.
     #[allow(missing_docs)]
     Server { upstream: String, server: String, change: Change },
-    /// The sessions that this takes.
-    Sessions(sessions::Query),
 }
 
 /// Starts the log of a process as the configuration has it.

@@ -19,6 +19,10 @@ pub struct Status {
     /// Seconds since 1970.
     pub started_at: u64,
     pub config_path: String,
+    /// Lines of the access log that could not be written since this steward
+    /// began.
+    #[serde(default)]
+    pub access_log_lost: u64,
     pub workers: Vec<Worker>,
     pub listeners: Vec<Listener>,
     pub upstreams: Vec<Upstream>,
@@ -41,6 +45,9 @@ pub struct Worker {
     pub loop_lag_us: u64,
     /// How often it paused accepting for want of descriptors or memory.
     pub accept_pauses: u64,
+    /// Lines of the access log that were dropped because nobody took them.
+    #[serde(default)]
+    pub access_log_dropped: u64,
     /// The slot that accepts for it while it is empty.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub helped_by: Option<usize>,
@@ -117,6 +124,17 @@ pub struct Flows {
     pub datagrams_out: u64,
     /// Sockets at which UDP_SEGMENT failed and was given up, each time.
     pub offload_failures: u64,
+    /// Handed over from one worker to another, whole.
+    #[serde(default)]
+    pub handed_over: u64,
+    /// Lived while the number of workers changed, where nobody can say which
+    /// worker their datagrams come to from then on: some begin anew.
+    #[serde(default)]
+    pub unsteered: u64,
+    /// Datagrams that came to the wrong worker in the moment of a change, and
+    /// were passed on to the right one.
+    #[serde(default)]
+    pub passed_on: u64,
 }
 
 impl Listener {

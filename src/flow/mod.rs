@@ -16,6 +16,7 @@
 //! allocates nothing. So a flood of made-up sources pushes out only itself.
 
 mod index;
+mod moving;
 mod proxy;
 mod quarantine;
 #[cfg(test)]
@@ -27,6 +28,7 @@ use crate::deadline::Deadlines;
 use crate::slab::{Key, Slab};
 use index::Index;
 
+pub use moving::Snapshot;
 pub use proxy::ProxyHeader;
 pub use quarantine::Quarantine;
 
@@ -45,6 +47,10 @@ pub struct FlowKey {
 
 /// The server of a flow that a worker answers by itself.
 pub const NO_SERVER: u32 = u32::MAX;
+/// The server of a flow that came from another configuration, which this one
+/// does not have: what it still sends is passed on, and the client's next
+/// datagram goes to another.
+pub const GONE_SERVER: u32 = u32::MAX - 1;
 const NONE: u32 = u32::MAX;
 
 /// One flow: plain data.
@@ -52,10 +58,12 @@ const NONE: u32 = u32::MAX;
 pub struct Flow {
     /// Its name.
     pub key: FlowKey,
-    /// The server's number in its upstream, or `NO_SERVER`.
+    /// The server's number in its upstream, or `NO_SERVER`, or `GONE_SERVER`.
     pub server: u32,
     /// The server failed; the next datagram goes to another.
     failed: bool,
+    /// It is on its way to another process, and nothing of it moves here.
+    frozen: bool,
     answered: bool,
     /// A client's datagram came after the last reply.
     awaits: bool,
@@ -88,6 +96,8 @@ pub enum Arrival {
     Known(Key),
     /// It belongs to this flow, whose server has failed.
     Move(Key),
+    /// It belongs to a flow that is on its way to another process.
+    Frozen(Key),
     /// It begins a flow; first end that one, where one is named.
     #[allow(missing_docs)]
     Open { evict: Option<Key> },
@@ -203,6 +213,9 @@ impl Flows {
     pub fn handle_client(&mut self, name: &FlowKey, now: u64) -> Arrival {
         if let Some(key) = self.find(name) {
             let flow = self.slab.get_mut(key).expect("the index names living flows");
+            if flow.frozen {
+                return Arrival::Frozen(key);
+            }
             flow.last = now;
             flow.requests = flow.requests.saturating_add(1);
             flow.awaits = true;
@@ -248,6 +261,7 @@ impl Flows {
             key: name,
             server,
             failed: false,
+            frozen: false,
             answered: false,
             awaits: true,
             requests: 1,
@@ -268,7 +282,7 @@ impl Flows {
 
     /// A datagram from a flow's server.
     pub fn handle_reply(&mut self, key: Key, now: u64) -> Reply {
-        let Some(flow) = self.slab.get_mut(key) else { return Reply::Drop };
+        let Some(flow) = self.slab.get_mut(key).filter(|flow| !flow.frozen) else { return Reply::Drop };
         flow.last = now;
         flow.awaits = false;
         flow.replies = flow.replies.saturating_add(1);
@@ -300,7 +314,7 @@ impl Flows {
     /// Ends a flow and tells what it was.
     pub fn end(&mut self, key: Key) -> Option<Flow> {
         let flow = self.slab.get(key)?;
-        if !flow.answered {
+        if !flow.answered && !flow.frozen {
             self.unlink(key.index);
         }
         let name = self.slab.get(key)?.key;
@@ -342,6 +356,9 @@ impl Flows {
         }
         for key in self.slab.keys() {
             let flow = self.slab.get(key).expect("the key is fresh");
+            if flow.frozen {
+                continue;
+            }
             let idle_timeout = self.books[usize::from(flow.key.listener)].limits.idle_timeout;
             self.deadlines.set(key.index, flow.last.saturating_add(idle_timeout).max(now));
         }
@@ -418,6 +435,16 @@ impl Flows {
 }
 
 impl Flow {
+    /// Whether a client's datagram came after the last reply.
+    pub fn awaits_reply(&self) -> bool {
+        self.awaits
+    }
+
+    /// Whether it is on its way to another process.
+    pub fn is_frozen(&self) -> bool {
+        self.frozen
+    }
+
     /// Whether its server may still send something that was asked for.
     pub fn has_replies_outstanding(&self) -> bool {
         self.server != NO_SERVER && (self.awaits || self.requests > self.replies)

@@ -41,6 +41,27 @@ impl<T> Quarantine<T> {
         None
     }
 
+    /// Something has rested since then in another process; it comes back where
+    /// it need not any more.
+    pub fn adopt(&mut self, listener: usize, item: T, since: u64) -> Option<T> {
+        let lane = &mut self.lanes[listener];
+        if lane.duration == 0 {
+            return Some(item);
+        }
+        let at = lane.queue.partition_point(|(other, _)| *other <= since);
+        lane.queue.insert(at, (since, item));
+        self.len += 1;
+        None
+    }
+
+    /// One that rests, since when, and whose it was, whether it has rested for
+    /// long enough or not; the oldest of the first listener that has any.
+    pub fn take_any(&mut self) -> Option<(usize, u64, T)> {
+        let listener = self.lanes.iter().position(|lane| !lane.queue.is_empty())?;
+        self.len -= 1;
+        self.lanes[listener].queue.pop_front().map(|(since, item)| (listener, since, item))
+    }
+
     /// One that has rested for long enough.
     pub fn release(&mut self, now: u64) -> Option<T> {
         let lane = self.lanes.iter_mut().find(|lane| lane.release_at().is_some_and(|at| at <= now))?;
@@ -103,6 +124,17 @@ mod tests {
     #[test]
     fn a_duration_of_zero_holds_nothing() {
         assert_eq!(Quarantine::new([0].into_iter()).put(0, 7, 0), Some(7));
+    }
+
+    #[test]
+    fn what_rested_elsewhere_takes_its_place_by_age() {
+        let mut quarantine = Quarantine::new([10].into_iter());
+        quarantine.put(0, "own", 5);
+        assert_eq!(quarantine.adopt(0, "older", 1), None);
+        assert_eq!(quarantine.adopt(0, "younger", 8), None);
+        assert_eq!(quarantine.release(11), Some("older"));
+        assert_eq!(quarantine.take_any(), Some((0, 5, "own")));
+        assert_eq!((quarantine.len(), quarantine.release(18)), (1, Some("younger")));
     }
 
     proptest! {

@@ -11,6 +11,10 @@
 //! an error, never a panic. Bounded by `MAX_SESSIONS` a bundle, because a
 //! message carries 253 descriptors at most.
 
+pub mod flows;
+
+use std::net::SocketAddr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::relay::{CloseReason, Session, Snapshot};
@@ -65,6 +69,23 @@ pub struct Record {
     pub born: u64,
     /// When the last byte moved.
     pub moved: u64,
+    /// What its line of the access log will say.
+    #[serde(default)]
+    pub story: Option<Story>,
+}
+
+/// What the access log says of a session beside its state. Times are
+/// milliseconds of the monotonic clock.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Story {
+    /// Who came.
+    pub client: SocketAddr,
+    /// When the last connect to a server began.
+    pub connect_began: Option<u64>,
+    /// When it was there.
+    pub established: Option<u64>,
+    /// Servers that were tried in vain.
+    pub retries: u32,
 }
 
 /// How far a session is.
@@ -72,7 +93,14 @@ pub struct Record {
 pub enum Stage {
     /// On its way to a server.
     #[allow(missing_docs)]
-    Connecting { until: u64, tried: Vec<String>, failure: CloseReason },
+    Connecting {
+        until: u64,
+        tried: Vec<String>,
+        failure: CloseReason,
+        /// Since when it waits for a place at a server, if it does.
+        #[serde(default)]
+        waits_since: Option<u64>,
+    },
     /// Bytes flow.
     Open,
 }
@@ -143,14 +171,26 @@ mod tests {
     fn record(session: &Session, server: bool) -> (Record, Vec<u8>) {
         let (relay, kept) = session.snapshot().expect("unbroken");
         let server = server.then(|| "10.0.0.1:80".to_string());
-        let record = Record { listener: "web".into(), server, stage: Stage::Open, relay, born: 5, moved: 9 };
+        let record = Record {
+            listener: "web".into(),
+            server,
+            stage: Stage::Open,
+            relay,
+            born: 5,
+            moved: 9,
+            story: None,
+        };
         (record, kept)
     }
 
     fn bundle() -> Vec<(Record, Vec<u8>)> {
         let mut connecting = record(&Session::relay(), true);
-        connecting.0.stage =
-            Stage::Connecting { until: 77, tried: vec!["a".into()], failure: CloseReason::ConnectFailed };
+        connecting.0.stage = Stage::Connecting {
+            until: 77,
+            tried: vec!["a".into()],
+            failure: CloseReason::ConnectFailed,
+            waits_since: Some(5),
+        };
         vec![record(&Session::relay(), true), record(&Session::echo(b"kept bytes"), false), connecting]
     }
 

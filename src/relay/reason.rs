@@ -40,14 +40,14 @@ pub enum CloseReason {
     WorkerLost,
     /// A flow that waited for its first answer made room for a new one.
     Evicted,
+    /// An operator ended it.
+    Killed,
     /// Every server was down, draining, disabled or without an address.
     NoServer,
     /// Every server had all the sessions that it may for `queue_timeout`.
     QueueTimeout,
     /// Its server went down, and `on_down` is reset.
     ServerDown,
-    /// An operator ended it.
-    Killed,
 }
 
 impl CloseReason {
@@ -68,10 +68,10 @@ impl CloseReason {
         CloseReason::Drained,
         CloseReason::WorkerLost,
         CloseReason::Evicted,
+        CloseReason::Killed,
         CloseReason::NoServer,
         CloseReason::QueueTimeout,
         CloseReason::ServerDown,
-        CloseReason::Killed,
     ];
 
     /// Its name in `status` and metrics.
@@ -92,10 +92,10 @@ impl CloseReason {
             CloseReason::Drained => "drained",
             CloseReason::WorkerLost => "worker_lost",
             CloseReason::Evicted => "evicted",
+            CloseReason::Killed => "killed",
             CloseReason::NoServer => "no_server",
             CloseReason::QueueTimeout => "queue_timeout",
             CloseReason::ServerDown => "server_down",
-            CloseReason::Killed => "killed",
         }
     }
 
@@ -130,10 +130,10 @@ impl CloseReason {
             | CloseReason::Drained
             | CloseReason::WorkerLost
             | CloseReason::Evicted
+            | CloseReason::Killed
             | CloseReason::NoServer
             | CloseReason::QueueTimeout
-            | CloseReason::ServerDown
-            | CloseReason::Killed => None,
+            | CloseReason::ServerDown => None,
         }
     }
 }

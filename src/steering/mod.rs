@@ -19,11 +19,13 @@ pub mod expected;
 pub mod page;
 pub mod policy;
 pub mod program;
+pub mod route;
 pub mod slowness;
 pub mod table;
 
 pub use bucket::{bucket, source_bucket};
 pub use expected::Expected;
+pub use route::Route;
 pub use table::{BUCKET_COUNT, Move, Table};
 
 /// The most slots that there can be: a load's place in the page is a slot's

@@ -10,6 +10,7 @@
 //! listens to the supervisor. It ends with its supervisor, and may be killed
 //! at any time: traffic never passes here, and a new one takes its place.
 
+mod access_log;
 mod checks;
 mod control_socket;
 pub mod names;
@@ -27,6 +28,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 use nix::sys::signal::Signal;
 use tracing::{error, warn};
+
+use access_log::AccessLog;
 
 use crate::board::Overrides;
 use crate::config::Config;
@@ -59,6 +62,7 @@ struct Knowledge {
     pending: Mutex<Pending>,
     /// Requests that are being answered.
     busy: AtomicUsize,
+    access_log: Arc<AccessLog>,
 }
 
 /// Where the counters are: those of the present generation and of what is left
@@ -139,6 +143,7 @@ fn serve(channel: Channel) -> Result<(), String> {
         channel,
         pending: Mutex::default(),
         busy: AtomicUsize::new(0),
+        access_log: Arc::default(),
     });
     // Nobody is answered before the counters are known: they would seem to
     // have gone back.
@@ -152,9 +157,11 @@ fn serve(channel: Channel) -> Result<(), String> {
     let answering = Arc::clone(&knowledge);
     std::thread::spawn(move || control_socket::serve(&listener, &answering));
     while hear(&knowledge)? {}
-    // Who asked for the end is still to be told that it was done.
+    // Who asked for the end is still to be told that it was done, and the last
+    // sessions are still to be logged.
     let deadline = Instant::now() + LAST_WORDS;
-    while knowledge.busy.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
+    let busy = || knowledge.busy.load(Ordering::Acquire) > 0 || !knowledge.access_log.is_idle();
+    while busy() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(2));
     }
     Ok(())
@@ -191,6 +198,12 @@ fn hear(knowledge: &Knowledge) -> Result<bool, String> {
         Ok(Some((ToSteward::Answer { id, answer }, _))) => knowledge.handle_answer(id, Answer::Text(answer)),
         Ok(Some((ToSteward::Found { id, silent }, memories))) => {
             knowledge.handle_answer(id, Answer::Found { memories, silent });
+        }
+        Ok(Some((ToSteward::AccessLog, fds))) => {
+            let mut fds = fds.into_iter();
+            if let Some(source) = fds.next() {
+                knowledge.access_log.aim(source, fds.next());
+            }
         }
         Ok(Some((ToSteward::Birth(_), _))) => warn!("a second birth"),
         Err(error) if error.raw_os_error().is_some() => return Ok(false),

@@ -40,6 +40,7 @@ pub fn status(knowledge: &Knowledge) -> Status {
         generation: view.generation,
         started_at: knowledge.birth.started_at,
         config_path: knowledge.birth.config_path.clone(),
+        access_log_lost: knowledge.access_log.lost(),
         workers: workers.iter().map(|state| worker(state, &sources)).collect(),
         listeners: config.listeners.iter().map(|l| listener(knowledge, l, slot_count, &sources)).collect(),
         upstreams: config.upstreams.iter().map(|u| upstream(u, &standing, &checks, &sources)).collect(),
@@ -69,6 +70,7 @@ fn worker(state: &WorkerState, sources: &[Source]) -> Worker {
         active: sum(Process::Active),
         loop_lag_us: lag.unwrap_or(0),
         accept_pauses: sum(Process::AcceptPauses),
+        access_log_dropped: sum(Process::AccessDropped),
         helped_by: state.helped_by,
     }
 }
@@ -174,6 +176,9 @@ fn flows(sum: &Sum) -> Flows {
         datagrams_in: of_flows(OfFlows::DatagramsIn),
         datagrams_out: of_flows(OfFlows::DatagramsOut),
         offload_failures: of_flows(OfFlows::OffloadFailures),
+        handed_over: of_flows(OfFlows::TakenOver),
+        unsteered: of_flows(OfFlows::Unsteered),
+        passed_on: of_flows(OfFlows::PassedOn),
     }
 }
 

@@ -6,6 +6,7 @@
 //! network. It ends when it was told to leave and every worker is gone, and
 //! keeps its privilege until then: later workers need the same uid to bind.
 
+mod access_log;
 mod activation;
 mod generation;
 mod inquiry;
@@ -15,6 +16,7 @@ mod notify;
 mod plan;
 mod prepare;
 mod reload;
+mod shift;
 mod slot;
 mod steering;
 mod steward;
@@ -45,6 +47,7 @@ use leave::Leave;
 use notify::{Facts, Notify};
 use prepare::Prepared;
 use reload::{Reload, Transfers};
+use shift::Shift;
 use slot::{Role, Slot};
 use steering::Steering;
 use steward::Steward;
@@ -105,6 +108,9 @@ struct Supervisor {
     watch: Watch,
     notify: Notify,
     reload: Option<Reload>,
+    shift: Option<Shift>,
+    /// Helpers, and the slots whose flows they have to give back.
+    to_give_back: Vec<(usize, usize)>,
     transfers: Transfers,
     /// What `scale` set, and what the file said then.
     scaled: Option<(usize, Workers)>,
@@ -158,6 +164,8 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         supervision: Supervision::new(slot_count),
         steering,
         reload: None,
+        shift: None,
+        to_give_back: Vec::new(),
         transfers: Transfers::default(),
         scaled: None,
         past: None,
@@ -212,9 +220,10 @@ impl Supervisor {
             self.watch_workers()?;
             self.handle_leave_deadline();
             self.handle_reload_deadline();
+            self.handle_shift_deadline();
             self.end_inquiries();
             self.check_finished();
-            self.steering.update(clock::coarse(), &self.supervision, &self.slots, &self.generation);
+            self.steer();
             if self.notify.is_due(clock::coarse()) {
                 self.notify.tick(clock::coarse(), &self.facts());
             }
@@ -227,11 +236,25 @@ impl Supervisor {
         Ok(self.end.expect("the loop's condition"))
     }
 
+    /// Brings the steering up to date, flows included.
+    fn steer(&mut self) {
+        self.update_steering();
+        self.begin_shift();
+        self.check_shifted();
+    }
+
+    fn update_steering(&mut self) {
+        let flow_slots = self.flow_slots();
+        let now = clock::coarse();
+        self.steering.update(now, &self.supervision, &self.slots, &self.generation, flow_slots);
+    }
+
     fn next_wake(&self) -> Option<Millis> {
         let leave = self.leave.as_ref().and_then(Leave::kill_at);
         let reload = self.reload.as_ref().map(Reload::deadline);
         let watched = [self.watch.next_deadline(), self.notify.next_deadline()];
-        let own = [self.supervision.next_deadline(), self.steward.due_at(), leave, reload];
+        let shift = self.shift.as_ref().map(Shift::deadline);
+        let own = [self.supervision.next_deadline(), self.steward.due_at(), leave, reload, shift];
         let steering = [self.steering.next_deadline(clock::coarse()), self.inquiry_deadline()];
         own.into_iter().chain(watched).chain(steering).flatten().min()
     }
@@ -242,7 +265,10 @@ impl Supervisor {
             match action {
                 Action::Spawn(slot) => self.spawn(slot)?,
                 Action::Lend { slot, to } => self.lend(slot, to),
-                Action::Recall { slot, from } => self.slots[from].tell(&ToWorker::Recall { slot }),
+                Action::Recall { slot, from } => {
+                    self.slots[from].tell(&ToWorker::Recall { slot });
+                    self.to_give_back.push((from, slot));
+                }
                 Action::Drain(slot) => self.drain(slot),
                 Action::Kill(slot) => {
                     if let Some(process) = &mut self.slots[slot].current {
@@ -268,9 +294,13 @@ impl Supervisor {
         let token = self.new_token();
         let generation = Rc::clone(&self.generation);
         match self.slots[slot].spawn(&self.prepared, &generation, self.poll.registry(), token) {
-            Ok(mut process) => {
-                process.tell(&ToWorker::Serve, &[]);
+            Ok(process) => {
                 self.slots[slot].current = Some(process);
+                if self.shift.as_ref().is_some_and(|shift| shift.gives_to(slot)) {
+                    self.slots[slot].tell(&ToWorker::Hold);
+                }
+                self.hand_over_again(slot);
+                self.slots[slot].tell(&ToWorker::Serve);
                 self.watch.begin(slot, clock::coarse());
                 Ok(())
             }
@@ -385,6 +415,11 @@ impl Supervisor {
                     self.handle_shared(slot);
                 }
             }
+            FromWorker::Held if role == Role::Current && !retiring => self.handle_held(slot),
+            FromWorker::FlowsPassed { moved, left } if role == Role::Current && !retiring => {
+                self.handle_flows_passed(slot, moved, left);
+            }
+            FromWorker::Held | FromWorker::FlowsPassed { .. } => {}
             FromWorker::Found { id } => self.handle_found(token, id, fds),
             FromWorker::Failed { text, advice, .. } if role == Role::Next => {
                 self.abort_reload(&format!("{text}\n{advice}"));
@@ -414,10 +449,27 @@ impl Supervisor {
                         self.finish_reload_notice();
                     }
                 }
+                Signal::SIGUSR1 => self.reopen_logs(),
                 other => warn!("{other} does nothing yet"),
             }
         }
         Ok(())
+    }
+
+    /// Whoever rotated the access log has renamed it before.
+    fn reopen_logs(&mut self) {
+        match access_log::open(&self.generation.config) {
+            Ok(file) => {
+                self.prepared.access_log.set_file(file);
+                self.tell_of_access_log();
+                info!("log files opened anew");
+            }
+            Err(refusal) => error!("{}; the old one is written on", refusal.text),
+        }
+    }
+
+    fn tell_of_access_log(&mut self) {
+        self.steward.send(&ToSteward::AccessLog, &self.prepared.access_log.of_steward());
     }
 
     fn reap(&mut self) -> Result<(), Refusal> {
@@ -453,12 +505,18 @@ impl Supervisor {
         }
         match role {
             Role::Current => {
-                slot.current = None;
+                if let Some(dead) = slot.current.take() {
+                    // Nobody writes there any more: what it held is nobody's,
+                    // at once, not only when a successor says so.
+                    let generation = &dead.generation;
+                    generation.counters(slot.number).begin_life(&generation.layout);
+                }
                 if status.success() && self.leave.is_some() {
                     info!(slot = index, "worker has left");
                 } else {
                     warn!(slot = index, "worker ended: {status}");
                 }
+                self.note_shift_end_of(index);
                 self.step(Event::Exited { slot: index, clean: status.success() })?;
                 self.handle_shared(index);
             }
@@ -533,6 +591,7 @@ impl Supervisor {
         self.told.clear();
         self.steering.forget_told();
         self.tables_changed = true;
+        self.tell_of_access_log();
         self.overrides_changed = true;
         self.tell_steward();
     }
@@ -566,6 +625,9 @@ impl Supervisor {
             }
             Request::Scale(count) => self.scale(count, id).map(|()| None),
             Request::Rebalance => self.rebalance(id).map(|()| None),
+            Request::Sessions(query) => {
+                self.ask_workers(id, &query).map(|()| None).map_err(|text| Refusal::new(1, text, ""))
+            }
             Request::Server { upstream, server, change } => {
                 let config = &self.generation.config;
                 let changed = self.overrides.handle_change(config, &upstream, &server, change);
@@ -576,9 +638,6 @@ impl Supervisor {
                         Some(text)
                     })
                     .map_err(|text| Refusal::new(1, text, ""))
-            }
-            Request::Sessions(query) => {
-                self.ask_workers(id, &query).map(|()| None).map_err(|text| Refusal::new(1, text, ""))
             }
         };
         match now {

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
 
+use super::access_log::AccessLog;
 use super::activation::{self, Assignment};
 use super::generation::Generation;
 use super::slot::Slot;
@@ -43,6 +44,7 @@ pub struct Prepared {
     pub account: Option<Account>,
     /// Where workers tell their loads, where that can be.
     pub loads: Option<OwnedFd>,
+    pub access_log: AccessLog,
     pub control: UnixListener,
     /// Rung by the steward when a board has changed.
     pub board_bell: Bell,
@@ -93,6 +95,7 @@ pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Generati
         image: Image::own().map_err(Refusal::of_system)?,
         account,
         loads: None,
+        access_log: AccessLog::new(config)?,
         control,
         board_bell: Bell::new().map_err(Refusal::of_system)?,
         failure_bell: Bell::new().map_err(Refusal::of_system)?,

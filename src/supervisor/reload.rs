@@ -7,6 +7,9 @@
 //!   Swapping: slot by slot the new worker serves and the old one hands over
 //!      |
 //!      v
+//!   Shifting: with more or fewer slots, flows go where their datagrams come (`shift`)
+//!      |
+//!      v
 //!   Retiring: slots that are too many hand over to those that stay --> done
 //! ```
 //!
@@ -23,8 +26,9 @@ use tracing::{info, warn};
 
 use super::generation::Generation;
 use super::slot::Slot;
-use super::{Refusal, Supervisor, activation, plan, prepare};
-use crate::config::{Config, Workers};
+use super::steering::FlowSlots;
+use super::{Refusal, Supervisor, access_log, activation, plan, prepare};
+use crate::config::{Config, Mode, Workers};
 use crate::control::{Place, ToWorker};
 use crate::counters::OfListener;
 use crate::sys::channel::Channel;
@@ -45,6 +49,7 @@ pub struct Reload {
     old_slot_count: usize,
     stage: Stage,
     deadline: Millis,
+    access_log: Option<std::fs::File>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +58,8 @@ enum Stage {
     Proving(usize),
     /// This slot's old worker hands over.
     Swapping(usize),
+    /// Datagrams are steered over the new slots, and their flows move along.
+    Shifting,
     Retiring,
 }
 
@@ -73,6 +80,31 @@ impl Reload {
 }
 
 impl Supervisor {
+    /// How many slots have a part in the flows at present: until the swap is
+    /// over, those that had one before.
+    pub(super) fn flow_slots(&self) -> FlowSlots {
+        let before = self.reload.as_ref().filter(|_| self.reload_holds_flows());
+        FlowSlots {
+            count: before.map_or(self.generation.slot_count(), |reload| reload.old_slot_count),
+            may_move: self.announced && self.shift.is_none() && before.is_none(),
+            is_free: !self.announced || self.leave.is_some(),
+        }
+    }
+
+    /// Whether flows are just going from old workers to new ones.
+    pub(super) fn reload_holds_flows(&self) -> bool {
+        let stage = self.reload.as_ref().map(|reload| reload.stage);
+        matches!(stage, Some(Stage::Proving(_) | Stage::Swapping(_)))
+    }
+
+    /// Goes on once the flows are where they belong.
+    pub(super) fn check_shifted(&mut self) {
+        let shifts = self.reload.as_ref().is_some_and(|reload| reload.stage == Stage::Shifting);
+        if shifts && self.shift.is_none() && !self.steering.has_planned() {
+            self.retire();
+        }
+    }
+
     /// Reads the file again; an error leaves everything as it is.
     pub(super) fn reload_file(
         &mut self,
@@ -121,7 +153,7 @@ impl Supervisor {
         if self.leave.is_some() {
             return Err(Refusal::new(1, "the daemon is leaving", ""));
         }
-        if self.reload.is_some() || !self.retiring.is_empty() || !self.announced {
+        if self.reload.is_some() || self.shift.is_some() || !self.retiring.is_empty() || !self.announced {
             return Err(Refusal::new(1, "another change is under way", "try again in a moment"));
         }
         if let Some(slot) = self.slots.iter().skip(slot_count).find(|slot| slot.current.is_none()) {
@@ -135,6 +167,7 @@ impl Supervisor {
         for listener in probed {
             prepare::probe(listener, |address| !held(address))?;
         }
+        let access_log = access_log::open(&config)?;
         plan::carry_over(&self.generation.config, &mut config, |name| self.has_sessions(name));
         let generation = Rc::new(Generation::new(self.generation.number + 1, config, slot_count)?);
         generation.fill_board(&self.overrides, Some(&self.generation));
@@ -145,8 +178,14 @@ impl Supervisor {
         self.resize(self.slots.len());
         info!("generation {} is being proved", generation.number);
         let deadline = clock::coarse() + PROVING_LIMIT;
-        self.reload =
-            Some(Reload { requester, generation, old_slot_count, stage: Stage::Proving(0), deadline });
+        self.reload = Some(Reload {
+            requester,
+            generation,
+            old_slot_count,
+            stage: Stage::Proving(0),
+            deadline,
+            access_log,
+        });
         self.prove(0);
         Ok(())
     }
@@ -213,8 +252,10 @@ impl Supervisor {
     }
 
     fn commit(&mut self) {
-        let Some(reload) = &self.reload else { return };
+        let Some(reload) = &mut self.reload else { return };
         self.generation = Rc::clone(&reload.generation);
+        self.prepared.access_log.set_file(reload.access_log.take());
+        self.tell_of_access_log();
         for server in self.overrides.keep_those_of(&self.generation.config) {
             warn!("server {server} is gone from the file, and with it what was changed about it");
         }
@@ -225,8 +266,11 @@ impl Supervisor {
     /// The new worker of a slot serves; the old one hands over to it.
     fn swap(&mut self, slot: usize) {
         let Some(reload) = &mut self.reload else { return };
+        // Slots that are to go keep their old worker; its flows go next.
         if slot == reload.generation.slot_count() {
-            return self.retire();
+            reload.stage = Stage::Shifting;
+            reload.deadline = clock::coarse() + SWAP_LIMIT;
+            return;
         }
         reload.stage = Stage::Swapping(slot);
         reload.deadline = clock::coarse() + SWAP_LIMIT;
@@ -247,20 +291,32 @@ impl Supervisor {
             // It died after it was proved: replaced as any worker.
             let _ = self.step(crate::supervision::Event::Exited { slot, clean: false });
         }
+        // The hand-over first: the new one reads no client's datagram before
+        // its flows are there.
+        let waits = old.is_some_and(|old| {
+            let removed = self.slots[slot].removed_places(&old.generation, &generation);
+            self.slots[slot].old.push(old);
+            self.hand_over(slot, false, slot, removed)
+        });
         self.slots[slot].tell(&ToWorker::Serve);
         self.lend_again(slot);
-        match old {
-            None => {
-                self.slots[slot].release_all_but(&generation);
-                self.swap(slot + 1);
-            }
-            Some(old) => {
-                let removed = self.slots[slot].removed_places(&old.generation, &generation);
-                self.slots[slot].old.push(old);
-                if !self.hand_over(slot, false, slot, removed) {
-                    self.swap(slot + 1);
-                }
-            }
+        if self.slots[slot].old.is_empty() {
+            self.slots[slot].release_all_but(&generation);
+        }
+        if !waits {
+            self.swap(slot + 1);
+        }
+    }
+
+    /// The worker that took over has died: what the old ones still have goes to
+    /// the next one, before that reads any datagram.
+    pub(super) fn hand_over_again(&mut self, slot: usize) {
+        let limit = Some(self.generation.config.daemon.drain_timeout.as_millis() as u64);
+        let Slot { current: Some(new), old, .. } = &mut self.slots[slot] else { return };
+        for old in old {
+            let Ok((ours, theirs)) = Channel::pair() else { continue };
+            old.tell(&ToWorker::HandOver { removed: Vec::new(), limit }, &[ours.as_fd()]);
+            new.tell(&ToWorker::TakeOver { flows: true }, &[theirs.as_fd()]);
         }
     }
 
@@ -303,7 +359,7 @@ impl Supervisor {
             Ok((ours, theirs)) => {
                 old.tell(&ToWorker::HandOver { removed, limit }, &[ours.as_fd()]);
                 if let Some(new) = &mut self.slots[to].current {
-                    new.tell(&ToWorker::TakeOver, &[theirs.as_fd()]);
+                    new.tell(&ToWorker::TakeOver { flows: true }, &[theirs.as_fd()]);
                 }
                 true
             }
@@ -323,6 +379,8 @@ impl Supervisor {
         let slot_count = reload.generation.slot_count();
         let leaving = self.slots.split_off(slot_count);
         self.resize(slot_count);
+        // First nothing more comes there, then it is emptied.
+        self.update_steering();
         for mut slot in leaving {
             let Some(old) = slot.current.take() else { continue };
             let removed = old.generation.places().into_iter().map(|(place, _)| place).collect();
@@ -341,7 +399,7 @@ impl Supervisor {
         match reload.stage {
             Stage::Swapping(swapping) if swapping == slot && !retiring => self.swap(slot + 1),
             Stage::Retiring => self.check_reload_done(),
-            Stage::Proving(_) | Stage::Swapping(_) => {}
+            Stage::Proving(_) | Stage::Swapping(_) | Stage::Shifting => {}
         }
     }
 
@@ -366,6 +424,8 @@ impl Supervisor {
                 warn!(slot, "the old worker takes long to hand over: it is left to drain");
                 self.swap(slot + 1);
             }
+            // It has a deadline of its own, so this is never reached.
+            Stage::Shifting => self.retire(),
             Stage::Retiring => {
                 warn!("retired workers take long to hand over: they are left to drain");
                 for slot in &mut self.retiring {
@@ -383,7 +443,10 @@ impl Supervisor {
         }
         let active = |slot: &Slot| -> u64 {
             let counters = self.generation.counters(slot.number);
-            counters.process(crate::counters::Process::Active).get()
+            // Flows are where their datagrams come, and stay there.
+            let listeners = self.generation.config.listeners.iter().enumerate();
+            let tcp = listeners.filter(|(_, listener)| listener.mode == Mode::Tcp);
+            tcp.map(|(index, _)| counters.listener(index, OfListener::Active).get()).sum()
         };
         let counts: Vec<usize> = self.slots.iter().map(|slot| active(slot) as usize).collect();
         let waiting = even_out(&counts);
@@ -402,7 +465,7 @@ impl Supervisor {
                 continue;
             }
             if let Some(process) = &mut self.slots[to].current {
-                process.tell(&ToWorker::TakeOver, &[theirs.as_fd()]);
+                process.tell(&ToWorker::TakeOver { flows: false }, &[theirs.as_fd()]);
             }
             if let Some(process) = &mut self.slots[from].current {
                 process.tell(&ToWorker::Share { count }, &[ours.as_fd()]);

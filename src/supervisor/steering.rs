@@ -26,9 +26,9 @@ use tracing::{debug, info, warn};
 use super::generation::Generation;
 use super::slot::Slot;
 use crate::config::{Config, Listener, Mode, Steering as Asked, Word};
-use crate::control::{SocketId, ToSteward};
+use crate::control::{Routes, SocketId, ToSteward};
 use crate::steering::policy::{self, SlotView, Traffic};
-use crate::steering::{MAX_SLOTS, Pick, Table, page, slowness};
+use crate::steering::{MAX_SLOTS, Pick, Route, Table, page, slowness};
 use crate::supervision::{Phase, Supervision};
 use crate::sys::bpf::Page;
 use crate::sys::clock::Millis;
@@ -66,8 +66,33 @@ struct Steered {
     active: &'static str,
     /// The weights are not in force yet.
     is_due: bool,
+    /// Some table is in force, and flows are where it leads.
+    is_applied: bool,
+    /// That one was of another kind.
+    is_another: bool,
+    /// To be brought into force by a shift.
+    planned: Option<Planned>,
     /// The steward knows all this.
     is_told: bool,
+}
+
+/// A change for which flows have to move.
+#[derive(Debug)]
+struct Planned {
+    weights: Vec<u32>,
+    table: Table,
+    pairs: Vec<(usize, usize)>,
+}
+
+/// Which slots have a part in the flows, and whether they may change now.
+#[derive(Clone, Copy, Debug)]
+pub struct FlowSlots {
+    /// The slots from 0 on that get some.
+    pub count: usize,
+    /// Flows can be moved now; else what would move them waits.
+    pub may_move: bool,
+    /// The workers do not serve yet, or leave: nothing has to be moved.
+    pub is_free: bool,
 }
 
 /// What it takes to make a table or a program.
@@ -122,7 +147,14 @@ impl Steering {
             let kept = before.iter().position(|old| old.name == listener.name && same(&old.plan));
             self.listeners.push(match kept {
                 Some(at) => Steered { ids, is_due: true, ..before.swap_remove(at) },
-                None => Steered::new(listener, ids, plan, generation.slot_count()),
+                None => {
+                    let mut new = Steered::new(listener, ids, plan, generation.slot_count());
+                    // Steered in another way from now on: its flows are where
+                    // the old one led.
+                    new.is_applied = before.iter().any(|old| old.name == new.name && old.is_applied);
+                    new.is_another = new.is_applied;
+                    new
+                }
             });
         }
         let known: Vec<&SocketId> = self.listeners.iter().flat_map(|steered| &steered.ids).collect();
@@ -149,6 +181,7 @@ impl Steering {
         supervision: &Supervision,
         slots: &[Slot],
         generation: &Generation,
+        flow_slots: FlowSlots,
     ) {
         if self.generation != generation.number {
             self.adopt(generation);
@@ -167,10 +200,43 @@ impl Steering {
                 // Slowness is nothing that the others go by.
                 weights.iter_mut().filter(|weight| **weight > 0).for_each(|weight| *weight = policy::FULL);
             }
-            if !weights.is_empty() && (weights != steered.weights || steered.is_due) {
+            if steered.plan.traffic == Traffic::Flows && !flow_slots.is_free {
+                // Those that come are not there yet, those that go still are.
+                weights.resize(flow_slots.count.min(weights.len()).max(1), 0);
+                if (weights != steered.weights || steered.is_due) && steered.planned.is_none() {
+                    steered.plan_or_apply(weights, &mut self.groups, slots, flow_slots.may_move);
+                }
+            } else if !weights.is_empty() && (weights != steered.weights || steered.is_due) {
+                steered.planned = None;
                 steered.apply(weights, &mut self.groups, slots);
             }
         }
+    }
+
+    /// From which slot to which flows have to move for what is planned.
+    pub fn planned_pairs(&self) -> Vec<(usize, usize)> {
+        let planned = self.listeners.iter().filter_map(|steered| steered.planned.as_ref());
+        planned.flat_map(|planned| planned.pairs.iter().copied()).collect()
+    }
+
+    /// Whether anything is planned.
+    pub fn has_planned(&self) -> bool {
+        self.listeners.iter().any(|steered| steered.planned.is_some())
+    }
+
+    /// Brings what is planned into force.
+    pub fn commit_planned(&mut self, slots: &[Slot]) {
+        for steered in &mut self.listeners {
+            if let Some(planned) = steered.planned.take() {
+                steered.apply_table(planned.table, planned.weights, &mut self.groups, slots);
+            }
+        }
+    }
+
+    /// Where the datagrams of each UDP listener's clients come now.
+    pub fn routes(&self) -> Routes {
+        let flows = self.listeners.iter().filter(|steered| steered.plan.traffic == Traffic::Flows);
+        flows.map(|steered| (steered.name.clone(), steered.route())).collect()
     }
 
     /// What is known of a slot.
@@ -240,12 +306,76 @@ impl Steered {
         let weights = vec![policy::FULL; slot_count];
         let table = plan.first_table(&weights);
         let name = listener.name.clone();
-        Steered { name, ids, plan, weights, table, active: "hash", is_due: true, is_told: false }
+        Steered {
+            name,
+            ids,
+            plan,
+            weights,
+            table,
+            active: "hash",
+            is_due: true,
+            is_applied: false,
+            is_another: false,
+            planned: None,
+            is_told: false,
+        }
+    }
+
+    /// Brings the weights into force where no flow has to move for them; else
+    /// plans it, where that may be done now.
+    fn plan_or_apply(
+        &mut self,
+        weights: Vec<u32>,
+        groups: &mut HashMap<SocketId, Group>,
+        slots: &[Slot],
+        may_move: bool,
+    ) {
+        let table = self.plan.next_table(&self.table, &weights);
+        let by_table = self.ids.iter().all(|id| matches!(groups.get(id), Some(Group::Table(_))));
+        let pairs = match () {
+            () if !self.is_applied || self.ids.is_empty() => Vec::new(),
+            () if self.is_another || (!by_table && live(&weights) != live(&self.weights)) => {
+                let count = slots.len().max(self.weights.len());
+                (0..count).flat_map(|from| (0..count).map(move |to| (from, to))).collect()
+            }
+            () if by_table => self.table.moves(&table).map(|moved| (moved.from, moved.to)).collect(),
+            () => Vec::new(),
+        };
+        if pairs.is_empty() {
+            self.apply_table(table, weights, groups, slots);
+        } else if may_move {
+            self.planned = Some(Planned { weights, table, pairs });
+        }
+    }
+
+    /// Where a client's datagrams come.
+    fn route(&self) -> Route {
+        let with_port = match self.plan.pick {
+            Pick::Flow => true,
+            Pick::Source => false,
+            Pick::Connection | Pick::TwoChoices | Pick::Random | Pick::Cpu => return Route::Unknown,
+        };
+        match self.active {
+            "ebpf-table" => Route::of_table(self.plan.seed, with_port, &self.table),
+            "cbpf" => Route::Classic { seed: self.plan.seed, with_port, live: live(&self.weights) },
+            _ => Route::Unknown,
+        }
     }
 
     fn apply(&mut self, weights: Vec<u32>, groups: &mut HashMap<SocketId, Group>, slots: &[Slot]) {
+        let table = self.plan.next_table(&self.table, &weights);
+        self.apply_table(table, weights, groups, slots);
+    }
+
+    fn apply_table(
+        &mut self,
+        table: Table,
+        weights: Vec<u32>,
+        groups: &mut HashMap<SocketId, Group>,
+        slots: &[Slot],
+    ) {
         debug!(listener = self.name, ?weights, "steering changes");
-        self.table = self.plan.next_table(&self.table, &weights);
+        self.table = table;
         self.weights = weights;
         self.active = "hash";
         for id in &self.ids {
@@ -256,8 +386,14 @@ impl Steered {
             self.active = group.active();
         }
         self.is_due = false;
+        self.is_applied = true;
+        self.is_another = false;
         self.is_told = false;
     }
+}
+
+fn live(weights: &[u32]) -> Vec<bool> {
+    weights.iter().map(|weight| *weight > 0).collect()
 }
 
 impl Plan {

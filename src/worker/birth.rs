@@ -4,12 +4,14 @@
 //! gives the supervisor a duplicate of each; whoever fills the slot later gets
 //! those, with what waits in their queues.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use tracing::{debug, warn};
 
 use super::Failure;
+use super::access_log::AccessLog;
 use super::load::Load;
 use crate::board;
 use crate::config::{self, Config, Listener, Mode, Multicast};
@@ -46,6 +48,8 @@ pub struct Born {
     pub failure_bell: Bell,
     /// Where it tells its load, if anything is steered by it.
     pub load: Option<Load>,
+    /// Where it says which sessions ended, if that is wanted.
+    pub access_log: Option<RefCell<AccessLog>>,
     /// Every slot's counters, to read.
     pub all: Vec<Region>,
     pub sockets: Vec<(Place, OwnedFd)>,
@@ -61,7 +65,9 @@ impl Born {
     /// where the supervisor is gone.
     pub fn be(channel: &Channel) -> Result<Option<Born>, Failure> {
         let Some((birth, fds)) = receive(channel)? else { return Ok(None) };
-        let ToWorker::Birth { slot, slot_count, generation, account, outliving, tells_load } = birth else {
+        let ToWorker::Birth { slot, slot_count, generation, account, outliving, tells_load, logs_access } =
+            birth
+        else {
             return Err(Failure::new("the supervisor did not begin with a birth"));
         };
         process::set_name(&format!("ek-worker-{slot}"));
@@ -74,6 +80,10 @@ impl Born {
         let (board_bell, failure_bell) = (Bell::from_fd(next()?), Bell::from_fd(next()?));
         let load = match tells_load {
             true => Some(Load::open(next()?, slot).map_err(|e| Failure::new(format!("the loads: {e}")))?),
+            false => None,
+        };
+        let access_log = match logs_access {
+            true => Some(RefCell::new(AccessLog::new(next()?, config.log.format))),
             false => None,
         };
         let all = fds.map(Region::open_read_only).collect::<Result<Vec<_>, _>>();
@@ -114,6 +124,7 @@ impl Born {
             board_bell,
             failure_bell,
             load,
+            access_log,
             all,
             sockets,
             kept,

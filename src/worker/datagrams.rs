@@ -15,6 +15,7 @@
 
 mod clients;
 mod fronts;
+mod moving;
 mod outlet;
 mod servers;
 
@@ -31,12 +32,14 @@ use crate::balance::Balancer;
 use crate::config::{Config, Listener, Mode, Multicast, Service, Target};
 use crate::control::Place;
 use crate::counters::{OfFlows, OfListener, OfServer, Process};
-use crate::flow::{DropReason, Flows, Limits, Quarantine};
+use crate::flow::{DropReason, Flow, Flows, GONE_SERVER, Limits, Quarantine};
 use crate::relay::CloseReason;
 use crate::slab::Key;
+use crate::steering::Route;
 use crate::sys::clock::Millis;
 use crate::sys::datagram::{self, Arena};
 use fronts::{Front, Fronts};
+pub use moving::{Item, Passage};
 use outlet::Outlet;
 use servers::{Reply, Uplink};
 
@@ -46,8 +49,8 @@ const PLACES: usize = 64;
 const PLACE_BYTES: usize = 1 << 16;
 /// Receives that one front may have in one turn.
 const FRONT_BUDGET: usize = 4;
-/// How long a flow may be silent, in milliseconds, whose client is served by
-/// another worker by now: as long as a resolver waits for an answer
+/// How long a flow may be silent, in milliseconds, that could not be handed
+/// over, for its client is served by another worker by now: as long as a resolver waits for an answer
 /// (resolv.conf(5)). What a server goes on sending is passed on.
 const LINGER: Millis = 5_000;
 /// How often the kernel's own drops are looked at, in milliseconds.
@@ -74,6 +77,8 @@ fn flow_token(key: Key) -> Token {
 #[derive(Debug)]
 pub struct Datagrams<'a> {
     context: Context<'a>,
+    /// What polls all sockets, once there are any.
+    registry: Option<Registry>,
     fronts: Fronts,
     flows: Flows,
     /// Sockets towards servers, by the flow's place.
@@ -98,6 +103,10 @@ pub struct Datagrams<'a> {
     look_at: Option<Millis>,
     offload_told: bool,
     quarantine_changed: bool,
+    /// Which slot each listener's clients come to, as far as that was said.
+    routes: Vec<Route>,
+    /// Ways to other slots' workers, while flows move there.
+    passages: Vec<Passage>,
 }
 
 impl<'a> Datagrams<'a> {
@@ -121,6 +130,7 @@ impl<'a> Datagrams<'a> {
             flows: Flows::new(limits, limit, seed, now),
             quarantine: Quarantine::new(quarantine),
             context,
+            registry: None,
             fronts: Fronts::default(),
             uplinks: Vec::new(),
             queue: Vec::new(),
@@ -134,6 +144,8 @@ impl<'a> Datagrams<'a> {
             look_at: None,
             offload_told: false,
             quarantine_changed: false,
+            routes: Vec::new(),
+            passages: Vec::new(),
         }
     }
 
@@ -153,13 +165,18 @@ impl<'a> Datagrams<'a> {
     ) -> io::Result<()> {
         let listener = &self.context.config.listeners[place.listener];
         let is_group = listener.bind[place.address].ip().is_multicast();
+        if self.registry.is_none() {
+            self.registry = Some(registry.try_clone()?);
+        }
         let front = Front {
             place,
             socket,
             lent_by,
             // What waited before it was registered may give no edge.
             ready: true,
-            take_up: kept,
+            // While its flows are being handed over, it is one daemon that goes
+            // on, and nothing that waited is stale.
+            take_up: kept && !self.fronts.is_held(),
             can_cut: true,
             is_divided: is_group && listener.udp.multicast == Multicast::Partition,
         };
@@ -256,11 +273,15 @@ impl<'a> Datagrams<'a> {
         self.flows.begin_leave();
     }
 
-    /// Another worker reads the sockets from now on. The flows that there are
-    /// still bring their replies, until they are idle.
-    pub fn stop_receiving(&mut self, registry: &Registry, now: Millis) {
+    /// Another worker reads the sockets from now on.
+    pub fn stop_receiving(&mut self, registry: &Registry) {
         self.fronts.stop(registry);
         self.begin_leave();
+    }
+
+    /// Flows that could not be handed over still bring their replies, until
+    /// they are idle.
+    pub fn linger(&mut self, now: Millis) {
         self.flows.shorten_idle_timeout(LINGER, now);
     }
 
@@ -289,17 +310,33 @@ impl<'a> Datagrams<'a> {
     fn remove_flow(&mut self, key: Key, reason: CloseReason) -> Option<(usize, Option<OwnedFd>)> {
         let flow = self.flows.end(key)?;
         let listener = usize::from(flow.key.listener);
-        let counters = &self.context.counters;
-        counters.process(Process::Active).less_one();
-        counters.listener(listener, OfListener::Active).less_one();
-        counters.ended(listener, reason).add(1);
-        if let Target::Upstream(upstream) = self.context.config.listeners[listener].target {
-            let number = self.context.layout.place(upstream, flow.server as usize);
-            counters.server(number, OfServer::Active).less_one();
-        }
+        self.count_gone(&flow);
+        self.context.counters.ended(listener, reason).add(1);
         let uplink = self.uplinks.get_mut(key.index as usize).and_then(Option::take);
         let socket = uplink.filter(|_| flow.has_replies_outstanding()).map(|uplink| uplink.socket);
         Some((listener, socket))
+    }
+
+    /// It is not here any more.
+    fn count_gone(&self, flow: &Flow) {
+        let listener = usize::from(flow.key.listener);
+        let counters = &self.context.counters;
+        counters.process(Process::Active).less_one();
+        counters.listener(listener, OfListener::Active).less_one();
+        if let Some(number) = self.server_number(listener, flow.server) {
+            counters.server(number, OfServer::Active).less_one();
+        }
+    }
+
+    /// A flow's server among all servers; `None` where it has none, or one
+    /// that the configuration has no more.
+    fn server_number(&self, listener: usize, server: u32) -> Option<usize> {
+        match self.context.config.listeners[listener].target {
+            Target::Upstream(upstream) if server < GONE_SERVER => {
+                Some(self.context.layout.place(upstream, server as usize))
+            }
+            Target::Upstream(_) | Target::Service(_) => None,
+        }
     }
 
     fn drop_datagrams(&self, listener: usize, reason: DropReason, count: u64) {

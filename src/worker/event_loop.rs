@@ -15,7 +15,7 @@ use tracing::{error, info, warn};
 
 use super::birth::Born;
 use super::datagrams::{self, Datagrams};
-use super::handover::{Progress, Receiver, Sender};
+use super::handover::{Cargo, Load as Freight, Passing, Progress, Receivers, Sender};
 use super::leave::{Leave, Step};
 use super::listeners::{self, Accepted, Listeners, PAUSE};
 use super::load::Load;
@@ -81,7 +81,8 @@ struct Loop<'a> {
     /// Those of them that another process had before.
     kept: Vec<Place>,
     sender: Option<Outgoing>,
-    receivers: Vec<(Token, Receiver)>,
+    passing: Option<Passing>,
+    receivers: Receivers,
     peer_count: usize,
     /// The supervisor is gone; at this time the worker begins to leave.
     orphaned_until: Option<Millis>,
@@ -115,6 +116,7 @@ impl<'a> Loop<'a> {
             config: &born.config,
             layout: &born.layout,
             counters,
+            access_log: born.access_log.as_ref(),
             all: born.all.iter().map(over).collect::<Option<Vec<_>>>()?,
             board: Board::over(born.board.words(), &born.board_layout)?,
             failure_bell: &born.failure_bell,
@@ -145,7 +147,8 @@ impl<'a> Loop<'a> {
             unserved: sockets,
             kept: born.kept.clone(),
             sender: None,
-            receivers: Vec::new(),
+            passing: None,
+            receivers: Receivers::default(),
             peer_count: 0,
             orphaned_until: None,
             is_orphan: false,
@@ -164,7 +167,8 @@ impl<'a> Loop<'a> {
     }
 
     /// The supervisor lets it accept.
-    fn begin_serving(&mut self) {
+    fn begin_serving(&mut self, now: Millis) {
+        self.datagrams.hold(self.receivers.is_shut(now));
         for (place, socket) in std::mem::take(&mut self.unserved) {
             let kept = self.kept.contains(&place);
             if let Err(error) = self.add(place, socket, None, kept) {
@@ -210,7 +214,7 @@ impl<'a> Loop<'a> {
                 match event.token() {
                     CHANNEL => self.handle_channel(now),
                     BOARD => {
-                        self.sessions.handle_board(self.poll.registry(), now);
+                        self.sessions.handle_board(now);
                         self.datagrams.handle_board();
                     }
                     token if datagrams::is_token(token) => self.datagrams.handle_event(token),
@@ -233,7 +237,10 @@ impl<'a> Loop<'a> {
             }
             self.accept(now);
             self.drive_handover(now);
-            if self.handle_leave(now) {
+            self.tend_gate(now);
+            let over = self.handle_leave(now);
+            self.sessions.flush_log();
+            if over {
                 return Ok(());
             }
             self.publish_lag(now);
@@ -252,13 +259,14 @@ impl<'a> Loop<'a> {
             return Some(now);
         }
         let leave = self.leave.as_ref().and_then(Leave::next_deadline);
-        let handover = self.sender.as_ref().and_then(|outgoing| {
-            let waits_for_queues = outgoing.then_leave.is_some() && !self.listeners.is_empty();
-            if waits_for_queues { None } else { Some(outgoing.sender.next_deadline(now)) }
-        });
+        let sessions_may_go = self.sessions_may_go();
+        let handover =
+            self.sender.as_ref().and_then(|outgoing| outgoing.sender.next_deadline(now, sessions_may_go));
         let flows = self.datagrams.next_deadline();
         [
             handover,
+            self.passing.as_ref().and_then(|passing| passing.next_deadline(now)),
+            self.receivers.next_deadline(),
             flows,
             self.sessions.next_deadline(),
             self.listeners.pause_end(),
@@ -350,14 +358,23 @@ impl<'a> Loop<'a> {
                 self.datagrams.give_back(self.poll.registry(), slot);
             }
             ToWorker::Drain { limit } => self.begin_leave(now, limit),
-            ToWorker::Serve => self.begin_serving(),
+            ToWorker::Serve => self.begin_serving(now),
             ToWorker::HandOver { removed, limit } => {
                 // The slot's line is its successor's from here on.
                 self.load = None;
                 self.begin_handover(fds, &removed, limit, now);
             }
-            ToWorker::Share { count } => self.begin_sending(fds, count, None, now),
-            ToWorker::TakeOver => self.begin_receiving(fds),
+            ToWorker::Share { count } => self.begin_sending(fds, Freight::Sessions(count), None, now),
+            ToWorker::TakeOver { flows } => self.begin_receiving(fds, flows, now),
+            ToWorker::Hold => {
+                // What came so far is of flows that are here.
+                self.datagrams.drain_fronts(self.poll.registry(), now);
+                self.receivers.hold(now);
+                self.datagrams.hold(true);
+                self.tell(&FromWorker::Held);
+            }
+            ToWorker::Release => self.receivers.release(),
+            ToWorker::PassFlows { to } => self.begin_passing(to, fds, now),
             ToWorker::Birth { .. } | ToWorker::Sockets(_) | ToWorker::Begin => {
                 warn!("a message of the birth came late");
             }
@@ -397,41 +414,86 @@ impl<'a> Loop<'a> {
     /// have any more is accepted first.
     fn begin_handover(&mut self, fds: Vec<OwnedFd>, removed: &[Place], limit: Option<Millis>, now: Millis) {
         self.listeners.close_all_but(self.poll.registry(), removed);
-        self.datagrams.stop_receiving(self.poll.registry(), now);
+        // Of a slot that goes, nobody will read what waits.
+        self.datagrams.drain_fronts(self.poll.registry(), now);
+        self.datagrams.stop_receiving(self.poll.registry());
         if !self.listeners.is_empty() {
             self.begin_leave(now, limit);
         }
-        self.begin_sending(fds, usize::MAX, Some(limit), now);
+        if let Some(mut outgoing) = self.sender.take() {
+            // Its receiver died, and this is the next one.
+            outgoing.sender.fail("another receiver", &mut self.cargo(now));
+        }
+        self.begin_sending(fds, Freight::Everything, Some(limit), now);
+    }
+
+    fn cargo(&mut self, now: Millis) -> Cargo<'_, 'a> {
+        let Self { sessions, datagrams, poll, .. } = self;
+        Cargo { sessions, datagrams, registry: poll.registry(), now }
+    }
+
+    /// What waits in queues that nobody will have any more comes first.
+    fn sessions_may_go(&self) -> bool {
+        let leaves = self.sender.as_ref().is_some_and(|outgoing| outgoing.then_leave.is_some());
+        !leaves || self.listeners.is_empty()
+    }
+
+    /// Clients' datagrams come to other slots: their flows go there.
+    fn begin_passing(&mut self, to: Vec<usize>, fds: Vec<OwnedFd>, now: Millis) {
+        let mut fds = fds.into_iter();
+        let routes = fds.next().ok_or(io::ErrorKind::InvalidData.into()).and_then(shared::read_sealed);
+        let routes = routes.and_then(|bytes| Ok(serde_json::from_slice(&bytes)?));
+        let routes = routes.unwrap_or_else(|error: io::Error| {
+            warn!(%error, "the routes were not understood: flows stay");
+            Vec::new()
+        });
+        let ways: Vec<(usize, Channel, Token)> = to
+            .into_iter()
+            .zip(fds)
+            .map(|(slot, fd)| (slot, Channel::from_fd(fd), self.peer_token()))
+            .collect();
+        let before = self.passing.take();
+        self.passing = Some(Passing::begin(&routes, ways, &mut self.cargo(now), before));
+    }
+
+    /// Clients' datagrams are read only while the gate is open.
+    fn tend_gate(&mut self, now: Millis) {
+        if self.datagrams.is_held() && !self.receivers.is_shut(now) {
+            self.datagrams.hold(false);
+            self.receivers.forget_deadlines(now);
+        }
     }
 
     fn begin_sending(
         &mut self,
         fds: Vec<OwnedFd>,
-        count: usize,
+        load: Freight,
         then_leave: Option<Option<Millis>>,
         now: Millis,
     ) {
         let token = self.peer_token();
         let channel = fds.into_iter().next().map(Channel::from_fd);
-        let sender = channel.map(|channel| Sender::new(channel, self.poll.registry(), token, count));
+        let sender =
+            channel.map(|channel| Sender::new(channel, self.poll.registry(), token, load, &self.datagrams));
         match (sender, self.sender.is_some()) {
             (Some(Ok(sender)), false) => self.sender = Some(Outgoing { sender, then_leave }),
             _ => {
                 warn!("sessions cannot be handed over");
                 if let Some(limit) = then_leave {
+                    self.datagrams.linger(now);
                     self.begin_leave(now, limit);
                 }
             }
         }
     }
 
-    fn begin_receiving(&mut self, fds: Vec<OwnedFd>) {
+    fn begin_receiving(&mut self, fds: Vec<OwnedFd>, flows: bool, now: Millis) {
         let token = self.peer_token();
         let Some(channel) = fds.into_iter().next().map(Channel::from_fd) else { return };
-        match Receiver::new(channel, self.poll.registry(), token) {
-            Ok(receiver) => self.receivers.push((token, receiver)),
-            Err(error) => warn!(%error, "sessions cannot be taken over"),
+        if let Err(error) = self.receivers.add(channel, self.poll.registry(), token, flows, now) {
+            warn!(%error, "sessions cannot be taken over");
         }
+        self.datagrams.hold(self.receivers.is_shut(now));
     }
 
     fn peer_token(&mut self) -> Token {
@@ -440,27 +502,32 @@ impl<'a> Loop<'a> {
     }
 
     fn handle_peer(&mut self, token: Token, now: Millis) {
-        let Some(index) = self.receivers.iter().position(|(own, _)| *own == token) else { return };
-        let receiver = &mut self.receivers[index].1;
-        if !receiver.step(&mut self.sessions, self.poll.registry(), self.session_limit, now) {
-            self.receivers.swap_remove(index);
-        }
+        let room = self.session_limit;
+        let Self { sessions, datagrams, poll, receivers, .. } = self;
+        receivers.step(token, &mut Cargo { sessions, datagrams, registry: poll.registry(), now }, room);
     }
 
-    /// Sends on, once no queue is to be served first.
+    /// Sends on what may go.
     fn drive_handover(&mut self, now: Millis) {
-        let Some(outgoing) = &mut self.sender else { return };
-        if outgoing.then_leave.is_some() && !self.listeners.is_empty() {
-            return;
+        let sessions_may_go = self.sessions_may_go();
+        let Self { sessions, datagrams, poll, sender, passing, .. } = self;
+        let mut cargo = Cargo { sessions, datagrams, registry: poll.registry(), now };
+        let told = passing.as_mut().and_then(|passing| passing.step(&mut cargo));
+        if passing.as_mut().is_some_and(|passing| passing.is_over(&mut cargo)) {
+            *passing = None;
         }
-        let progress = outgoing.sender.step(&mut self.sessions, self.poll.registry(), now);
+        let progress = sender.as_mut().map(|outgoing| outgoing.sender.step(&mut cargo, sessions_may_go));
+        if let Some(message) = told {
+            self.tell(&message);
+        }
         let moved = match progress {
-            Progress::Waiting => return,
-            Progress::Done { moved } | Progress::Failed { moved } => moved,
+            None | Some(Progress::Waiting) => return,
+            Some(Progress::Done { moved } | Progress::Failed { moved }) => moved,
         };
         let then_leave = self.sender.take().and_then(|outgoing| outgoing.then_leave);
-        self.tell(&FromWorker::HandedOver { moved, left: self.sessions.len() });
+        self.tell(&FromWorker::HandedOver { moved, left: self.sessions.len() + self.datagrams.len() });
         if let Some(limit) = then_leave {
+            self.datagrams.linger(now);
             self.leave = Some(Leave::finishing(now, limit));
         }
     }

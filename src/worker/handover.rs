@@ -1,37 +1,63 @@
-//! Live sessions from one worker to another, over a channel of their own.
+//! Live flows and sessions from one worker to another, over a channel of their
+//! own.
 //!
 //! ```text
-//!   sender:    pack, freeze --Sessions--> wait --Taken--> forget, next bundle ... Done
+//!   sender:    pack, freeze --Flows--> wait --Taken--> forget, next bundle ... FlowsDone
+//!              pack, freeze --Sessions--> wait --Taken--> forget, next bundle ... Done
 //!                                           \--gone, or silent--> thaw all, keep them
 //!   receiver:  decode, take --Taken--> activate
 //! ```
 //!
-//! The sender keeps a session until the receiver has said that it has it; the
-//! receiver moves no byte before it has said so. So a death on either side at
-//! any moment leaves each session with at most one of them, whole. One bundle
-//! is under way at a time.
+//! The sender keeps what it sends until the receiver has said that it has it;
+//! the receiver moves no byte before it has said so. So a death on either side
+//! at any moment leaves each session with at most one of them, whole. One
+//! bundle is under way at a time. Flows go first: their clients' datagrams
+//! wait unread at the receiver until then.
 
+mod passing;
+mod receiver;
+
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::rc::Rc;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use tracing::warn;
 
+use super::datagrams::{Datagrams, Item};
 use super::sessions::{Parcel, Sessions};
 use crate::control::{self, PeerMessage};
-use crate::handover::{self, MAX_BYTES, MAX_SESSIONS};
+use crate::handover::{self, MAX_SESSIONS, flows};
 use crate::slab::Key;
 use crate::sys::channel::Channel;
 use crate::sys::clock::Millis;
 use crate::sys::shared;
 
+pub use passing::Passing;
+pub use receiver::Receivers;
+
 /// How long the receiver may take for one bundle, in milliseconds.
 const PATIENCE: Millis = 5_000;
+/// When a bundle is tried again for which the kernel had too many descriptors
+/// under way (ETOOMANYREFS, unix(7)), in milliseconds.
+const TRY_AGAIN: Millis = 5;
+
+/// What a sender passes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Load {
+    /// All there is.
+    Everything,
+    /// So many sessions.
+    Sessions(usize),
+    /// The flows whose datagrams come to this slot.
+    FlowsOf(usize),
+}
 
 /// How a sender stands after a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
-    /// A bundle is under way.
+    /// A bundle is under way, or may not go yet.
     Waiting,
     /// Everything that could travel has.
     #[allow(missing_docs)]
@@ -41,67 +67,212 @@ pub enum Progress {
     Failed { moved: usize },
 }
 
+/// The bundle under way.
+#[derive(Debug)]
+enum Bundle {
+    None,
+    Flows(Vec<Item>),
+    Sessions(Vec<Key>),
+}
+
 /// The sending side.
 #[derive(Debug)]
 pub struct Sender {
-    channel: Channel,
-    /// The bundle under way, and since when.
-    under_way: Vec<Key>,
+    channel: Rc<Channel>,
+    load: Load,
+    /// Flows that are still to go; `None` once all have.
+    flows: Option<Vec<Key>>,
+    bundle: Bundle,
     since: Millis,
+    try_at: Option<Millis>,
     left: usize,
     moved: usize,
     refused: bool,
+    flows_refused: usize,
+}
+
+/// What a sender takes from.
+pub struct Cargo<'c, 's> {
+    pub sessions: &'c mut Sessions<'s>,
+    pub datagrams: &'c mut Datagrams<'s>,
+    pub registry: &'c Registry,
+    pub now: Millis,
 }
 
 impl Sender {
-    /// Sends at most `count` sessions.
-    pub fn new(channel: Channel, registry: &Registry, token: Token, count: usize) -> std::io::Result<Sender> {
+    /// Sends this; the flows are those that live now.
+    pub fn new(
+        channel: Channel,
+        registry: &Registry,
+        token: Token,
+        load: Load,
+        datagrams: &Datagrams,
+    ) -> io::Result<Sender> {
         channel.set_nonblocking()?;
         registry.register(&mut SourceFd(&channel.as_fd().as_raw_fd()), token, Interest::READABLE)?;
-        Ok(Sender { channel, under_way: Vec::new(), since: 0, left: count, moved: 0, refused: false })
+        let (flows, left) = match load {
+            Load::Everything => (Some(datagrams.leaving_for(None)), usize::MAX),
+            Load::Sessions(count) => (None, count),
+            Load::FlowsOf(slot) => (Some(datagrams.leaving_for(Some(slot))), 0),
+        };
+        Ok(Sender {
+            channel: Rc::new(channel),
+            load,
+            flows,
+            bundle: Bundle::None,
+            since: 0,
+            try_at: None,
+            left,
+            moved: 0,
+            refused: false,
+            flows_refused: 0,
+        })
     }
 
-    /// Takes in what the receiver said, and sends on.
-    pub fn step(&mut self, sessions: &mut Sessions, registry: &Registry, now: Millis) -> Progress {
+    /// The way to the receiver.
+    pub fn channel(&self) -> &Rc<Channel> {
+        &self.channel
+    }
+
+    /// Flows that the receiver would not take, or that were not sent.
+    pub fn flows_left(&self) -> usize {
+        self.flows_refused + self.flows.as_ref().map_or(0, Vec::len)
+    }
+
+    /// Takes in what the receiver said, and sends on; sessions only where they
+    /// may go.
+    pub fn step(&mut self, cargo: &mut Cargo, sessions_may_go: bool) -> Progress {
         loop {
-            if self.under_way.is_empty() {
-                let parcels = match self.left.min(MAX_SESSIONS) {
-                    0 => Vec::new(),
-                    count => sessions.pack(registry, count),
-                };
-                if parcels.is_empty() || self.refused {
-                    self.keep(parcels.iter().map(|parcel| parcel.key).collect(), sessions, registry, now);
-                    return self.end(registry);
-                }
-                self.since = now;
-                self.under_way = parcels.iter().map(|parcel| parcel.key).collect();
-                if let Err(error) = self.send(sessions, parcels) {
-                    return self.fail(&error.to_string(), sessions, registry, now);
+            if matches!(self.bundle, Bundle::None) {
+                match self.next_bundle(cargo, sessions_may_go) {
+                    Ok(true) => {}
+                    Ok(false) => return Progress::Waiting,
+                    Err(progress) => return progress,
                 }
             }
             match control::receive::<PeerMessage>(&self.channel) {
-                Ok(Some((PeerMessage::Taken { refused }, _))) => {
-                    self.handle_taken(&refused, sessions, registry, now);
-                }
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                    if now.saturating_sub(self.since) > PATIENCE {
-                        return self.fail("no answer", sessions, registry, now);
+                Ok(Some((PeerMessage::Taken { refused }, _))) => self.handle_taken(&refused, cargo),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if cargo.now.saturating_sub(self.since) > PATIENCE {
+                        return self.fail("no answer", cargo);
                     }
                     return Progress::Waiting;
                 }
-                Ok(Some(_)) => return self.fail("an answer out of turn", sessions, registry, now),
-                Ok(None) => return self.fail("the receiver is gone", sessions, registry, now),
-                Err(error) => return self.fail(&error.to_string(), sessions, registry, now),
+                Ok(Some(_)) => return self.fail("an answer out of turn", cargo),
+                Ok(None) => return self.fail("the receiver is gone", cargo),
+                Err(error) => return self.fail(&error.to_string(), cargo),
             }
         }
     }
 
-    /// When `step` is to be called at the latest.
-    pub fn next_deadline(&self, now: Millis) -> Millis {
-        if self.under_way.is_empty() { now } else { self.since + PATIENCE + 1 }
+    /// Puts a bundle under way; false where none may go now, and an error
+    /// where that was all.
+    fn next_bundle(&mut self, cargo: &mut Cargo, sessions_may_go: bool) -> Result<bool, Progress> {
+        if self.try_at.is_some_and(|at| at > cargo.now) {
+            return Ok(false);
+        }
+        self.try_at = None;
+        if self.flows.is_some() {
+            if self.send_flows(cargo)? {
+                return Ok(true);
+            }
+            if self.try_at.is_some() {
+                return Ok(false);
+            }
+            self.flows = None;
+            if let Err(error) = control::send(&self.channel, &PeerMessage::FlowsDone, &[]) {
+                return Err(self.fail(&error.to_string(), cargo));
+            }
+        }
+        if !sessions_may_go && self.left > 0 {
+            return Ok(false);
+        }
+        self.send_sessions(cargo)
     }
 
-    fn send(&self, sessions: &Sessions, parcels: Vec<Parcel>) -> std::io::Result<()> {
+    /// Sends the next flows; false where there are none, or where it is to be
+    /// tried again.
+    fn send_flows(&mut self, cargo: &mut Cargo) -> Result<bool, Progress> {
+        let (mut items, mut records) = (Vec::new(), Vec::new());
+        let waiting = self.flows.as_mut().expect("the caller looked");
+        while items.len() < flows::MAX_RECORDS {
+            let Some(key) = waiting.pop() else { break };
+            if let Some(record) = cargo.datagrams.pack(cargo.registry, key) {
+                items.push(Item::Flow(key));
+                records.push(record);
+            }
+        }
+        while items.len() < flows::MAX_RECORDS && self.load == Load::Everything {
+            let Some((item, record)) = cargo.datagrams.pack_resting() else { break };
+            items.push(item);
+            records.push(record);
+        }
+        if items.is_empty() {
+            return Ok(false);
+        }
+        let sent = shared::sealed("evenkeel-flows", &flows::encode(&records)).and_then(|bundle| {
+            let sockets = items.iter().filter_map(|item| cargo.datagrams.socket(item));
+            let fds: Vec<BorrowedFd> = std::iter::once(bundle.as_fd()).chain(sockets).collect();
+            control::send(&self.channel, &PeerMessage::Flows { count: items.len() }, &fds)
+        });
+        self.since = cargo.now;
+        match sent {
+            Ok(()) => {
+                self.bundle = Bundle::Flows(items);
+                Ok(true)
+            }
+            Err(error) if error.raw_os_error() == Some(libc::ETOOMANYREFS) => {
+                self.try_at = Some(cargo.now + TRY_AGAIN);
+                self.keep_flows(items, cargo);
+                Ok(false)
+            }
+            Err(error) => {
+                self.bundle = Bundle::Flows(items);
+                Err(self.fail(&error.to_string(), cargo))
+            }
+        }
+    }
+
+    /// They stay here for now, and go with a later bundle.
+    fn keep_flows(&mut self, items: Vec<Item>, cargo: &mut Cargo) {
+        for item in items {
+            if let (Item::Flow(key), Some(waiting)) = (&item, &mut self.flows) {
+                waiting.push(*key);
+            }
+            cargo.datagrams.thaw(cargo.registry, item, cargo.now);
+        }
+    }
+
+    fn send_sessions(&mut self, cargo: &mut Cargo) -> Result<bool, Progress> {
+        let parcels = match self.left.min(MAX_SESSIONS) {
+            0 => Vec::new(),
+            count => cargo.sessions.pack(cargo.registry, count),
+        };
+        let keys: Vec<Key> = parcels.iter().map(|parcel| parcel.key).collect();
+        if keys.is_empty() || self.refused {
+            keys.into_iter().for_each(|key| cargo.sessions.thaw(cargo.registry, key, cargo.now));
+            return Err(self.end(cargo.registry));
+        }
+        self.since = cargo.now;
+        self.bundle = Bundle::Sessions(keys);
+        match self.send(cargo.sessions, parcels) {
+            Ok(()) => Ok(true),
+            Err(error) => Err(self.fail(&error.to_string(), cargo)),
+        }
+    }
+
+    /// When `step` is to be called at the latest; `None` where an event or the
+    /// caller's leave to send sessions will come.
+    pub fn next_deadline(&self, now: Millis, sessions_may_go: bool) -> Option<Millis> {
+        match self.bundle {
+            Bundle::None if self.try_at.is_some() => self.try_at,
+            Bundle::None if self.flows.is_none() && self.left > 0 && !sessions_may_go => None,
+            Bundle::None => Some(now),
+            Bundle::Flows(_) | Bundle::Sessions(_) => Some(self.since + PATIENCE + 1),
+        }
+    }
+
+    fn send(&self, sessions: &Sessions, parcels: Vec<Parcel>) -> io::Result<()> {
         let keys: Vec<Key> = parcels.iter().map(|parcel| parcel.key).collect();
         let records: Vec<_> = parcels.into_iter().map(|parcel| (parcel.record, parcel.kept)).collect();
         let bundle = shared::sealed("evenkeel-bundle", &handover::encode(&records))?;
@@ -110,120 +281,66 @@ impl Sender {
         control::send(&self.channel, &PeerMessage::Sessions { count: keys.len() }, &fds)
     }
 
-    fn handle_taken(&mut self, refused: &[usize], sessions: &mut Sessions, registry: &Registry, now: Millis) {
-        for (index, key) in std::mem::take(&mut self.under_way).into_iter().enumerate() {
-            if refused.contains(&index) {
-                self.refused = true;
-                sessions.thaw(registry, key, now);
-            } else {
-                sessions.forget(key);
-                self.moved += 1;
-                self.left -= 1;
+    fn handle_taken(&mut self, refused: &[usize], cargo: &mut Cargo) {
+        match std::mem::replace(&mut self.bundle, Bundle::None) {
+            Bundle::None => {}
+            Bundle::Sessions(keys) => {
+                for (index, key) in keys.into_iter().enumerate() {
+                    if refused.contains(&index) {
+                        self.refused = true;
+                        cargo.sessions.thaw(cargo.registry, key, cargo.now);
+                    } else {
+                        cargo.sessions.forget(key);
+                        self.moved += 1;
+                        self.left -= 1;
+                    }
+                }
+            }
+            Bundle::Flows(items) => {
+                for (index, item) in items.into_iter().enumerate() {
+                    if refused.contains(&index) {
+                        self.flows_refused += 1;
+                        cargo.datagrams.thaw(cargo.registry, item, cargo.now);
+                    } else {
+                        self.moved += usize::from(matches!(item, Item::Flow(_)));
+                        cargo.datagrams.forget(item);
+                    }
+                }
             }
         }
     }
 
-    fn keep(&mut self, keys: Vec<Key>, sessions: &mut Sessions, registry: &Registry, now: Millis) {
-        for key in keys {
-            sessions.thaw(registry, key, now);
+    /// Gives the hand-over up; what was not acknowledged goes on here.
+    pub fn fail(&mut self, why: &str, cargo: &mut Cargo) -> Progress {
+        warn!("a hand-over stopped after {} sessions and flows: {why}", self.moved);
+        match std::mem::replace(&mut self.bundle, Bundle::None) {
+            Bundle::None => {}
+            Bundle::Sessions(keys) => {
+                keys.into_iter().for_each(|key| cargo.sessions.thaw(cargo.registry, key, cargo.now));
+            }
+            Bundle::Flows(items) => {
+                self.flows_refused += items.len();
+                items.into_iter().for_each(|item| cargo.datagrams.thaw(cargo.registry, item, cargo.now));
+            }
         }
-    }
-
-    fn fail(&mut self, why: &str, sessions: &mut Sessions, registry: &Registry, now: Millis) -> Progress {
-        let keys = std::mem::take(&mut self.under_way);
-        warn!("a hand-over stopped after {} sessions: {why}", self.moved);
-        self.keep(keys, sessions, registry, now);
-        self.unregister(registry);
+        self.unregister(cargo.registry);
         Progress::Failed { moved: self.moved }
     }
 
     fn end(&mut self, registry: &Registry) -> Progress {
-        self.unregister(registry);
         if self.refused {
+            self.unregister(registry);
             return Progress::Failed { moved: self.moved };
         }
-        let _ = control::send(&self.channel, &PeerMessage::Done, &[]);
+        if !matches!(self.load, Load::FlowsOf(_)) {
+            self.unregister(registry);
+            let _ = control::send(&self.channel, &PeerMessage::Done, &[]);
+        }
         Progress::Done { moved: self.moved }
     }
 
-    fn unregister(&self, registry: &Registry) {
+    /// Listens no more.
+    pub fn unregister(&self, registry: &Registry) {
         let _ = registry.deregister(&mut SourceFd(&self.channel.as_fd().as_raw_fd()));
-    }
-}
-
-/// The receiving side.
-#[derive(Debug)]
-pub struct Receiver {
-    channel: Channel,
-}
-
-impl Receiver {
-    /// Listens to a sender.
-    pub fn new(channel: Channel, registry: &Registry, token: Token) -> std::io::Result<Receiver> {
-        channel.set_nonblocking()?;
-        registry.register(&mut SourceFd(&channel.as_fd().as_raw_fd()), token, Interest::READABLE)?;
-        Ok(Receiver { channel })
-    }
-
-    /// Takes what has arrived; false where the sender is done or gone.
-    pub fn step(&mut self, sessions: &mut Sessions, registry: &Registry, room: usize, now: Millis) -> bool {
-        loop {
-            match control::receive::<PeerMessage>(&self.channel) {
-                Ok(Some((PeerMessage::Sessions { count }, fds))) => {
-                    let refused = self.take(count, fds, sessions, registry, room, now);
-                    if let Err(why) = refused {
-                        warn!("a hand-over was refused: {why}");
-                        break;
-                    }
-                }
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return true,
-                Ok(Some((PeerMessage::Done, _)) | None) => break,
-                Ok(Some((PeerMessage::Taken { .. }, _))) => break,
-                Err(error) => {
-                    warn!(%error, "a hand-over was not understood");
-                    break;
-                }
-            }
-        }
-        let _ = registry.deregister(&mut SourceFd(&self.channel.as_fd().as_raw_fd()));
-        false
-    }
-
-    /// One bundle. An error ends the hand-over; the sender keeps what was in
-    /// it, because it hears of no `Taken`.
-    fn take(
-        &mut self,
-        count: usize,
-        fds: Vec<std::os::fd::OwnedFd>,
-        sessions: &mut Sessions,
-        registry: &Registry,
-        room: usize,
-        now: Millis,
-    ) -> Result<(), String> {
-        let mut fds = fds.into_iter();
-        let bundle = fds.next().ok_or("a bundle without its memory")?;
-        let bytes = shared::read_sealed_up_to(bundle, MAX_BYTES).map_err(|error| error.to_string())?;
-        let arrivals = handover::decode(&bytes, fds.len()).map_err(|error| error.to_string())?;
-        if arrivals.len() != count {
-            return Err("it holds another number of sessions than it says".into());
-        }
-        let (mut taken, mut refused) = (Vec::new(), Vec::new());
-        for (index, arrival) in arrivals.into_iter().enumerate() {
-            let sockets: Vec<_> = fds.by_ref().take(arrival.record.socket_count()).collect();
-            let has_room = sessions.len() < room;
-            match has_room.then(|| sessions.take(arrival, sockets)).flatten() {
-                Some(key) => taken.push(key),
-                None => refused.push(index),
-            }
-        }
-        if let Err(error) = control::send(&self.channel, &PeerMessage::Taken { refused }, &[]) {
-            // The sender will go on with them: here they never were.
-            taken.into_iter().for_each(|key| sessions.forget(key));
-            return Err(error.to_string());
-        }
-        for key in taken {
-            sessions.activate(registry, key, now);
-        }
-        Ok(())
     }
 }

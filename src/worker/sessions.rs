@@ -16,7 +16,10 @@ mod list;
 mod moving;
 mod options;
 mod picking;
+mod story;
+mod waiting;
 
+use std::cell::RefCell;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
@@ -26,17 +29,20 @@ use mio::{Interest, Registry, Token};
 
 use connect::Attempt;
 use options::Lacks;
+use waiting::Waiting;
 
 use crate::balance::Balancer;
 use crate::board::Board;
 use crate::config::{Config, ServerAddress, Service, Target};
 use crate::counters::{Counters, Layout, OfListener, OfServer, Process};
 use crate::deadline::Deadlines;
+use crate::handover::Story;
 use crate::relay::{CloseReason, Drive, End, MAX_READ, Readiness, Session, Side};
 use crate::slab::{Key, Slab};
 use crate::sys::bell::Bell;
 use crate::sys::clock::{self, Millis};
 use crate::sys::stream::Stream;
+use crate::worker::access_log::AccessLog;
 pub use moving::Parcel;
 
 /// Bytes that one session may move each way in one turn, so that a busy one
@@ -70,6 +76,8 @@ pub struct Context<'a> {
     pub counters: Counters<'a>,
     /// Every slot's counters.
     pub all: Vec<Counters<'a>>,
+    /// Where ended sessions and flows are told, if they are.
+    pub access_log: Option<&'a RefCell<AccessLog>>,
     /// How the servers stand.
     pub board: Board<'a>,
     /// To be rung when traffic fails.
@@ -113,6 +121,7 @@ pub struct Sessions<'a> {
     balancers: Vec<Balancer>,
     /// Each upstream's epoch when the board was last looked at for sessions.
     seen_epochs: Vec<u64>,
+    waiting: Waiting,
     scratch: Box<[u8]>,
     fired: Vec<u32>,
 }
@@ -137,13 +146,15 @@ struct Entry {
     born: Millis,
     /// When the last byte moved.
     moved: Millis,
+    /// For the access log, where there is one.
+    story: Option<Box<Story>>,
 }
 
 #[derive(Debug)]
 enum Stage {
     /// A connect is under way.
     Connecting(Attempt),
-    /// A connect could not begin, and is tried again.
+    /// A connect could not begin, and is tried again; or every server is full.
     Waiting(Attempt),
     Open,
     /// Both directions are over; the sides are reset when they have what was
@@ -163,6 +174,7 @@ impl<'a> Sessions<'a> {
             deadlines: Deadlines::new(now),
             queue: Vec::new(),
             seen_epochs: vec![0; balancers.len()],
+            waiting: Waiting::new(balancers.len()),
             balancers,
             scratch: vec![0; MAX_READ].into_boxed_slice(),
             fired: Vec::new(),
@@ -212,6 +224,7 @@ impl<'a> Sessions<'a> {
             frozen: false,
             born: now,
             moved: now,
+            story: self.begin_story(peer),
         };
         let key = self.slab.insert(entry);
         let counters = &self.context.counters;
@@ -263,6 +276,10 @@ impl<'a> Sessions<'a> {
                 if event.is_writable() || failed {
                     self.handle_connected(registry, key, failed, now);
                 }
+            }
+            // It waits for its turn: nobody is to hear of what it sent.
+            Stage::Waiting(ref attempt) if attempt.waits_since.is_some() && event.is_error() => {
+                self.close(key, CloseReason::ClientReset, now);
             }
             // A client that has reset meanwhile sent something before,
             // perhaps: that is delivered first, as everywhere.
@@ -329,7 +346,7 @@ impl<'a> Sessions<'a> {
 
     /// When the next deadline is due, in milliseconds.
     pub fn next_deadline(&self) -> Option<Millis> {
-        self.deadlines.next()
+        self.deadlines.next().into_iter().chain(self.waiting.next_look()).min()
     }
 
     /// Ends or moves on what is due.
@@ -342,6 +359,7 @@ impl<'a> Sessions<'a> {
             }
         }
         self.fired = fired;
+        self.serve_waiting(registry, now);
     }
 
     fn handle_deadline(&mut self, registry: &Registry, key: Key, now: Millis) {
@@ -353,6 +371,9 @@ impl<'a> Sessions<'a> {
                 _ => self.set_deadline(key, now),
             },
             Stage::Connecting(_) => self.handle_connect_timeout(registry, key, now),
+            Stage::Waiting(attempt) if attempt.waits_since.is_some() => {
+                self.close(key, CloseReason::QueueTimeout, now);
+            }
             Stage::Waiting(attempt) if attempt.until <= now => self.close(key, CloseReason::NoResources, now),
             Stage::Waiting(_) => {
                 let Stage::Waiting(attempt) = std::mem::replace(&mut entry.stage, Stage::Open) else {
@@ -406,6 +427,8 @@ impl<'a> Sessions<'a> {
     fn remove(&mut self, key: Key, reason: CloseReason) {
         let Some(entry) = self.slab.remove(key) else { return };
         self.deadlines.clear(key.index);
+        self.waiting.look_soon();
+        self.log_end(&entry, reason);
         self.context.counters.ended(entry.listener as usize, reason).add(1);
         self.count_gone(&entry);
     }

@@ -22,6 +22,8 @@ pub(super) enum Target {
     /// The worker answers it.
     Service,
     Flow(Key),
+    /// The worker of another slot has its flow by now.
+    Elsewhere(FlowKey),
 }
 
 /// How one datagram fared on the short way.
@@ -34,6 +36,9 @@ enum Single {
 impl Datagrams<'_> {
     /// Reads one front up to its budget.
     pub(super) fn receive_from_clients(&mut self, registry: &Registry, index: usize, now: Millis) {
+        if self.fronts.is_held() {
+            return;
+        }
         for _ in 0..FRONT_BUDGET {
             let Some(front) = self.fronts.get(index).filter(|front| front.ready) else { return };
             let received = self.arena.receive(&front.socket, 0, PLACES);
@@ -81,6 +86,7 @@ impl Datagrams<'_> {
                 Target::Nowhere => {}
                 Target::Service => self.answer(index, first, first + run),
                 Target::Flow(key) => self.forward(registry, place.listener, key, first, first + run, now),
+                Target::Elsewhere(name) => self.pass_on(&name, first, first + run),
             }
             first += run;
         }
@@ -117,15 +123,26 @@ impl Datagrams<'_> {
         };
         let name = FlowKey { client, local, listener: listener as u16, address: address as u16 };
         match config.target {
-            Goes::Upstream(_) => self.flow_of(registry, name, now).map(Target::Flow),
+            Goes::Upstream(_) => match self.flow_of(registry, name, now)? {
+                Some(key) => Ok(Target::Flow(key)),
+                None => Ok(Target::Elsewhere(name)),
+            },
             Goes::Service(_) => self.note_service(name, now).map(|()| Target::Service),
         }
     }
 
-    fn flow_of(&mut self, registry: &Registry, name: FlowKey, now: Millis) -> Result<Key, DropReason> {
+    /// `None` where its flow is another slot's by now.
+    pub(super) fn flow_of(
+        &mut self,
+        registry: &Registry,
+        name: FlowKey,
+        now: Millis,
+    ) -> Result<Option<Key>, DropReason> {
         match self.flows.handle_client(&name, now) {
-            Arrival::Known(key) => Ok(key),
-            Arrival::Move(key) => self.move_flow(registry, key, now).map(|()| key),
+            Arrival::Known(key) => Ok(Some(key)),
+            Arrival::Move(key) => self.move_flow(registry, key, now).map(|()| Some(key)),
+            Arrival::Frozen(_) => Ok(None),
+            Arrival::Open { .. } if self.is_elsewhere(&name) => Ok(None),
             Arrival::Open { evict } => {
                 if self.is_daemon_full() {
                     return Err(DropReason::Shed);
@@ -133,7 +150,7 @@ impl Datagrams<'_> {
                 if let Some(key) = evict {
                     self.end_flow(key, CloseReason::Evicted, now);
                 }
-                self.open_flow(registry, name, now)
+                self.open_flow(registry, name, now).map(Some)
             }
             Arrival::Drop(reason) => Err(reason),
         }
@@ -143,7 +160,7 @@ impl Datagrams<'_> {
     /// all the same.
     fn note_service(&mut self, name: FlowKey, now: Millis) -> Result<(), DropReason> {
         let key = match self.flows.handle_client(&name, now) {
-            Arrival::Known(key) | Arrival::Move(key) => key,
+            Arrival::Known(key) | Arrival::Move(key) | Arrival::Frozen(key) => key,
             Arrival::Open { evict } => {
                 if let Some(key) = evict {
                     self.end_flow(key, CloseReason::Evicted, now);
@@ -208,6 +225,10 @@ impl Datagrams<'_> {
                 }
             }
         }
+        if end > first + 1 || self.arena.get(first).segment.is_some() {
+            // Several at once are answered by several.
+            self.begin_batches(key);
+        }
         let mut sent = self.send_run(key, listener, first, end);
         let failed = sent.error.as_ref().is_some_and(|error| self.note_server_error(key, error));
         if failed && sent.refused > 0 && self.move_flow(registry, key, now).is_ok() {
@@ -261,7 +282,7 @@ impl Datagrams<'_> {
         outlet.send(&uplink.socket, &mut uplink.can_cut, items)
     }
 
-    fn sends_proxy_header(&self, listener: usize) -> bool {
+    pub(super) fn sends_proxy_header(&self, listener: usize) -> bool {
         match self.context.config.listeners[listener].target {
             Goes::Upstream(upstream) => self.context.config.upstreams[upstream].send_proxy == SendProxy::V2,
             Goes::Service(_) => false,

@@ -38,6 +38,8 @@ pub struct Fronts {
     entries: Vec<Option<Front>>,
     joins: bool,
     stopped: bool,
+    /// None is read until the flows of their clients are here.
+    held: bool,
 }
 
 impl Fronts {
@@ -88,8 +90,24 @@ impl Fronts {
         }
     }
 
+    /// Whether any is to be read now.
     pub fn has_ready(&self) -> bool {
-        self.entries.iter().flatten().any(|front| front.ready)
+        !self.held && self.entries.iter().flatten().any(|front| front.ready)
+    }
+
+    /// Reads none for a while, or all again. Events are remembered meanwhile.
+    pub fn hold(&mut self, held: bool) {
+        self.held = held;
+    }
+
+    pub fn is_held(&self) -> bool {
+        self.held
+    }
+
+    /// Looks at every one, whatever the edges said.
+    pub fn expect_all(&mut self) {
+        let stopped = self.stopped;
+        self.entries.iter_mut().flatten().for_each(|front| front.ready = !stopped);
     }
 
     /// How many numbers there are; some may name nothing.

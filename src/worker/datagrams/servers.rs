@@ -5,8 +5,8 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use mio::Registry;
 use mio::unix::SourceFd;
-use mio::{Interest, Registry};
 
 use super::outlet::Sent;
 use super::{Datagrams, PLACES, flow_token, has_own_address};
@@ -15,12 +15,12 @@ use crate::board::{Address, Health};
 use crate::config::Target;
 use crate::control::Place;
 use crate::counters::{OfFlows, OfListener, OfServer};
-use crate::flow::{self, DropReason, FlowKey};
+use crate::flow::{self, DropReason, Flow, FlowKey};
 use crate::relay::CloseReason;
 use crate::slab::Key;
 use crate::sys::clock::Millis;
 use crate::sys::datagram::{self, Outgoing};
-use crate::sys::filter;
+use crate::sys::{filter, level};
 
 /// Replies that one flow may bring in one receive. Where the arena has fewer
 /// places left, what is in it goes out first.
@@ -32,6 +32,9 @@ pub(super) struct Uplink {
     pub(super) socket: OwnedFd,
     pub(super) can_cut: bool,
     pub(super) queued: bool,
+    /// Read in batches, which the kernel may have joined; else one datagram a
+    /// call, which is cheaper where there is but one.
+    pub(super) in_batches: bool,
 }
 
 /// A reply that lies in the arena, and where it goes.
@@ -87,9 +90,8 @@ impl Datagrams<'_> {
         self.count_opened(listener);
         self.count_server(listener, server, OfServer::Connections);
         self.count_server(listener, server, OfServer::Active);
-        let fd = socket.as_raw_fd();
-        self.put_uplink(key, socket);
-        if registry.register(&mut SourceFd(&fd), flow_token(key), Interest::READABLE).is_err() {
+        self.put_uplink(key, socket, true);
+        if self.begin_single(registry, key).is_err() {
             self.end_flow(key, CloseReason::NoResources, now);
             return Err(DropReason::Shed);
         }
@@ -110,21 +112,19 @@ impl Datagrams<'_> {
         if self.flows.get(key).is_none() {
             return Err(DropReason::Shed);
         }
-        if let Target::Upstream(upstream) = self.context.config.listeners[listener].target {
-            let number = self.context.layout.place(upstream, old as usize);
+        if let Some(number) = self.server_number(listener, old) {
             self.context.counters.server(number, OfServer::Active).less_one();
         }
         self.count_server(listener, server, OfServer::Connections);
         self.count_server(listener, server, OfServer::Active);
         self.context.counters.flows(listener, OfFlows::Moved).add(1);
         self.flows.handle_moved(key, server as u32);
-        let fd = socket.as_raw_fd();
-        if let Some(left) = self.put_uplink(key, socket)
+        if let Some(left) = self.put_uplink(key, socket, true)
             && outstanding
         {
             self.rest(listener, left.socket, now);
         }
-        if registry.register(&mut SourceFd(&fd), flow_token(key), Interest::READABLE).is_err() {
+        if self.begin_single(registry, key).is_err() {
             self.end_flow(key, CloseReason::NoResources, now);
             return Err(DropReason::Shed);
         }
@@ -159,15 +159,35 @@ impl Datagrams<'_> {
         }
     }
 
-    fn put_uplink(&mut self, key: Key, socket: OwnedFd) -> Option<Uplink> {
+    pub(super) fn put_uplink(&mut self, key: Key, socket: OwnedFd, can_cut: bool) -> Option<Uplink> {
         let place = key.index as usize;
         if place >= self.uplinks.len() {
             self.uplinks.resize_with(place + 1, || None);
         }
-        self.uplinks[place].replace(Uplink { socket, can_cut: true, queued: false })
+        self.uplinks[place].replace(Uplink { socket, can_cut, queued: false, in_batches: true })
     }
 
-    fn count_server(&self, listener: usize, server: usize, which: OfServer) {
+    /// Polls a flow's new socket, and reads it datagram by datagram: most
+    /// flows bring one answer to one question.
+    fn begin_single(&mut self, registry: &Registry, key: Key) -> io::Result<()> {
+        let Some(Some(uplink)) = self.uplinks.get_mut(key.index as usize) else { return Ok(()) };
+        uplink.in_batches = false;
+        level::watch(registry, &uplink.socket, flow_token(key).0)
+    }
+
+    /// More than one datagram at a time has come, and more will: from here on
+    /// they are read in batches.
+    pub(super) fn begin_batches(&mut self, key: Key) {
+        let joins = self.fronts.joins();
+        if let Some(Some(uplink)) = self.uplinks.get_mut(key.index as usize)
+            && !std::mem::replace(&mut uplink.in_batches, true)
+            && joins
+        {
+            datagram::join_received(&uplink.socket);
+        }
+    }
+
+    pub(super) fn count_server(&self, listener: usize, server: usize, which: OfServer) {
         if let Target::Upstream(upstream) = self.context.config.listeners[listener].target {
             let number = self.context.layout.place(upstream, server);
             match which {
@@ -230,7 +250,7 @@ impl Datagrams<'_> {
             }
         }
         loop {
-            match datagram::connect(address, self.fronts.joins()) {
+            match datagram::connect(address) {
                 Err(error) if is_shortage(&error) => {
                     if self.cut_quarantine(listener) {
                         continue;
@@ -258,6 +278,11 @@ impl Datagrams<'_> {
     /// Keeps a port from use for a while, deaf to what still comes.
     pub(super) fn rest(&mut self, listener: usize, socket: OwnedFd, now: Millis) {
         self.quarantine_changed = true;
+        // Polled by its state, an error that nobody reads would be told of
+        // without end.
+        if let Some(registry) = &self.registry {
+            let _ = registry.deregister(&mut SourceFd(&socket.as_raw_fd()));
+        }
         // Without the filter it would fill its receive buffer for nothing.
         let _ = filter::take_nothing(&socket);
         let back = self.quarantine.put(listener, socket, now);
@@ -275,9 +300,11 @@ impl Datagrams<'_> {
             return false;
         }
         let Some(flow) = self.flows.get(key) else { return true };
-        let (listener, server) = (usize::from(flow.key.listener), flow.server as usize);
-        if self.flows.handle_failure(key) {
-            self.count_server(listener, server, OfServer::Failures);
+        let (listener, server) = (usize::from(flow.key.listener), flow.server);
+        if self.flows.handle_failure(key)
+            && let Some(number) = self.server_number(listener, server)
+        {
+            self.context.counters.server(number, OfServer::Failures).add(1);
         }
         true
     }
@@ -291,12 +318,18 @@ impl Datagrams<'_> {
                 self.send_replies();
                 used = 0;
             }
-            if self.flows.get(key).is_none() {
+            // What waits for a frozen one is its next worker's.
+            if self.flows.get(key).is_none_or(Flow::is_frozen) {
                 continue;
             }
             let Some(Some(uplink)) = self.uplinks.get_mut(key.index as usize) else { continue };
             uplink.queued = false;
-            match self.arena.receive_connected(&uplink.socket, used, FLOW_BATCH) {
+            let received = if uplink.in_batches {
+                self.arena.receive_connected(&uplink.socket, used, FLOW_BATCH)
+            } else {
+                self.arena.receive_one(&uplink.socket, used).map(|()| 1)
+            };
+            match received {
                 Ok(count) => {
                     (used..used + count).for_each(|at| self.handle_reply(key, at, now));
                     used += count;
@@ -321,7 +354,7 @@ impl Datagrams<'_> {
 
     fn handle_reply(&mut self, key: Key, at: usize, now: Millis) {
         let received = self.arena.get(at);
-        let Some(name) = self.flows.get(key).map(|flow| flow.key) else {
+        let Some((name, is_awaited)) = self.flows.get(key).map(|flow| (flow.key, flow.awaits_reply())) else {
             // The last reply of the flow was in this very batch.
             let front = self.replies.last().map_or(0, |reply| reply.listener);
             return self.drop_datagrams(front, DropReason::Late, received.count());
@@ -330,6 +363,10 @@ impl Datagrams<'_> {
         if received.truncated {
             return self.drop_datagrams(listener, DropReason::Truncated, 1);
         }
+        if !is_awaited {
+            self.begin_batches(key);
+        }
+        let received = self.arena.get(at);
         let (count, step) = (received.count(), received.segment.unwrap_or(received.bytes.len()));
         let mut passed = 0;
         let mut is_last = false;

@@ -24,7 +24,7 @@ use crate::sys::stream::{Connecting, connect_tcp, connect_unix};
 const RETRY_AFTER: Millis = 20;
 
 /// What a session remembers on its way to a server.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Attempt {
     /// Whose session it is.
     pub client: IpAddr,
@@ -34,6 +34,8 @@ pub(super) struct Attempt {
     pub tried: Vec<u32>,
     /// How the last of them did.
     pub failure: CloseReason,
+    /// Since when it waits for a place at a server, if it has to.
+    pub waits_since: Option<Millis>,
 }
 
 /// Why a connect could not begin or did not succeed.
@@ -61,11 +63,14 @@ impl Sessions<'_> {
     /// Connects to the next server that may be tried.
     pub(super) fn begin_connect(&mut self, registry: &Registry, key: Key, mut attempt: Attempt, now: Millis) {
         loop {
-            let (upstream, server) = match self.pick(key, &attempt, now) {
-                (upstream, Pick::Place(place)) => (upstream, place),
-                (_, Pick::Tried) => return self.close(key, attempt.failure, now),
-                (_, Pick::Nobody | Pick::Full) => return self.close(key, CloseReason::NoServer, now),
+            let upstream = self.upstream(key).expect("only a session with an upstream connects");
+            let server = match self.pick(upstream, &attempt, now) {
+                Pick::Place(place) if self.reserve(upstream, place) => place,
+                Pick::Place(_) | Pick::Full => return self.wait(upstream, key, attempt, now),
+                Pick::Tried => return self.close(key, attempt.failure, now),
+                Pick::Nobody => return self.close(key, CloseReason::NoServer, now),
             };
+            attempt.waits_since = None;
             let number = self.context.layout.place(upstream, server);
             match self.connect(upstream, server) {
                 Ok(connecting) => {
@@ -74,13 +79,17 @@ impl Sessions<'_> {
                         Connecting::UnderWay(stream) => (stream, false),
                     };
                     if register(registry, stream.as_raw_fd(), key, Side::Server).is_err() {
+                        self.give_back(number);
                         return self.close(key, CloseReason::NoResources, now);
                     }
-                    self.context.counters.server(number, OfServer::Active).add(1);
                     let incarnation = self.balancers[upstream].places()[server].incarnation;
                     let entry = self.slab.get_mut(key).expect("the caller holds it");
                     entry.server = Some(stream);
                     entry.server_index = Some(server as u32);
+                    if let Some(story) = &mut entry.story {
+                        story.connect_began = Some(now);
+                        story.retries = attempt.tried.len() as u32;
+                    }
                     entry.incarnation = incarnation;
                     self.deadlines.set(key.index, attempt.until);
                     entry.stage = Stage::Connecting(attempt);
@@ -89,7 +98,7 @@ impl Sessions<'_> {
                     }
                     return;
                 }
-                Err(error) => match Refusal::of(&error) {
+                Err(error) => match self.refused(number, &error) {
                     Refusal::Later => {
                         self.deadlines.set(key.index, (now + RETRY_AFTER).min(attempt.until));
                         let entry = self.slab.get_mut(key).expect("the caller holds it");
@@ -103,6 +112,17 @@ impl Sessions<'_> {
                 },
             }
         }
+    }
+
+    /// A place that was reserved is used no more.
+    fn give_back(&mut self, number: usize) {
+        self.context.counters.server(number, OfServer::Active).less_one();
+        self.waiting.look_soon();
+    }
+
+    fn refused(&mut self, number: usize, error: &io::Error) -> Refusal {
+        self.give_back(number);
+        Refusal::of(error)
     }
 
     /// Counts a refusal where it belongs.
@@ -157,7 +177,7 @@ impl Sessions<'_> {
     fn try_next(&mut self, registry: &Registry, key: Key, failure: CloseReason, now: Millis) {
         let number = self.server_number(self.slab.get(key).expect("the caller found it"));
         let number = number.expect("a connecting session has a server");
-        self.context.counters.server(number, OfServer::Active).less_one();
+        self.give_back(number);
         let entry = self.slab.get_mut(key).expect("the caller found it");
         let server = entry.server_index.take().expect("a connecting session has a server");
         // Closing it also ends its registration: there is no duplicate.
@@ -168,16 +188,17 @@ impl Sessions<'_> {
         let Attempt { client, mut tried, .. } = attempt;
         tried.push(server);
         let until = now + self.connect_timeout(key);
-        self.begin_connect(registry, key, Attempt { client, until, tried, failure }, now);
+        self.begin_connect(registry, key, Attempt { client, until, tried, failure, waits_since: None }, now);
     }
 
     /// The first attempt of a new session.
     pub(super) fn first_attempt(&self, key: Key, client: IpAddr, now: Millis) -> Attempt {
         let until = now + self.connect_timeout(key);
-        Attempt { client, until, tried: Vec::new(), failure: CloseReason::ConnectFailed }
+        let failure = CloseReason::ConnectFailed;
+        Attempt { client, until, tried: Vec::new(), failure, waits_since: None }
     }
 
-    fn connect_timeout(&self, key: Key) -> Millis {
+    pub(super) fn connect_timeout(&self, key: Key) -> Millis {
         let upstream = self.upstream(key).expect("only a session with an upstream connects");
         millis(self.context.config.upstreams[upstream].connect_timeout)
     }
@@ -195,16 +216,19 @@ impl Sessions<'_> {
         let entry = self.slab.get_mut(key).expect("the caller found it");
         entry.stage = Stage::Open;
         entry.moved = now;
+        if let Some(story) = &mut entry.story {
+            story.established = Some(now);
+        }
         entry.session.handle_ready(Side::Server, Readiness { writable: true, ..Readiness::default() });
         let number = self.server_number(self.slab.get(key).expect("still there"));
         let number = number.expect("an established session has a server");
         self.context.counters.server(number, OfServer::Connections).add(1);
         let upstream = self.upstream(key).expect("an established session has an upstream");
-        let entry = self.slab.get(key).expect("still there");
-        let index = entry.server_index.expect("an established session has a server") as usize;
-        let is_unix = is_unix(self.server_at(upstream, index));
+        let index = self.slab.get(key).expect("still there").server_index;
+        let index = index.expect("an established session has a server") as usize;
+        let unix = is_unix(self.server_at(upstream, index));
         let entry = self.slab.get_mut(key).expect("still there");
-        if is_unix {
+        if unix {
             entry.session.probe_always(Side::Server);
         } else {
             entry.lacks = Lacks::All;

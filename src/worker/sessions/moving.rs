@@ -67,6 +67,7 @@ impl Sessions<'_> {
                 until: attempt.until,
                 tried: attempt.tried.iter().map(|&index| name(index)).collect(),
                 failure: attempt.failure,
+                waits_since: attempt.waits_since,
             },
             Stage::Resetting { .. } => return None,
         };
@@ -79,6 +80,7 @@ impl Sessions<'_> {
             relay,
             born: entry.born,
             moved: entry.moved,
+            story: entry.story.as_deref().cloned(),
         };
         Some(Parcel { key, record, kept })
     }
@@ -128,12 +130,12 @@ impl Sessions<'_> {
         let client = Stream::from(sockets.pop()?);
         let stage = match record.stage {
             handover::Stage::Open => Stage::Open,
-            handover::Stage::Connecting { until, tried, failure } => {
+            handover::Stage::Connecting { until, tried, failure, waits_since } => {
                 upstream?;
                 let tried = tried.iter().filter_map(find).collect();
                 let unknown = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
                 let address = client.peer().ok().flatten().map_or(unknown, |peer| peer.ip());
-                let attempt = Attempt { client: address, until, tried, failure };
+                let attempt = Attempt { client: address, until, tried, failure, waits_since };
                 // Without its server in this configuration the connect that is
                 // under way is given up for the next one.
                 if server.is_some() && server_index.is_some() {
@@ -161,6 +163,7 @@ impl Sessions<'_> {
             frozen: true,
             born: record.born,
             moved: record.moved,
+            story: record.story.filter(|_| self.context.access_log.is_some()).map(Box::new),
         };
         let counters = &self.context.counters;
         counters.process(Process::Active).add(1);
@@ -200,6 +203,13 @@ impl Sessions<'_> {
                 self.enqueue(key);
             }
             Stage::Connecting(attempt) => self.deadlines.set(key.index, attempt.until.max(now)),
+            // Back into the queue, at the place that is due to it.
+            Stage::Waiting(attempt) if attempt.waits_since.is_some() => {
+                let (attempt, upstream) = (attempt.clone(), self.upstream(key));
+                if let Some(upstream) = upstream {
+                    self.wait(upstream, key, attempt, now);
+                }
+            }
             Stage::Waiting(_) => self.deadlines.set(key.index, now),
             Stage::Resetting { .. } => unreachable!("what resets does not travel"),
         }

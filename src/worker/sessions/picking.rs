@@ -1,20 +1,18 @@
 //! Which place of its upstream a session goes to, and what that place is.
 
-use mio::Registry;
-
 use super::connect::Attempt;
 use super::{Sessions, Stage};
 use crate::balance::{Ask, Pick};
-use crate::board::{Address, Health};
+use crate::board::Health;
 use crate::config::{OnDown, ServerAddress};
 use crate::relay::CloseReason;
-use crate::slab::Key;
 use crate::sys::clock::Millis;
 
 impl Sessions<'_> {
     /// The board may have changed: sessions of servers that went down are
     /// reset where that is asked, and waiting ones may find a place.
-    pub fn handle_board(&mut self, _registry: &Registry, now: Millis) {
+    pub fn handle_board(&mut self, now: Millis) {
+        self.waiting.look_soon();
         for upstream in 0..self.seen_epochs.len() {
             let epoch = self.context.board.epoch(upstream);
             if self.seen_epochs[upstream] == epoch {
@@ -43,16 +41,19 @@ impl Sessions<'_> {
         }
     }
 
-    /// The upstream of a session and the place that it is to try.
-    pub(super) fn pick(&mut self, key: Key, attempt: &Attempt, now: Millis) -> (usize, Pick) {
-        let upstream = self.upstream(key).expect("only a session with an upstream connects");
+    /// The place that a session is to try.
+    pub(super) fn pick(&mut self, upstream: usize, attempt: &Attempt, now: Millis) -> Pick {
         let tried = &attempt.tried;
         if tried.len() as u64 > u64::from(self.context.config.upstreams[upstream].retries) {
-            return (upstream, Pick::Tried);
+            return Pick::Tried;
         }
         let context = &self.context;
         let balancer = &mut self.balancers[upstream];
         balancer.refresh(&context.board, upstream);
+        if !self.may_pass(upstream, attempt.waits_since, now) {
+            return Pick::Full;
+        }
+        let context = &self.context;
         let ask = Ask {
             client: attempt.client,
             now,
@@ -60,38 +61,26 @@ impl Sessions<'_> {
             active: &|place| context.active_at(upstream, place),
             tried: &|place| tried.contains(&(place as u32)),
         };
-        (upstream, balancer.pick(&ask))
+        self.balancers[upstream].pick(&ask)
     }
 
     /// The server of the configuration that a place belongs to.
     pub(super) fn server_at(&self, upstream: usize, place: usize) -> &ServerAddress {
-        let server = self.context.layout.numbering().server_of(upstream, place);
-        &self.context.config.upstreams[upstream].servers[server].address
+        self.context.server_at(upstream, place)
     }
 
     /// Where a place leads now; `None` where it is vacant.
     pub(super) fn address_at(&self, upstream: usize, place: usize) -> Option<ServerAddress> {
-        match self.balancers[upstream].places().get(place)?.address? {
-            Address::Ip(address) => Some(ServerAddress::Ip(address)),
-            Address::Unix => Some(self.server_at(upstream, place).clone()),
-        }
+        self.context.address_at(&self.balancers[upstream], upstream, place)
     }
 
     /// What a place is called between processes, whatever its number.
     pub(super) fn place_name(&self, upstream: usize, place: usize) -> String {
-        let server = self.server_at(upstream, place);
-        match server {
-            ServerAddress::Ip(_) | ServerAddress::Unix(_) => server.to_string(),
-            ServerAddress::Name { .. } | ServerAddress::Srv(_) => match self.address_at(upstream, place) {
-                Some(address) => format!("{server}={address}"),
-                None => String::new(),
-            },
-        }
+        self.context.place_name(&self.balancers[upstream], upstream, place)
     }
 
     /// The place of this name.
     pub(super) fn place_named(&self, upstream: usize, name: &str) -> Option<usize> {
-        let places = self.context.layout.numbering().places_in(upstream);
-        (0..places).find(|&place| !name.is_empty() && self.place_name(upstream, place) == name)
+        self.context.place_named(&self.balancers[upstream], upstream, name)
     }
 }

@@ -1,0 +1,183 @@
+//! The bundle in which live flows travel from process to process.
+//!
+//! ```text
+//!   memfd:  [JSON of Bundle]
+//!   message's descriptors: the memfd, then the socket of each record that has one
+//! ```
+//!
+//! The same rules as for sessions: versioned, hostile until checked, bounded by
+//! the descriptors of a message. No datagram travels: a worker keeps none
+//! between two turns, and what waits in a socket stays there.
+
+use std::net::{IpAddr, SocketAddr};
+
+use serde::{Deserialize, Serialize};
+
+use super::BundleError;
+use crate::flow::Snapshot;
+
+/// The version of this format; another one is refused, and the sender keeps
+/// its flows until they are idle.
+pub const VERSION: u32 = 1;
+/// Records of one bundle: a descriptor each, and the bundle's own.
+pub const MAX_RECORDS: usize = 250;
+/// The largest bundle, names of listeners and servers included.
+pub const MAX_BYTES: usize = MAX_RECORDS * 2048;
+
+#[derive(Serialize, Deserialize)]
+struct Bundle {
+    version: u32,
+    records: Vec<Record>,
+}
+
+/// What one record is about.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Record {
+    /// A flow that lives.
+    Flow(Flow),
+    /// The port of one that has ended, which nobody may use yet.
+    #[allow(missing_docs)]
+    Resting { listener: String, since: u64 },
+}
+
+/// One flow without its socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Flow {
+    /// The listener's name: numbers may differ between configurations.
+    pub listener: String,
+    /// The address that the listener is bound to.
+    pub bind: SocketAddr,
+    /// Where the client sends from.
+    pub client: SocketAddr,
+    /// The address of ours that it asked.
+    pub local: IpAddr,
+    /// The server's address, empty where no configuration has it any more;
+    /// `None` where the worker answers by itself, and there is no socket.
+    pub server: Option<String>,
+    /// The kernel cuts joined datagrams on its socket (UDP_SEGMENT).
+    pub can_cut: bool,
+    /// How far it is.
+    pub state: Snapshot,
+}
+
+impl Record {
+    /// How many sockets belong to it.
+    pub fn socket_count(&self) -> usize {
+        match self {
+            Record::Flow(flow) => usize::from(flow.server.is_some()),
+            Record::Resting { .. } => 1,
+        }
+    }
+
+    fn is_possible(&self) -> bool {
+        match self {
+            Record::Flow(flow) => {
+                let one_family = [flow.bind.is_ipv4(), flow.local.is_ipv4()] == [flow.client.is_ipv4(); 2];
+                one_family && flow.client.port() != 0 && flow.state.is_possible()
+            }
+            Record::Resting { .. } => true,
+        }
+    }
+}
+
+/// Writes a bundle.
+pub fn encode(records: &[Record]) -> Vec<u8> {
+    let bundle = Bundle { version: VERSION, records: records.to_vec() };
+    serde_json::to_vec(&bundle).expect("records are plain data")
+}
+
+/// Reads a bundle that came with so many sockets.
+pub fn decode(bytes: &[u8], socket_count: usize) -> Result<Vec<Record>, BundleError> {
+    #[derive(Deserialize)]
+    struct Version {
+        version: u32,
+    }
+    let version = serde_json::from_slice::<Version>(bytes).map_err(|_| BundleError::Records)?.version;
+    if version != VERSION {
+        return Err(BundleError::Version(version));
+    }
+    let bundle: Bundle = serde_json::from_slice(bytes).map_err(|_| BundleError::Records)?;
+    let needed: usize = bundle.records.iter().map(Record::socket_count).sum();
+    if needed != socket_count || bundle.records.len() > MAX_RECORDS {
+        return Err(BundleError::Sockets(socket_count, needed));
+    }
+    match bundle.records.iter().position(|record| !record.is_possible()) {
+        Some(index) => Err(BundleError::State(index)),
+        None => Ok(bundle.records),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn flow(server: Option<&str>) -> Record {
+        let state = Snapshot { requests: 3, replies: 2, answered: true, last: 77, ..Snapshot::default() };
+        Record::Flow(Flow {
+            listener: "dns".into(),
+            bind: "0.0.0.0:53".parse().unwrap(),
+            client: "10.0.0.1:4000".parse().unwrap(),
+            local: "192.0.2.1".parse().unwrap(),
+            server: server.map(str::to_string),
+            can_cut: true,
+            state,
+        })
+    }
+
+    fn records() -> Vec<Record> {
+        vec![flow(Some("10.0.0.2:53")), flow(None), Record::Resting { listener: "dns".into(), since: 5 }]
+    }
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        assert_eq!(decode(&encode(&records()), 2).unwrap(), records());
+        assert!(encode(&vec![flow(Some("10.0.0.2:53")); MAX_RECORDS]).len() < MAX_BYTES / 2);
+    }
+
+    #[test]
+    fn another_version_missing_sockets_and_impossible_states_are_named() {
+        let bytes = encode(&records());
+        assert_eq!(decode(&bytes, 3).unwrap_err(), BundleError::Sockets(3, 2));
+        let newer = br#"{"version":9,"records":[{"new":"shape"}]}"#;
+        assert_eq!(decode(newer, 0).unwrap_err(), BundleError::Version(9));
+        let change = |f: &dyn Fn(&mut Flow)| {
+            let Record::Flow(mut flow) = flow(Some("a")) else { unreachable!() };
+            f(&mut flow);
+            decode(&encode(&[Record::Flow(flow)]), 1)
+        };
+        assert!(change(&|_| {}).is_ok());
+        for wrong in [
+            change(&|flow| flow.client.set_port(0)),
+            change(&|flow| flow.local = "::1".parse().unwrap()),
+            change(&|flow| flow.bind = "[::]:53".parse().unwrap()),
+            change(&|flow| flow.state.requests = 0),
+            change(&|flow| flow.state.answered = false),
+        ] {
+            assert_eq!(wrong.unwrap_err(), BundleError::State(0));
+        }
+    }
+
+    #[test]
+    fn a_bundle_that_is_cut_anywhere_is_an_error() {
+        let bytes = encode(&records());
+        for end in 0..bytes.len() {
+            assert!(decode(&bytes[..end], 2).is_err(), "cut at {end}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..500), count in 0usize..10) {
+            let _ = decode(&bytes, count);
+        }
+
+        #[test]
+        fn no_changed_byte_makes_it_panic(at in any::<prop::sample::Index>(), value in any::<u8>()) {
+            let mut bytes = encode(&records());
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+            let _ = decode(&bytes, 2);
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! UDP flows over every change: the server sees the same port before and
+//! after, and no question stays without its answer.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use support::daemon::{Daemon, evenkeel};
+use support::datagrams::{Seen, ask, client, udp_server};
+use support::eventually;
+use support::servers::local;
+
+fn main() {
+    support::run(tests![
+        five_hundred_flows_keep_their_ports_over_twenty_reloads_and_scales needs ["ebpf"],
+        without_ebpf_they_keep_them_as_well,
+    ])
+}
+
+const PORT: u16 = 5300;
+
+fn config(workers: usize, steering: &str, server: SocketAddr) -> String {
+    format!(
+        "[daemon]\nworkers = {workers}\n[[listener]]\nname = \"front\"\nmode = \"udp\"\nupstream = \"back\"\n\
+         bind = \"127.0.0.1:{PORT}\"\nsteering = \"{steering}\"\n[[upstream]]\nname = \"back\"\n\
+         [[upstream.server]]\naddress = \"{server}\"\n"
+    )
+}
+
+/// Answers each datagram with the same bytes.
+fn mirror() -> (SocketAddr, Seen) {
+    udp_server("127.0.0.1:0", |bytes| Some(bytes.to_vec()))
+}
+
+#[track_caller]
+fn succeed(daemon: &Daemon, arguments: &[&str]) -> String {
+    let socket = daemon.socket();
+    let mut all = arguments.to_vec();
+    all.extend(["--socket", socket.to_str().unwrap()]);
+    let mut text = String::new();
+    eventually("no other change is under way", || {
+        let done = evenkeel(&all);
+        text = String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
+        let busy = text.contains("another change is under way");
+        assert!(busy || done.status.success(), "{arguments:?}: {text}\n{}", daemon.log());
+        !busy
+    });
+    daemon.notified();
+    for failure in ["a hand-over stopped", "a hand-over was", "left to drain", "come, ", "slow to"] {
+        assert!(!daemon.log().contains(failure), "{}", daemon.log());
+    }
+    text
+}
+
+/// Which port of ours the server saw for each client, who names itself in its
+/// datagrams' first four bytes; forgets what it saw.
+fn ports(seen: &Seen) -> BTreeMap<u32, Vec<SocketAddr>> {
+    let mut ports = BTreeMap::<u32, Vec<SocketAddr>>::new();
+    for (from, bytes) in seen.lock().unwrap().drain(..) {
+        let own = ports.entry(u32::from_be_bytes(bytes[..4].try_into().unwrap())).or_default();
+        if !own.contains(&from) {
+            own.push(from);
+        }
+    }
+    ports
+}
+
+/// A client that asks over and over, each question once; how many were asked,
+/// and how many never answered.
+struct Asker {
+    stop: Arc<AtomicBool>,
+    asked: Arc<AtomicU64>,
+    lost: Arc<AtomicU64>,
+    threads: Vec<std::thread::JoinHandle<()>>,
+}
+
+impl Asker {
+    /// So many clients on two threads; a pause between two questions.
+    fn begin(clients: u32, pause: Duration) -> Asker {
+        let (stop, asked, lost) = (Arc::<AtomicBool>::default(), Arc::default(), Arc::default());
+        let thread = |half: u32| {
+            let (stop, asked, lost) = (Arc::clone(&stop), Arc::clone(&asked), Arc::clone(&lost));
+            std::thread::spawn(move || {
+                let own: Vec<(u32, UdpSocket)> =
+                    (0..clients / 2).map(|id| (half + 2 * id, client("127.0.0.1:0"))).collect();
+                let mut number = 0u32;
+                while !AtomicBool::load(&stop, Ordering::Relaxed) {
+                    for (id, socket) in &own {
+                        number += 1;
+                        let question = [id.to_be_bytes(), number.to_be_bytes()].concat();
+                        AtomicU64::fetch_add(&asked, 1, Ordering::Relaxed);
+                        socket.send_to(&question, local(PORT)).unwrap();
+                        let mut answer = [0; 64];
+                        if !matches!(socket.recv(&mut answer), Ok(8) if answer[..8] == question) {
+                            AtomicU64::fetch_add(&lost, 1, Ordering::Relaxed);
+                        }
+                        std::thread::park_timeout(pause);
+                    }
+                }
+            })
+        };
+        let threads = (0..2).map(|half| thread(1_000_000 + half)).collect();
+        Asker { stop, asked, lost, threads }
+    }
+
+    fn end(self) -> (u64, u64) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads {
+            thread.join().expect("a client");
+        }
+        (self.asked.load(Ordering::Relaxed), self.lost.load(Ordering::Relaxed))
+    }
+}
+
+/// Twenty rounds: every client's port is what it was at first, and whoever
+/// asks all the time has every answer.
+fn keep_their_ports(steering: &str, mechanism: &str, environment: Option<(&str, &str)>) {
+    evenkeel::sys::process::raise_file_limit().unwrap();
+    let (server, seen) = mirror();
+    let mut daemon = Daemon::start_with(&config(4, steering, server), |command| {
+        if let Some((name, value)) = environment {
+            command.env(name, value);
+        }
+    });
+    daemon.wait_ready();
+    assert_eq!(daemon.listener("front").steering_active, mechanism);
+    let clients: Vec<UdpSocket> = (0..500).map(|_| client("127.0.0.1:0")).collect();
+    let ask_all = || {
+        for (id, socket) in clients.iter().enumerate() {
+            ask(socket, local(PORT), &(id as u32).to_be_bytes());
+        }
+        ports(&seen)
+    };
+    let first = ask_all();
+    assert_eq!(first.len(), 500);
+    assert!(first.values().all(|own| own.len() == 1));
+    let asker = Asker::begin(200, Duration::from_micros(200));
+    for round in 0..20 {
+        match round % 4 {
+            0 | 2 => drop(succeed(&daemon, &["reload"])),
+            1 => drop(succeed(&daemon, &["scale", "1"])),
+            _ => drop(succeed(&daemon, &["scale", "6"])),
+        }
+        let now = ask_all();
+        for (id, own) in first.iter() {
+            assert_eq!(now.get(id), Some(own), "round {round}, client {id}\n{}", daemon.log());
+        }
+    }
+    let (asked, lost) = asker.end();
+    let listener = daemon.listener("front");
+    assert_eq!(lost, 0, "of {asked}: {listener:?}\n{}", daemon.log());
+    assert!(asked > 1000, "{asked} questions");
+    let flows = listener.flows.unwrap();
+    assert_eq!((listener.connections, flows.active, flows.unsteered), (700, 700, 0));
+    assert!(flows.handed_over >= 20 * 500, "{flows:?}");
+    assert!(listener.dropped.is_empty(), "{:?}", listener.dropped);
+    println!(
+        "{asked} questions, none lost; {} flows handed over, {} datagrams passed on",
+        flows.handed_over, flows.passed_on
+    );
+}
+
+fn five_hundred_flows_keep_their_ports_over_twenty_reloads_and_scales() {
+    keep_their_ports("hash", "ebpf-table", None);
+}
+
+fn without_ebpf_they_keep_them_as_well() {
+    keep_their_ports("hash", "cbpf", Some(("EVENKEEL_NO_EBPF", "1")));
+}

@@ -85,11 +85,17 @@ pub struct Context<'a> {
 }
 
 impl Context<'_> {
-    /// A balancer for each upstream.
+    /// A balancer for each upstream, which knows the board: what arrives from
+    /// another process is known by its server's name.
     pub fn balancers(&self, now: Millis) -> Vec<Balancer> {
         let seed = (u64::from(std::process::id()) << 32) ^ now;
-        let upstreams = self.config.upstreams.iter();
-        upstreams.map(|upstream| Balancer::new(upstream, self.slot, self.all.len(), seed)).collect()
+        let upstreams = self.config.upstreams.iter().enumerate();
+        let balancers = upstreams.map(|(number, upstream)| {
+            let mut balancer = Balancer::new(upstream, self.slot, self.all.len(), seed);
+            balancer.refresh(&self.board, number);
+            balancer
+        });
+        balancers.collect()
     }
 
     /// Sessions of a place over all slots, as far as the others have told.

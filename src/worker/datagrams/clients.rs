@@ -85,7 +85,10 @@ impl Datagrams<'_> {
             match target {
                 Target::Nowhere => {}
                 Target::Service => self.answer(index, first, first + run),
-                Target::Flow(key) => self.forward(registry, place.listener, key, first, first + run, now),
+                Target::Flow(key) => {
+                    self.note_run(key, first, first + run);
+                    self.forward(registry, place.listener, key, first, first + run, now);
+                }
                 Target::Elsewhere(name) => self.pass_on(&name, first, first + run),
             }
             first += run;
@@ -127,7 +130,7 @@ impl Datagrams<'_> {
                 Some(key) => Ok(Target::Flow(key)),
                 None => Ok(Target::Elsewhere(name)),
             },
-            Goes::Service(_) => self.note_service(name, now).map(|()| Target::Service),
+            Goes::Service(_) => self.note_service(name, at, now).map(|()| Target::Service),
         }
     }
 
@@ -158,7 +161,7 @@ impl Datagrams<'_> {
 
     /// Flows of a service are only counted: what finds no room is answered
     /// all the same.
-    fn note_service(&mut self, name: FlowKey, now: Millis) -> Result<(), DropReason> {
+    fn note_service(&mut self, name: FlowKey, at: usize, now: Millis) -> Result<(), DropReason> {
         let key = match self.flows.handle_client(&name, now) {
             Arrival::Known(key) | Arrival::Move(key) | Arrival::Frozen(key) => key,
             Arrival::Open { evict } => {
@@ -166,12 +169,15 @@ impl Datagrams<'_> {
                     self.end_flow(key, CloseReason::Evicted, now);
                 }
                 self.count_opened(usize::from(name.listener));
-                self.flows.open(name, NO_SERVER, now)
+                let key = self.flows.open(name, NO_SERVER, now);
+                self.begin_story(key, None, now);
+                key
             }
             Arrival::Drop(DropReason::Leaving) => return Err(DropReason::Leaving),
             Arrival::Drop(_) => return Ok(()),
         };
         let answers = self.context.config.listeners[usize::from(name.listener)].target;
+        self.note_answered(key, at, answers == Goes::Service(Service::Discard));
         if answers != Goes::Service(Service::Discard) && self.flows.handle_reply(key, now) == Reply::Last {
             self.end_flow(key, CloseReason::Finished, now);
         }

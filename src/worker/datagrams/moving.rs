@@ -152,6 +152,7 @@ impl Datagrams<'_> {
             server,
             can_cut,
             state,
+            story: self.story(key),
         }))
     }
 
@@ -247,6 +248,7 @@ impl Datagrams<'_> {
             address: address as u16,
         };
         let key = self.flows.adopt(name, server, &flow.state, now)?;
+        self.begin_story(key, flow.story.clone(), now);
         if let Some(socket) = socket {
             self.put_uplink(key, socket, flow.can_cut);
         }

@@ -1,5 +1,5 @@
 //! Redis and PostgreSQL behind the daemon, driven by their own benchmarks,
-//! while servers are killed and brought back.
+//! while servers are drained, killed and brought back.
 
 mod support;
 
@@ -11,15 +11,15 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use support::daemon::{Daemon, signal};
+use support::daemon::{Daemon, evenkeel, signal};
 use support::health::{SEEN, server, wait_state};
 use support::within;
 
 fn main() {
     support::run(tests![
-        redis_benchmark_meets_no_error_while_servers_are_killed_and_brought_back
+        redis_benchmark_meets_no_error_while_servers_are_drained_killed_and_brought_back
             needs ["redis-server", "redis-benchmark"],
-        pgbench_meets_no_error_while_servers_are_killed_and_brought_back needs ["pgbench"],
+        pgbench_meets_no_error_while_servers_are_drained_killed_and_brought_back needs ["pgbench"],
     ])
 }
 
@@ -35,6 +35,13 @@ fn forward(health: &str, servers: [SocketAddr; 2]) -> Daemon {
          [[upstream.server]]\naddress = \"{}\"\n[[upstream.server]]\naddress = \"{}\"\n",
         servers[0], servers[1]
     ))
+}
+
+fn order(daemon: &Daemon, what: &str, server: SocketAddr) {
+    let socket = daemon.socket();
+    let socket = socket.to_str().expect("a path");
+    let output = evenkeel(&["server", what, &format!("db/{server}"), "--socket", socket]);
+    assert!(output.status.success(), "{output:?}");
 }
 
 fn active(daemon: &Daemon, address: SocketAddr) -> u64 {
@@ -117,18 +124,30 @@ fn succeeds(benchmark: Child) {
     assert!(output.status.success() && !said.contains("rror"), "{output:?}");
 }
 
-fn redis_benchmark_meets_no_error_while_servers_are_killed_and_brought_back() {
+fn redis_benchmark_meets_no_error_while_servers_are_drained_killed_and_brought_back() {
     let (mut one, two) = (Redis::start(9001), Redis::start(9002));
     let servers = [one.address, two.address];
     let health = "check = \"exchange\"\nsend = 'PING\\r\\n'\nexpect = \"+PONG\"";
     let daemon = forward(health, servers);
     wait_both_up(&daemon, servers);
 
+    // Drained: who has a session keeps it, nobody new comes.
+    let benchmark = redis_benchmark(20, 60_000);
+    within(SEEN, "sessions on both", || servers.iter().all(|server| active(&daemon, *server) > 0));
+    order(&daemon, "drain", one.address);
+    let during = redis_benchmark(10, 5_000);
+    succeeds(during);
+    succeeds(benchmark);
+    within(SEEN, "drained", || active(&daemon, one.address) == 0);
+    order(&daemon, "ready", one.address);
+    wait_state(&daemon, "db", &one.address.to_string(), "up");
+
     // Killed: each benchmark has one session, so those fail that were there.
+    let before = daemon.listener("front").connections;
     let benchmarks: Vec<Child> = (0..12).map(|_| redis_benchmark(1, 1_000_000)).collect();
     // Each asks for the server's configuration in a session of its own first.
     within(SEEN, "twelve sessions on both", || {
-        let begun = daemon.listener("front").connections;
+        let begun = daemon.listener("front").connections - before;
         let active = servers.map(|server| active(&daemon, server));
         begun >= 24 && active.iter().sum::<u64>() == 12 && active.iter().all(|&count| count > 0)
     });
@@ -255,7 +274,7 @@ fn pgbench(seconds: u32, sessions: u32, more: &[&str]) -> Child {
     client_command("pgbench", FRONT.parse().expect("an address"), &arguments).spawn().expect("pgbench")
 }
 
-fn pgbench_meets_no_error_while_servers_are_killed_and_brought_back() {
+fn pgbench_meets_no_error_while_servers_are_drained_killed_and_brought_back() {
     let Some(programs) = postgres_programs() else {
         eprintln!("SKIPPED: the PostgreSQL server is not installed");
         return;
@@ -271,6 +290,17 @@ fn pgbench_meets_no_error_while_servers_are_killed_and_brought_back() {
     let health = format!("check = \"command\"\ncommand = [\"/bin/sh\", \"-c\", \"{script}\"]");
     let daemon = forward(&health, servers);
     wait_both_up(&daemon, servers);
+
+    // Drained: sessions stay, new ones go to the other server.
+    let staying = pgbench(5, 8, &[]);
+    let changing = pgbench(5, 2, &["-C"]);
+    within(SEEN, "sessions on both", || servers.iter().all(|server| active(&daemon, *server) > 1));
+    order(&daemon, "drain", one.address);
+    no_errors(staying, 8);
+    no_errors(changing, 2);
+    within(SEEN, "drained", || active(&daemon, one.address) == 0);
+    order(&daemon, "ready", one.address);
+    wait_state(&daemon, "db", &one.address.to_string(), "up");
 
     // Killed: its sessions end, the others go on.
     let staying = pgbench(6, 8, &[]);

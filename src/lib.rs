@@ -14,6 +14,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod access;
 pub mod access_log;
 pub mod balance;
 pub mod board;
@@ -29,8 +30,10 @@ pub mod handover;
 pub mod health;
 pub mod loadgen;
 pub mod logging;
+pub mod proxy_protocol;
 pub mod relay;
 pub mod slab;
+pub mod sources;
 pub mod spread;
 pub mod steering;
 pub mod steward;

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use support::daemon::{Daemon, children_of, runs, signal};
+use support::daemon::{Daemon, children_of, evenkeel, runs, signal};
 use support::datagrams::{self, let_pass, try_ask};
 use support::health::{SEEN, Switched, ask_for, reason, server, told, wait_state, who};
 use support::servers::{local, tcp_server};
@@ -303,6 +303,11 @@ fn an_nginx_status_page_is_checked() {
     nginx.reload(503);
     wait_state(&daemon, "back", "127.0.0.1:9001", "down");
     assert_eq!(reason(&daemon, "back", "127.0.0.1:9001"), "status 503, not 200-299, 401");
+    let shown = evenkeel(&["status", "--socket", daemon.socket().to_str().expect("a path")]);
+    assert!(
+        String::from_utf8_lossy(&shown.stdout).contains("http: status 503, not 200-299, 401 ("),
+        "{shown:?}"
+    );
     nginx.reload(401);
     wait_state(&daemon, "back", "127.0.0.1:9001", "up");
 }
@@ -414,6 +419,7 @@ fn without_checks_failures_of_traffic_take_a_server_down_and_it_is_tried_again()
     one.turn_on();
     within(SEEN, "it serves again", || who(front()).is_ok_and(|name| name == "one"));
     within(SEEN, "it is told", || told(&daemon, &["127.0.0.1:9001", "is up"]) == 1);
+    within(SEEN, "it is shown", || server(&daemon, "back", "127.0.0.1:9001")["check"]["last"] == "good");
     assert_eq!(server(&daemon, "back", "127.0.0.1:9002")["state"], "up");
 }
 

@@ -169,6 +169,10 @@ impl Watch {
             (shown.last, shown.reason) =
                 (Last::Traffic, Some(format!("{count} failures of its traffic in a row")));
         }
+        if successes > 0 && entry.shown.borrow().last == Last::Traffic {
+            let mut shown = entry.shown.borrow_mut();
+            (shown.last, shown.reason) = (Last::Good, None);
+        }
         self.handle_outcome(entry, outcome);
         if successes + failures > 0 || outcome != Outcome::default() {
             self.publish(entry);

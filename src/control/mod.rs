@@ -5,6 +5,7 @@
 //! be read is a bug and ends the connection.
 
 pub mod client;
+pub mod misbehave;
 pub mod sessions;
 pub mod status;
 
@@ -33,7 +34,7 @@ pub struct Place {
 
 /// What makes two sockets the same, whatever number a configuration gives
 /// them.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct SocketId {
     /// The address, as bound.
     pub address: SocketAddr,
@@ -61,7 +62,14 @@ pub enum ToWorker {
         account: Option<Account>,
         outliving: Vec<Place>,
         tells_load: bool,
+        /// Open nothing, say `Ready` and end: a new image is tried out.
+        #[serde(default)]
+        trial: bool,
         logs_access: bool,
+        /// So many slots' counters of the generation before, whose workers may
+        /// still have sessions: after its configuration they come before those
+        /// of all slots.
+        before: usize,
     },
     /// Sockets that its slot has already, one descriptor a place.
     Sockets(Vec<Place>),
@@ -100,6 +108,9 @@ pub enum ToWorker {
     /// That slot is filled again.
     #[allow(missing_docs)]
     Recall { slot: usize },
+    /// Other workers begin to take the places of all that there are. Their
+    /// configuration and the counters of their slots, to read.
+    Successors,
     /// Turn once: the beat of that turn is the answer.
     Ask,
     /// List, or end, the sessions that the query takes.
@@ -272,6 +283,8 @@ pub enum Request {
     Scale(usize),
     /// Move sessions until the workers have equally many.
     Rebalance,
+    /// Replace the running program by the file at its path.
+    Upgrade,
     /// The sessions that this takes.
     Sessions(sessions::Query),
     /// One server of the file is to be used otherwise than the file says.

@@ -8,7 +8,7 @@
 //! 4  cli
 //! 3  supervisor  worker  steward  loadgen  doctor    never import each other
 //! 2  control
-//! 1  config  balance  board  relay  flow  supervision  counters  spread  steering  deadline  slab  explain    pure
+//! 1  config  balance  board  relay  flow  health  supervision  counters  spread  steering  deadline  slab  explain    pure
 //! 0  sys  units  logging
 //! ```
 
@@ -27,6 +27,7 @@ pub mod doctor;
 pub mod explain;
 pub mod flow;
 pub mod handover;
+pub mod health;
 pub mod loadgen;
 pub mod logging;
 pub mod proxy_protocol;

@@ -74,7 +74,9 @@ pub fn init(level: &str, shape: Shape, role: &str) -> Log {
     let writer = Shared(Arc::new(Mutex::new(writer)));
     // $JOURNAL_STREAM is set where standard error is systemd's journal.
     let priorities = std::env::var_os("JOURNAL_STREAM").is_some();
-    let lines = Lines { shape, priorities, role: role.to_string() };
+    // Libraries speak in their own words, and only where somebody debugs.
+    let libraries = level >= LevelFilter::DEBUG;
+    let lines = Lines { shape, priorities, libraries, role: role.to_string() };
     let subscriber = tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(writer.clone())
@@ -88,6 +90,7 @@ pub fn init(level: &str, shape: Shape, role: &str) -> Log {
 struct Lines {
     shape: Shape,
     priorities: bool,
+    libraries: bool,
     role: String,
 }
 
@@ -97,6 +100,9 @@ where
     N: for<'a> FormatFields<'a> + 'static,
 {
     fn format_event(&self, _: &FmtContext<'_, S, N>, mut out: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+        if !self.libraries && !event.metadata().target().starts_with(env!("CARGO_PKG_NAME")) {
+            return Ok(());
+        }
         let mut fields = Fields::default();
         event.record(&mut fields);
         let level = *event.metadata().level();

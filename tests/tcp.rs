@@ -41,10 +41,14 @@ fn main() {
 const LISTENER: &str =
     "[[listener]]\nname = \"front\"\nmode = \"tcp\"\nbind = \"127.0.0.1:8080\"\nupstream = \"back\"\n";
 
+/// Servers that count connections see those of clients alone.
+const UNCHECKED: &str = "[upstream.health]\ncheck = \"none\"\npassive = false\n";
+
 /// A daemon on 127.0.0.1:8080 in front of these servers.
 fn forward(workers: usize, more: &str, servers: &[String]) -> Daemon {
-    let mut text =
-        format!("[daemon]\nworkers = {workers}\n{LISTENER}{more}\n[[upstream]]\nname = \"back\"\n");
+    let mut text = format!(
+        "[daemon]\nworkers = {workers}\n{LISTENER}{more}\n[[upstream]]\nname = \"back\"\n{UNCHECKED}"
+    );
     for server in servers {
         text += &format!("[[upstream.server]]\naddress = \"{server}\"\n");
     }
@@ -351,7 +355,7 @@ fn backups_serve_only_when_the_others_fail() {
     let (backup, backup_count) = tcp_server("127.0.0.1:0", echo);
     let config = |first: &str| {
         format!(
-            "[daemon]\nworkers = 1\n{LISTENER}[[upstream]]\nname = \"back\"\n[[upstream.server]]\naddress = \"{first}\"\n\
+            "[daemon]\nworkers = 1\n{LISTENER}[[upstream]]\nname = \"back\"\n{UNCHECKED}[[upstream.server]]\naddress = \"{first}\"\n\
              [[upstream.server]]\naddress = \"{backup}\"\nbackup = true\n"
         )
     };

@@ -13,6 +13,7 @@ mod top;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
 
@@ -25,6 +26,9 @@ use files::Source;
 
 /// Exit code: the configuration is wrong.
 const EXIT_CONFIG: u8 = 78;
+
+/// How long `check` waits for names.
+const RESOLVE_LIMIT: Duration = Duration::from_secs(5);
 
 /// Runs the command that was typed and returns its exit code.
 pub fn main() -> ExitCode {
@@ -176,13 +180,15 @@ fn check(source: &Source, json: bool) -> ExitCode {
         Err(code) => return code,
     };
     match config::load(&name, &text) {
-        Ok(loaded) if json => {
+        Ok(mut loaded) if json => {
+            resolve(&mut loaded);
             let summary = config::summary(&loaded.config);
             let all = serde_json::json!({"ok": true, "errors": [], "warnings": loaded.warnings, "summary": summary});
             println!("{all:#}");
             ExitCode::SUCCESS
         }
-        Ok(loaded) => {
+        Ok(mut loaded) => {
+            resolve(&mut loaded);
             warn_of(&loaded.warnings);
             println!("{}", config::summary(&loaded.config));
             ExitCode::SUCCESS
@@ -196,6 +202,14 @@ fn check(source: &Source, json: bool) -> ExitCode {
             ExitCode::from(EXIT_CONFIG)
         }
     }
+}
+
+/// Warns of names that do not resolve: the daemon would start all the same.
+fn resolve(loaded: &mut config::Loaded) {
+    let addresses: Vec<_> = loaded.names.iter().map(|named| named.address.clone()).collect();
+    let missing = steward::names::unresolved(&addresses, RESOLVE_LIMIT);
+    let warnings = missing.iter().map(|(number, reason)| loaded.names[*number].unresolved(reason)).collect();
+    loaded.warn(warnings);
 }
 
 fn show(source: &Source) -> ExitCode {

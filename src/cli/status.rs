@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use super::ask;
-use crate::control::status::{Difference, Flows, Listener, Status, Upstream, Worker};
+use crate::control::status::{Check, Difference, Flows, Listener, Status, Upstream, Worker};
 use crate::spread::{Circumstances, Verdict};
 
 /// Prints what the daemon says.
@@ -166,17 +166,36 @@ fn describe_upstream(out: &mut String, upstream: &Upstream) {
             if server.backup { "  backup" } else { "" },
             server.differs_from_file.as_ref().map_or(String::new(), differs),
         );
+        describe_check(out, &server.check);
         for place in &server.places {
             let _ = writeln!(
                 out,
                 "    {:<26} {:<10} {:>6} {:>8}",
                 place.address, place.state, place.weight, place.active
             );
+            describe_check(out, &place.check);
         }
         if let Some(error) = &server.resolve_error {
             let _ = writeln!(out, "    {error}");
         }
     }
+}
+
+/// Why a server is not well, or not known to be; nothing where it is.
+fn describe_check(out: &mut String, check: &serde_json::Value) {
+    let Ok(check) = serde_json::from_value::<Check>(check.clone()) else { return };
+    let Check { kind, last, reason, rise, rise_needed, fall, fall_needed, .. } = &check;
+    let reason = reason.as_deref().unwrap_or("no reason known");
+    let _ = match last.as_str() {
+        "good" if rise < rise_needed && check.flapping => {
+            writeln!(out, "      {kind}: good {rise} times of {rise_needed}, flaps")
+        }
+        "bad" => writeln!(out, "      {kind}: {reason} ({fall} times of {fall_needed})"),
+        "unknown" => writeln!(out, "      {kind}: cannot be asked: {reason}"),
+        "traffic" if check.on_trial => writeln!(out, "      {reason}; is being tried again"),
+        "traffic" => writeln!(out, "      {reason}"),
+        _ => Ok(()),
+    };
 }
 
 /// What an operator should not forget to take back.

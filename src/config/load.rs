@@ -6,11 +6,11 @@
 
 use toml::de::DeTable;
 
-use super::Config;
 use super::checks::check;
 use super::file::{File, file};
 use super::problem::{Problem, Problems, Source, quote};
 use super::reader::{Block, Reader};
+use super::{Config, ServerAddress};
 
 /// A configuration that can be run, and what else there is to say about it.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,6 +21,33 @@ pub struct Loaded {
     pub warnings: Problems,
     /// What is in force and where it comes from, for `config show`.
     pub blocks: Vec<Block>,
+    /// The servers whose names only the network can resolve.
+    pub names: Vec<NamedServer>,
+}
+
+/// A server with a name, and what to say where it does not resolve.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NamedServer {
+    /// `Name` or `Srv`.
+    pub address: ServerAddress,
+    unresolved: Problem,
+}
+
+impl NamedServer {
+    /// The warning that it does not resolve, for this reason.
+    pub fn unresolved(&self, reason: &str) -> Problem {
+        let mut problem = self.unresolved.clone();
+        problem.message = format!("{}: {reason}", problem.message);
+        problem
+    }
+}
+
+impl Loaded {
+    /// Adds warnings, each in its place.
+    pub fn warn(&mut self, more: Vec<Problem>) {
+        let known = std::mem::take(&mut self.warnings.0);
+        self.warnings = Problems::sorted(known.into_iter().chain(more).collect());
+    }
 }
 
 /// Reads a configuration. `file_name` is only what messages call it.
@@ -45,7 +72,22 @@ pub fn load(file_name: &str, text: &str) -> Result<Loaded, Problems> {
     blocks.retain(|block| !block.header.is_empty());
     // Upstreams are read first and shown last, as people write them.
     blocks.sort_by_key(|block| block.header.contains("[upstream"));
-    Ok(Loaded { config: config(read), warnings: Problems::sorted(found.warnings), blocks })
+    let names = named_servers(&read, &source);
+    Ok(Loaded { config: config(read), warnings: Problems::sorted(found.warnings), blocks, names })
+}
+
+fn named_servers(read: &File, source: &Source) -> Vec<NamedServer> {
+    let servers = read.upstreams.iter().flat_map(|read| read.upstream.servers.iter().zip(&read.server_at));
+    let named = servers.filter_map(|(server, at)| match &server.address {
+        ServerAddress::Ip(_) | ServerAddress::Unix(_) => None,
+        ServerAddress::Name { .. } | ServerAddress::Srv(_) => {
+            let message = format!("{} does not resolve", quote(&server.address.to_string()));
+            let help = "the server is not used until it does; is it spelled right, and is /etc/resolv.conf?";
+            let unresolved = source.problem(*at, message, help);
+            Some(NamedServer { address: server.address.clone(), unresolved })
+        }
+    });
+    named.collect()
 }
 
 fn config(read: File) -> Config {

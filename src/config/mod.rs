@@ -28,7 +28,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 pub use health::{Check, Health, StatusRange};
-pub use load::{Loaded, load};
+pub use load::{Loaded, NamedServer, load};
 pub use older::read_older;
 pub use problem::{Problem, Problems};
 pub use reader::{Block, Entry};

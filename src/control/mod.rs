@@ -240,6 +240,8 @@ pub struct StewardBirth {
     pub started_at: u64,
     /// The same in milliseconds of the monotonic clock.
     pub started: Millis,
+    /// No steward of this daemon was there before, so none has judged a server.
+    pub is_first: bool,
 }
 
 /// How the daemon as a whole is.

@@ -299,3 +299,35 @@ pub struct Place {
     #[serde(skip_serializing_if = "Value::is_null", default)]
     pub check: Value,
 }
+
+/// How a place is checked, and what came of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Check {
+    /// none, connect, http, exchange or command.
+    pub kind: String,
+    /// What spoke last: none (nothing yet), good, bad, unknown (this host could
+    /// not ask) or traffic (failures of real traffic).
+    pub last: String,
+    /// Why, where it was not good.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub reason: Option<String>,
+    /// How long the last good check took.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub latency_us: Option<u64>,
+    /// When the place last went up or down, seconds since 1970.
+    pub since: u64,
+    /// Checks that were good, and that were not, since this steward started.
+    pub good: u64,
+    pub bad: u64,
+    /// Good checks in a row, and how many bring it up now.
+    pub rise: u32,
+    pub rise_needed: u32,
+    /// Failures in a row, and how many take it down.
+    pub fall: u32,
+    pub fall_needed: u32,
+    /// It goes up and down so often that it is not told.
+    pub flapping: bool,
+    /// It is used to find out whether it is up: nothing checks it.
+    pub on_trial: bool,
+}

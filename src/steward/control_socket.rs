@@ -105,7 +105,7 @@ fn test_verdict(request: &Value, knowledge: &Knowledge) -> Value {
     let text = |key: &str| request.get(key).and_then(Value::as_str).unwrap_or_default().to_string();
     let id = PlaceId { upstream: text("upstream"), server: text("server"), address: text("server") };
     let health = if text("health") == "down" { Health::Down } else { Health::Up };
-    knowledge.servers.handle_verdict(&id, health, "a test says so", crate::sys::clock::coarse());
+    knowledge.servers.handle_verdict(&id, health, crate::sys::clock::coarse());
     json!({"ok": true, "text": ""})
 }
 

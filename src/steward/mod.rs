@@ -12,8 +12,10 @@
 
 mod access_log;
 mod admin;
+mod checks;
 mod control_socket;
 mod figures;
+pub mod names;
 mod report;
 pub mod servers;
 
@@ -163,6 +165,7 @@ fn serve(channel: Channel) -> Result<(), String> {
         }
     }
     control::send(&knowledge.channel, &FromSteward::Ready, &[]).map_err(|e| e.to_string())?;
+    checks::start(Arc::clone(&knowledge.servers), knowledge.birth.is_first);
     let answering = Arc::clone(&knowledge);
     std::thread::spawn(move || control_socket::serve(&listener, &answering));
     admin.begin();

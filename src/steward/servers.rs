@@ -12,13 +12,14 @@
 //! ends with the process.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use serde_json::Value;
 use tokio::sync::watch;
-use tracing::{info, warn};
+use tracing::warn;
 
 use super::View;
 use crate::board::{Board, Health, Layout, Overrides, Resolved, Standing, State};
@@ -44,6 +45,10 @@ pub struct Watched {
     pub health: config::Health,
     /// Whether UDP listeners use the upstream.
     pub is_udp: bool,
+    /// Addresses that the upstream connects from; empty = any.
+    pub source: Vec<IpAddr>,
+    /// The PROXY header that its servers expect.
+    pub send_proxy: config::SendProxy,
     /// How it stands: a check that begins anew goes on from here.
     pub verdict: Health,
 }
@@ -163,6 +168,8 @@ impl Servers {
                 },
                 health: file.health.clone(),
                 is_udp: is_udp(config, &file.name),
+                source: file.source.clone(),
+                send_proxy: file.send_proxy,
                 verdict: place.health,
             })
         });
@@ -187,19 +194,13 @@ impl Servers {
         named.collect()
     }
 
-    /// A verdict on a place, with why, for the log. One on a place that is
-    /// gone, or that changes nothing, does nothing.
-    pub fn handle_verdict(&self, id: &PlaceId, health: Health, reason: &str, now: Millis) {
+    /// A verdict on a place; who judges also tells people. One on a place that
+    /// is gone, or that changes nothing, does nothing.
+    pub fn handle_verdict(&self, id: &PlaceId, health: Health, now: Millis) {
         let mut inner = self.lock();
         let Some(present) = &mut inner.present else { return };
         if !present.standing.handle_verdict(id, health, now) {
             return;
-        }
-        let PlaceId { upstream, server, address } = id;
-        let place = if address == server { server.clone() } else { format!("{server} ({address})") };
-        match health {
-            Health::Up => info!("upstream {upstream}: server {place} is up: {reason}"),
-            Health::Down => warn!("upstream {upstream}: server {place} is down: {reason}"),
         }
         self.publish(&inner);
     }

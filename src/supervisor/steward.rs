@@ -24,6 +24,8 @@ const PATIENCE: Millis = 1_000;
 #[derive(Debug, Default)]
 pub struct Steward {
     process: Option<Process>,
+    /// There was one before.
+    had_one: bool,
     /// Those that say their last words.
     leaving: Vec<Child>,
     backoff: Backoff,
@@ -62,6 +64,7 @@ impl Steward {
             config_path: config_path.to_string(),
             started_at: prepared.started_at,
             started: prepared.started,
+            is_first: !std::mem::replace(&mut self.had_one, true),
         };
         let bells = [prepared.board_bell.as_fd(), prepared.failure_bell.as_fd()];
         let fds = [generation.sealed.as_fd(), prepared.control.as_fd(), bells[0], bells[1]];
@@ -88,7 +91,7 @@ impl Steward {
             .register(&mut SourceFd(&channel.as_fd().as_raw_fd()), token, Interest::READABLE)
             .map_err(|error| format!("the steward's channel: {error}"))?;
         let process = Process { child: Child::of_number(state.pid), channel, since: clock::coarse() };
-        Ok(Steward { process: Some(process), ..Steward::default() })
+        Ok(Steward { process: Some(process), had_one: true, ..Steward::default() })
     }
 
     /// It hears no more, says its last words and ends; when it is gone another

@@ -21,6 +21,17 @@ pub fn precise_micros() -> u64 {
     time.tv_sec() as u64 * 1_000_000 + time.tv_nsec() as u64 / 1_000
 }
 
+/// The monotonic clock together with the time that the machine slept.
+pub fn with_sleep() -> Millis {
+    millis(ClockId::CLOCK_BOOTTIME)
+}
+
+/// Seconds since 1970: for people alone, it may jump.
+pub fn wall_seconds() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |time| time.as_secs())
+}
+
 fn millis(clock: ClockId) -> Millis {
     let time = clock_gettime(clock).expect("the monotonic clock always works");
     time.tv_sec() as u64 * 1_000 + time.tv_nsec() as u64 / 1_000_000

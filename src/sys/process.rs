@@ -12,7 +12,7 @@ use std::process::{Command, ExitStatus, Stdio};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigHandler, Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
@@ -189,6 +189,24 @@ pub fn inherited_channel() -> io::Result<Channel> {
     let null = File::open("/dev/null")?;
     nix::unistd::dup2_stdin(&null)?;
     Ok(Channel::from_fd(channel))
+}
+
+/// Lets a program that is no part of the daemon start as from a shell: no
+/// signal ignored or blocked, and killed should this thread end first.
+pub fn start_clean(command: &mut Command) {
+    let clean = || {
+        prctl::set_pdeathsig(Signal::SIGKILL)?;
+        for signal in Signal::iterator().filter(|signal| !matches!(signal, Signal::SIGKILL | Signal::SIGSTOP))
+        {
+            // SAFETY: SIG_DFL runs no code, and nothing but the exec follows.
+            unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl)? };
+        }
+        super::signals::unblock_all()
+    };
+    // SAFETY: needed because what a process ignores survives exec, and only
+    // the child itself can change it. The closure runs between fork and exec
+    // and makes system calls alone: it allocates nothing and takes no lock.
+    unsafe { command.pre_exec(clean) };
 }
 
 /// Whether a child was stopped or continued by a signal since the last call;

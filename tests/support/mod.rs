@@ -15,8 +15,10 @@
 pub mod browser;
 pub mod daemon;
 pub mod datagrams;
+pub mod health;
 pub mod http;
 pub mod machine;
+pub mod resolver;
 pub mod schema;
 pub mod servers;
 

@@ -25,6 +25,9 @@ const LISTENER_WORDS: usize = 64;
 const SERVER_WORDS: usize = 32;
 const UPSTREAM_WORDS: usize = 2;
 
+/// How many words each part has: what is counted by another shape cannot be
+/// read. Counters are only ever added behind the others of their part.
+pub const SHAPE: [usize; 3] = [PROCESS_WORDS, LISTENER_WORDS, SERVER_WORDS];
 /// How long a connect to a server took: the upper ends of the histogram's
 /// buckets in microseconds; one more holds what took longer.
 pub const CONNECT_BOUNDS: [u64; 15] = [

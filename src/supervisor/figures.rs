@@ -34,6 +34,17 @@ struct Known {
 }
 
 impl Figures {
+    /// What is to be remembered where the sockets themselves are passed on.
+    pub fn gone(&self) -> Vec<(String, usize, u64)> {
+        self.gone.iter().map(|((listener, slot), &count)| (listener.clone(), *slot, count)).collect()
+    }
+
+    /// One that remembers this.
+    pub fn with_gone(gone: Vec<(String, usize, u64)>) -> Figures {
+        let gone = gone.into_iter().map(|(listener, slot, count)| ((listener, slot), count)).collect();
+        Figures { gone, ..Figures::default() }
+    }
+
     /// Looks at the sockets of each slot now.
     pub fn look<'a>(
         &mut self,

@@ -59,8 +59,11 @@ pub struct Prepared {
     pub started: Millis,
     /// What the operator should know, once there is a log.
     pub notes: Vec<String>,
-    socket: PathBuf,
-    _lock: Flock<File>,
+    /// The path from which the daemon runs, for an upgrade.
+    pub program: PathBuf,
+    pub socket: PathBuf,
+    /// Held for life.
+    pub lock: Flock<File>,
 }
 
 impl Prepared {
@@ -110,8 +113,9 @@ pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Generati
         failure_bell: Bell::new().map_err(Refusal::of_system)?,
         started_at: now.map_or(0, |time| time.as_secs()),
         notes: assignment.notes,
+        program: process::own_path().map_err(Refusal::of_system)?,
         socket: start.control_socket.clone(),
-        _lock: lock,
+        lock,
     };
     Ok((prepared, generation, slots))
 }

@@ -11,6 +11,7 @@ use std::process::ExitStatus;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::sys::signal::Signal;
+use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use super::admin::Admin;
@@ -31,12 +32,32 @@ pub struct Seen {
     figures: Figures,
     reload: Option<Reload>,
     /// For each slot, why its workers ended and how often.
-    ends: Vec<BTreeMap<&'static str, u64>>,
+    ends: Vec<BTreeMap<String, u64>>,
     told: Option<DaemonState>,
     admin_told: bool,
 }
 
+/// What the next image of the supervisor finds of it.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct SeenState {
+    reload: Option<Reload>,
+    ends: Vec<BTreeMap<String, u64>>,
+    /// What sockets had dropped that are gone: listener, slot, count.
+    gone: Vec<(String, usize, u64)>,
+}
+
 impl Seen {
+    /// For the next image.
+    pub fn pack(&self) -> SeenState {
+        SeenState { reload: self.reload.clone(), ends: self.ends.clone(), gone: self.figures.gone() }
+    }
+
+    /// As the image before this one left it.
+    pub fn unpack(state: SeenState) -> Seen {
+        let SeenState { reload, ends, gone } = state;
+        Seen { figures: Figures::with_gone(gone), reload, ends, ..Seen::default() }
+    }
+
     /// A new steward knows nothing.
     pub fn forget_told(&mut self) {
         self.told = None;
@@ -103,7 +124,7 @@ impl Supervisor {
         if self.seen.ends.len() <= slot {
             self.seen.ends.resize_with(slot + 1, BTreeMap::new);
         }
-        *self.seen.ends[slot].entry(reason).or_default() += 1;
+        *self.seen.ends[slot].entry(reason.to_string()).or_default() += 1;
     }
 
     /// Why a slot's worker was replaced, with how often; what is known of no
@@ -111,7 +132,7 @@ impl Supervisor {
     pub(super) fn restart_reasons(&self, slot: usize) -> BTreeMap<String, u64> {
         let ends = self.seen.ends.get(slot).into_iter().flatten();
         let mut reasons: BTreeMap<String, u64> =
-            ends.map(|(reason, count)| ((*reason).to_string(), *count)).collect();
+            ends.map(|(reason, count)| (reason.clone(), *count)).collect();
         let known = reasons.values().sum();
         let other = self.supervision.restarts(slot).saturating_sub(known);
         if other > 0 {

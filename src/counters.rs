@@ -25,6 +25,10 @@ const LISTENER_WORDS: usize = 64;
 const SERVER_WORDS: usize = 8;
 const UPSTREAM_WORDS: usize = 2;
 
+/// How many words each part has: what is counted by another shape cannot be
+/// read. Counters are only ever added behind the others of their part.
+pub const SHAPE: [usize; 3] = [PROCESS_WORDS, LISTENER_WORDS, SERVER_WORDS];
+
 /// Counters of the worker as a whole.
 #[derive(Clone, Copy, Debug)]
 #[repr(usize)]

@@ -5,6 +5,7 @@
 //! be read is a bug and ends the connection.
 
 pub mod client;
+pub mod misbehave;
 pub mod sessions;
 pub mod status;
 
@@ -33,7 +34,7 @@ pub struct Place {
 
 /// What makes two sockets the same, whatever number a configuration gives
 /// them.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct SocketId {
     /// The address, as bound.
     pub address: SocketAddr,
@@ -61,6 +62,9 @@ pub enum ToWorker {
         account: Option<Account>,
         outliving: Vec<Place>,
         tells_load: bool,
+        /// Open nothing, say `Ready` and end: a new image is tried out.
+        #[serde(default)]
+        trial: bool,
         logs_access: bool,
         /// So many slots' counters of the generation before, whose workers may
         /// still have sessions: after its configuration they come before those
@@ -277,6 +281,8 @@ pub enum Request {
     Scale(usize),
     /// Move sessions until the workers have equally many.
     Rebalance,
+    /// Replace the running program by the file at its path.
+    Upgrade,
     /// The sessions that this takes.
     Sessions(sessions::Query),
     /// One server of the file is to be used otherwise than the file says.

@@ -20,6 +20,7 @@ mod shift;
 mod slot;
 mod steering;
 mod steward;
+mod upgrade;
 mod watch;
 
 use std::io;
@@ -37,6 +38,7 @@ use crate::board::Overrides;
 use crate::config::{Config, Workers};
 use crate::control::{FromSteward, FromWorker, Request, ToSteward, ToWorker, WorkerState};
 use crate::counters::Process;
+use crate::logging::Log;
 use crate::supervision::watch::Watch;
 use crate::supervision::{Action, Event, Phase, Supervision};
 use crate::sys::clock::{self, Millis};
@@ -51,6 +53,9 @@ use shift::Shift;
 use slot::{Role, Slot};
 use steering::Steering;
 use steward::Steward;
+use upgrade::{Departure, Upgrade};
+
+pub use upgrade::{Left, left, probe, resume};
 
 /// What `evenkeel run` was asked to run.
 pub struct Start {
@@ -62,8 +67,16 @@ pub struct Start {
     pub control_socket: std::path::PathBuf,
     /// Lines for a newcomer, printed once everything serves.
     pub greeting: Option<String>,
-    /// Reads the configuration again, for a reload; an error's text tells all
-    /// that is wrong with it.
+    /// How the file is read.
+    pub file: File,
+}
+
+/// The configuration's file as `run` was told of it.
+pub struct File {
+    /// Its path; `None` where `run` finds it by itself.
+    pub path: Option<std::path::PathBuf>,
+    /// Reads it again, for a reload; an error's text tells all that is wrong
+    /// with it.
     pub read_again: Box<dyn Fn() -> Result<Config, String>>,
 }
 
@@ -123,6 +136,10 @@ struct Supervisor {
     announced: bool,
     /// No slot has a current worker any more; old ones may still finish.
     finishing: bool,
+    /// The running program is being replaced.
+    upgrade: Option<Upgrade>,
+    /// Another image is to be run as soon as this turn of the loop is over.
+    departure: Option<Departure>,
     last_token: usize,
     told: Vec<WorkerState>,
     tables_changed: bool,
@@ -138,7 +155,7 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
     // Before anything is started: a signal that comes early waits.
     let signals = Signals::block(&HANDLED).map_err(Refusal::of_system)?;
     let (mut prepared, generation, mut slots) = prepare::prepare(&start, passed)?;
-    let _log = crate::control::start_log(&start.config.log, "supervisor");
+    let log = crate::control::start_log(&start.config.log, "supervisor");
     prepared.notes.iter().for_each(|note| warn!("{note}"));
     crate::sys::process::set_name("ek-supervisor");
     let poll = Poll::new().map_err(Refusal::of_system)?;
@@ -174,13 +191,18 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         end: None,
         announced: false,
         finishing: false,
+        upgrade: None,
+        departure: None,
         last_token: FIRST_PROCESS,
         told: Vec::new(),
         tables_changed: false,
         overrides: Overrides::default(),
         overrides_changed: false,
     };
-    supervisor.serve()
+    info!("evenkeel {} starts {} workers", env!("CARGO_PKG_VERSION"), supervisor.slots.len());
+    supervisor.step(Event::Begin)?;
+    supervisor.start_steward();
+    supervisor.live(log)
 }
 
 impl Refusal {
@@ -194,12 +216,24 @@ impl Refusal {
 }
 
 impl Supervisor {
-    fn serve(&mut self) -> Result<ExitCode, Refusal> {
-        info!("evenkeel {} starts {} workers", env!("CARGO_PKG_VERSION"), self.slots.len());
-        self.step(Event::Begin)?;
-        self.start_steward();
+    /// Serves until the end; another image may go on meanwhile.
+    fn live(mut self, mut log: Log) -> Result<ExitCode, Refusal> {
+        loop {
+            self.serve()?;
+            if let Some(code) = self.end {
+                self.steward.end();
+                return Ok(code);
+            }
+            // Comes back where the other image cannot be run.
+            self.depart(&mut log);
+        }
+    }
+
+    /// Until the daemon is over, or another image is to be run.
+    fn serve(&mut self) -> Result<(), Refusal> {
         let mut events = Events::with_capacity(128);
-        while self.end.is_none() {
+        // Flows that are just moving arrive first.
+        while self.end.is_none() && (self.departure.is_none() || self.shift.is_some()) {
             let timeout =
                 self.next_wake().map(|at| Duration::from_millis(at.saturating_sub(clock::coarse())));
             // The coarse clock steps by some milliseconds: never spin for it.
@@ -220,6 +254,7 @@ impl Supervisor {
             self.watch_workers()?;
             self.handle_leave_deadline();
             self.handle_reload_deadline();
+            self.handle_upgrade_deadline();
             self.handle_shift_deadline();
             self.end_inquiries();
             self.check_finished();
@@ -232,8 +267,7 @@ impl Supervisor {
             }
             self.tell_steward();
         }
-        self.steward.end();
-        Ok(self.end.expect("the loop's condition"))
+        Ok(())
     }
 
     /// Brings the steering up to date, flows included.
@@ -253,8 +287,9 @@ impl Supervisor {
         let leave = self.leave.as_ref().and_then(Leave::kill_at);
         let reload = self.reload.as_ref().map(Reload::deadline);
         let watched = [self.watch.next_deadline(), self.notify.next_deadline()];
+        let upgrade = self.upgrade.as_ref().and_then(Upgrade::deadline);
         let shift = self.shift.as_ref().map(Shift::deadline);
-        let own = [self.supervision.next_deadline(), self.steward.due_at(), leave, reload, shift];
+        let own = [self.supervision.next_deadline(), self.steward.due_at(), leave, reload, upgrade, shift];
         let steering = [self.steering.next_deadline(clock::coarse()), self.inquiry_deadline()];
         own.into_iter().chain(watched).chain(steering).flatten().min()
     }
@@ -368,6 +403,9 @@ impl Supervisor {
     }
 
     fn read_process(&mut self, token: Token) -> Result<(), Refusal> {
+        if self.read_trial(token) {
+            return Ok(());
+        }
         // Looked up each time: a message may change the slots.
         while let Some((index, retiring, role)) = self.locate(token) {
             let slots = if retiring { &mut self.retiring } else { &mut self.slots };
@@ -449,6 +487,13 @@ impl Supervisor {
                         self.finish_reload_notice();
                     }
                 }
+                Signal::SIGUSR2 => {
+                    self.notify_reloading();
+                    if let Err(refusal) = self.upgrade(None) {
+                        error!("not upgraded: {}", refusal.text);
+                        self.finish_reload_notice();
+                    }
+                }
                 Signal::SIGUSR1 => self.reopen_logs(),
                 other => warn!("{other} does nothing yet"),
             }
@@ -490,6 +535,7 @@ impl Supervisor {
             self.read_process(token)?;
             self.handle_ended(token, status)?;
         }
+        self.reap_upgrade();
         if self.steward.reap(self.poll.registry(), clock::coarse()) {
             self.start_steward();
         }
@@ -545,6 +591,7 @@ impl Supervisor {
             self.kill_all();
             return Ok(());
         }
+        self.forget_upgrade("the daemon leaves");
         self.abort_reload("the daemon leaves");
         info!("leaving: nothing new is taken, what is here is finished");
         self.notify.begin_leave(clock::coarse());
@@ -623,6 +670,10 @@ impl Supervisor {
             }
             Request::Scale(count) => self.scale(count, id).map(|()| None),
             Request::Rebalance => self.rebalance(id).map(|()| None),
+            Request::Upgrade => {
+                self.notify_reloading();
+                self.upgrade(Some(id)).map(|()| None).inspect_err(|_| self.finish_reload_notice())
+            }
             Request::Sessions(query) => {
                 self.ask_workers(id, &query).map(|()| None).map_err(|text| Refusal::new(1, text, ""))
             }

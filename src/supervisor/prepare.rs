@@ -53,8 +53,11 @@ pub struct Prepared {
     pub started_at: u64,
     /// What the operator should know, once there is a log.
     pub notes: Vec<String>,
-    socket: PathBuf,
-    _lock: Flock<File>,
+    /// The path from which the daemon runs, for an upgrade.
+    pub program: PathBuf,
+    pub socket: PathBuf,
+    /// Held for life.
+    pub lock: Flock<File>,
 }
 
 impl Prepared {
@@ -101,8 +104,9 @@ pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Generati
         failure_bell: Bell::new().map_err(Refusal::of_system)?,
         started_at: now.map_or(0, |time| time.as_secs()),
         notes: assignment.notes,
+        program: process::own_path().map_err(Refusal::of_system)?,
         socket: start.control_socket.clone(),
-        _lock: lock,
+        lock,
     };
     Ok((prepared, generation, slots))
 }

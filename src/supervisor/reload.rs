@@ -27,6 +27,7 @@ use tracing::{info, warn};
 use super::generation::Generation;
 use super::slot::Slot;
 use super::steering::FlowSlots;
+use super::upgrade::Upgrade;
 use super::{Refusal, Supervisor, access_log, activation, plan, prepare};
 use crate::config::{Config, Mode, Workers};
 use crate::control::{Place, ToWorker};
@@ -67,7 +68,7 @@ enum Stage {
 #[derive(Debug, Default)]
 pub struct Transfers {
     waiting: VecDeque<(usize, usize, usize)>,
-    under_way: Option<usize>,
+    pub under_way: Option<usize>,
     requester: Option<u64>,
     planned: usize,
 }
@@ -111,7 +112,7 @@ impl Supervisor {
         requester: Option<u64>,
         dry_run: bool,
     ) -> Result<Option<String>, Refusal> {
-        let mut config = (self.start.read_again)().map_err(|text| Refusal::new(78, text, ""))?;
+        let mut config = (self.start.file.read_again)().map_err(|text| Refusal::new(78, text, ""))?;
         plan::check(&self.generation.config, &config)?;
         // `scale` stands until the file's own number changes.
         match self.scaled {
@@ -150,11 +151,8 @@ impl Supervisor {
         slot_count: usize,
         requester: Option<u64>,
     ) -> Result<(), Refusal> {
-        if self.leave.is_some() {
-            return Err(Refusal::new(1, "the daemon is leaving", ""));
-        }
-        if self.reload.is_some() || self.shift.is_some() || !self.retiring.is_empty() || !self.announced {
-            return Err(Refusal::new(1, "another change is under way", "try again in a moment"));
+        if !self.upgrade.as_ref().is_some_and(Upgrade::is_proving) {
+            self.check_no_change()?;
         }
         if let Some(slot) = self.slots.iter().skip(slot_count).find(|slot| slot.current.is_none()) {
             let text = format!("slot {} is to go, and its worker is just being replaced", slot.number);
@@ -189,6 +187,21 @@ impl Supervisor {
             access_log,
         });
         self.prove(0);
+        Ok(())
+    }
+
+    /// One change of the whole at a time, and none while the daemon leaves.
+    pub(super) fn check_no_change(&self) -> Result<(), Refusal> {
+        if self.leave.is_some() {
+            return Err(Refusal::new(1, "the daemon is leaving", ""));
+        }
+        let is_under_way = self.reload.is_some()
+            || self.shift.is_some()
+            || self.upgrade.is_some()
+            || self.departure.is_some();
+        if is_under_way || !self.retiring.is_empty() || !self.announced {
+            return Err(Refusal::new(1, "another change is under way", "try again in a moment"));
+        }
         Ok(())
     }
 
@@ -249,6 +262,9 @@ impl Supervisor {
         let added = self.slots.split_off(reload.old_slot_count);
         self.retiring.extend(added.into_iter().filter(|slot| !slot.old.is_empty()));
         self.resize(reload.old_slot_count);
+        if self.turn_back(why) {
+            return;
+        }
         self.answer(reload.requester, Err(why.to_string()));
         self.finish_reload_notice();
     }
@@ -269,6 +285,7 @@ impl Supervisor {
             warn!("server {server} is gone from the file, and with it what was changed about it");
         }
         self.overrides_changed = true;
+        self.commit_upgrade();
         self.swap(0);
     }
 
@@ -418,7 +435,9 @@ impl Supervisor {
         let Some(reload) = self.reload.take_if(done) else { return };
         info!("generation {} serves with {} workers", reload.generation.number, self.slots.len());
         let text = format!("generation {} serves", reload.generation.number);
-        self.answer(reload.requester, Ok(text));
+        if !self.finish_upgrade(&text) {
+            self.answer(reload.requester, Ok(text));
+        }
         self.finish_reload_notice();
     }
 
@@ -447,7 +466,11 @@ impl Supervisor {
 
     /// Moves sessions until every slot has as many, to within one.
     pub(super) fn rebalance(&mut self, requester: u64) -> Result<(), Refusal> {
-        if self.reload.is_some() || self.transfers.under_way.is_some() || self.leave.is_some() {
+        if self.reload.is_some()
+            || self.upgrade.is_some()
+            || self.transfers.under_way.is_some()
+            || self.leave.is_some()
+        {
             return Err(Refusal::new(1, "another change is under way", "try again in a moment"));
         }
         let active = |slot: &Slot| -> u64 {

@@ -11,6 +11,7 @@ pub mod bpf;
 pub mod channel;
 pub mod clock;
 pub mod datagram;
+pub mod exec;
 pub mod filter;
 pub mod handshakes;
 pub mod holders;

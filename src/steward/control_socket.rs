@@ -115,6 +115,10 @@ fn handle(request: &Value, knowledge: &Knowledge) -> Value {
             _ => json!({"error": "scale wants \"workers\", a number from 1 to 64"}),
         },
         Some("rebalance") => done(Request::Rebalance),
+        Some("note_job") => match request.get("job").and_then(Value::as_str) {
+            Some(job) if job.len() < 100 => done(Request::NoteJob(job.to_string())),
+            _ => json!({"error": "note_job wants a \"job\""}),
+        },
         Some("upgrade") => done(Request::Upgrade),
         Some("sessions") => {
             let query = request.get("query").cloned().unwrap_or_else(|| json!({}));

@@ -26,7 +26,7 @@ const SLOT: &str = "evenkeel-slot-";
 const LOT: &str = "evenkeel-lot-";
 /// When a message is tried again for which systemd had no room, in
 /// milliseconds.
-const TRY_AGAIN: Millis = 20;
+const TRY_AGAIN: Millis = 100;
 
 /// What systemd keeps for us.
 #[derive(Debug, Default)]

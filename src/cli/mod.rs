@@ -52,6 +52,13 @@ pub fn main() -> ExitCode {
         },
         Command::UpgradeProbe { config } => upgrade_probe(&Source::of_run(config)),
         Command::Rebalance { socket } => ask::command(&files::socket(socket.as_deref()), "rebalance"),
+        Command::Server { command } => {
+            let (name, weight, socket) = command.parts();
+            let server = command.target();
+            let request =
+                serde_json::json!({"command": "server", "change": name, "server": server, "weight": weight});
+            ask::simple(&files::socket(socket), &request)
+        }
         Command::Sessions(args) => {
             let socket = files::socket(args.socket.as_deref());
             sessions::run(*args, &socket)

@@ -3,13 +3,15 @@
 //! Shared by the slots and processes that belong to it, and gone with the last
 //! of them. A reload makes the next one.
 
+use std::hash::{BuildHasher, RandomState};
 use std::os::fd::OwnedFd;
+use std::rc::Weak;
 
 use super::Refusal;
 use crate::board::{self, Board, Overrides, Standing};
 use crate::config::{Config, Mode};
 use crate::control::{Place, SocketId};
-use crate::counters::{Counters, Layout};
+use crate::counters::{Counters, Layout, Process, process_cell};
 use crate::sys::shared::{self, Region};
 
 /// A configuration with its number and its counters.
@@ -25,6 +27,8 @@ pub struct Generation {
     pub regions: Vec<Region>,
     /// The same, to be read alone.
     pub readable: Vec<OwnedFd>,
+    /// The one that it took the place of, as long as anybody counts in that.
+    pub before: Weak<Generation>,
     board_layout: board::Layout,
     /// How its servers stand; written by the steward.
     pub board: Region,
@@ -40,6 +44,13 @@ impl Generation {
             .map(|_| Region::create("evenkeel-counters", layout.word_count()))
             .collect::<std::io::Result<Vec<Region>>>()
             .map_err(Refusal::of_system)?;
+        // Whoever knew it could choose addresses that are counted together.
+        let seed = RandomState::new().hash_one(number);
+        for region in &regions {
+            if let Some(cell) = process_cell(region.words(), Process::SourceSeed) {
+                cell.set(seed);
+            }
+        }
         let readable = regions.iter().map(Region::read_only_fd).collect::<std::io::Result<Vec<OwnedFd>>>();
         let board_layout = board::Layout::of(&config);
         let board =
@@ -52,6 +63,7 @@ impl Generation {
             readable: readable.map_err(Refusal::of_system)?,
             regions,
             config,
+            before: Weak::new(),
             board_layout,
             readable_board: board.read_only_fd().map_err(Refusal::of_system)?,
             board,
@@ -75,6 +87,7 @@ impl Generation {
             sealed: shared::sealed("evenkeel-config", json).map_err(Refusal::of_system)?,
             readable: vec![region.read_only_fd().map_err(Refusal::of_system)?],
             regions: vec![region],
+            before: Weak::new(),
             board_layout: present.board_layout.clone(),
             readable_board: board.read_only_fd().map_err(Refusal::of_system)?,
             board,
@@ -109,6 +122,7 @@ impl Generation {
             readable: readable.map_err(|error| error.to_string())?,
             regions,
             config,
+            before: Weak::new(),
             board_layout,
             readable_board: board.read_only_fd().map_err(|error| error.to_string())?,
             board,

@@ -588,6 +588,8 @@ impl Supervisor {
         }
         match role {
             Role::Current => {
+                // At once, not only when a successor says so.
+                slot.forget_gauges(token);
                 slot.current = None;
                 if status.success() && self.leave.is_some() {
                     info!(slot = index, "worker has left");
@@ -603,6 +605,7 @@ impl Supervisor {
                 self.abort_reload(&format!("worker {index} ended: {status}"));
             }
             Role::Old => {
+                slot.forget_gauges(token);
                 slot.old.retain(|process| process.token != token);
                 if !status.success() {
                     warn!(slot = index, "an old worker ended: {status}");

@@ -4,7 +4,7 @@
 //! gives the supervisor a duplicate of each; whoever fills the slot later gets
 //! those, with what waits in their queues.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -12,6 +12,7 @@ use tracing::{debug, warn};
 
 use super::Failure;
 use super::access_log::AccessLog;
+use super::elsewhere::Elsewhere;
 use super::load::Load;
 use crate::board;
 use crate::config::{self, Config, Listener, Mode, Multicast};
@@ -20,12 +21,13 @@ use crate::control::{self, FromWorker, Place, ToWorker};
 use crate::counters::Layout;
 use crate::explain::{self, BindFailure};
 use crate::logging;
-use crate::sys::accounts::{self, Account};
+use crate::sys::accounts::{self, Account, Keep};
 use crate::sys::bell::Bell;
 use crate::sys::channel::Channel;
 use crate::sys::filter;
 use crate::sys::holders::{self, Protocol};
 use crate::sys::listen::{self, MulticastInterface, Options, Share};
+use crate::sys::local_end;
 use crate::sys::process;
 use crate::sys::shared::{self, Region};
 use crate::sys::stream::TcpOptions;
@@ -51,6 +53,10 @@ pub struct Born {
     pub load: Option<Load>,
     /// Where it says which sessions ended, if that is wanted.
     pub access_log: Option<RefCell<AccessLog>>,
+    /// Those of the generation before, where it still has workers.
+    pub earlier: Option<Elsewhere>,
+    /// Those of the generation after, once it begins to take its place.
+    pub later: OnceCell<Elsewhere>,
     /// Every slot's counters, to read.
     pub all: Vec<Region>,
     pub sockets: Vec<(Place, OwnedFd)>,
@@ -77,6 +83,7 @@ impl Born {
             tells_load,
             trial,
             logs_access,
+            before,
         } = birth
         else {
             return Err(Failure::new("the supervisor did not begin with a birth"));
@@ -96,6 +103,11 @@ impl Born {
         let access_log = match logs_access {
             true => Some(RefCell::new(AccessLog::new(next()?, config.log.format))),
             false => None,
+        };
+        let earlier = match before {
+            0 => None,
+            // Its configuration, and then its slots.
+            count => Some(Elsewhere::open(&config, fds.by_ref().take(1 + count)).map_err(Failure::new)?),
         };
         let all = fds.map(Region::open_read_only).collect::<Result<Vec<_>, _>>();
         let all = all.map_err(|e| Failure::new(format!("the counters: {e}")))?;
@@ -123,7 +135,7 @@ impl Born {
         if config.daemon.pin_workers {
             pin(slot);
         }
-        give_up_privileges(account)?;
+        give_up_privileges(account, &config)?;
         let layout = Layout::of(&config);
         let board_layout = board::Layout::of(&config);
         Ok(Some(Born {
@@ -139,6 +151,8 @@ impl Born {
             failure_bell,
             load,
             access_log,
+            earlier,
+            later: OnceCell::new(),
             all,
             sockets,
             kept,
@@ -282,9 +296,11 @@ pub fn listen_options(listener: &Listener) -> Options {
     }
 }
 
-fn give_up_privileges(account: Option<Account>) -> Result<(), Failure> {
+fn give_up_privileges(account: Option<Account>, config: &Config) -> Result<(), Failure> {
+    let transparent = config.upstreams.iter().find(|upstream| upstream.transparent);
+    let keep = if transparent.is_some() { Keep::ForeignAddresses } else { Keep::Nothing };
     if let Some(account) = account {
-        accounts::become_account(account).map_err(|e| Failure {
+        accounts::become_account(account, keep).map_err(|e| Failure {
             text: format!("cannot become uid {} gid {}: {e}", account.uid, account.gid),
             advice: "start evenkeel as root, or leave out user and group".into(),
             exit_code: 77,
@@ -293,7 +309,21 @@ fn give_up_privileges(account: Option<Account>) -> Result<(), Failure> {
     // What a unit's AmbientCapabilities= gave for binding. Root without `user`
     // stays what it is: the operator asked for no change.
     if accounts::current_uid() != 0 {
-        accounts::drop_capabilities().map_err(|e| Failure::new(format!("capabilities: {e}")))?;
+        accounts::drop_capabilities(keep).map_err(|e| Failure::new(format!("capabilities: {e}")))?;
+    }
+    if let Some(upstream) = transparent
+        && let Err(error) = local_end::may_be_foreign()
+    {
+        return Err(Failure {
+            text: format!(
+                "upstream \"{}\" has transparent = true, and this process may not leave from the addresses of \
+                 its clients: {error}",
+                upstream.name
+            ),
+            advice: "AmbientCapabilities=CAP_NET_RAW in the unit, or start as root, or leave transparent out"
+                .into(),
+            exit_code: 77,
+        });
     }
     process::set_no_new_privileges().map_err(|e| Failure::new(format!("no_new_privs: {e}")))
 }

@@ -12,8 +12,12 @@
 
 mod access_log;
 mod birth;
+mod complaints;
 mod datagrams;
+mod departures;
+mod elsewhere;
 mod event_loop;
+mod gate;
 mod handover;
 #[cfg(debug_assertions)]
 mod hang;

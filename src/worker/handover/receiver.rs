@@ -182,7 +182,7 @@ impl Receiver {
             let own = at..at + sockets.len();
             at = own.end;
             let has_room = cargo.sessions.len() < room;
-            match has_room.then(|| cargo.sessions.take(arrival, sockets)).flatten() {
+            match has_room.then(|| cargo.sessions.take(arrival, sockets, cargo.now)).flatten() {
                 Some(key) => taken.push(key),
                 None => {
                     refused.push(index);

@@ -1,9 +1,7 @@
 //! Which place of its upstream a session goes to, and what that place is.
 
-use mio::Registry;
-
 use super::connect::Attempt;
-use super::{Sessions, Stage};
+use super::{Entry, Sessions, Stage};
 use crate::balance::{Ask, Pick};
 use crate::board::Health;
 use crate::config::{OnDown, ServerAddress};
@@ -14,7 +12,8 @@ use crate::sys::clock::Millis;
 impl Sessions<'_> {
     /// The board may have changed: sessions of servers that went down are
     /// reset where that is asked, and waiting ones may find a place.
-    pub fn handle_board(&mut self, _registry: &Registry, now: Millis) {
+    pub fn handle_board(&mut self, now: Millis) {
+        self.waiting.look_soon();
         for upstream in 0..self.seen_epochs.len() {
             let epoch = self.context.board.epoch(upstream);
             if self.seen_epochs[upstream] == epoch {
@@ -31,36 +30,48 @@ impl Sessions<'_> {
     /// A look at every session: servers go down seldom.
     fn reset_down(&mut self, upstream: usize, now: Millis) {
         for key in self.slab.keys() {
-            let Some(entry) = self.slab.get(key) else { continue };
-            let is_open = matches!(entry.stage, Stage::Open) && !entry.frozen;
-            let place = entry.server_index.filter(|_| is_open && self.upstream(key) == Some(upstream));
-            let place = place.and_then(|place| self.balancers[upstream].places().get(place as usize));
-            let is_down =
-                place.is_some_and(|p| p.health == Health::Down && p.incarnation == entry.incarnation);
-            if is_down {
+            let is_open = |entry: &Entry| matches!(entry.stage, Stage::Open) && !entry.frozen;
+            if self.upstream(key) == Some(upstream)
+                && self.slab.get(key).is_some_and(is_open)
+                && self.is_to_be_reset(key)
+            {
                 self.close(key, CloseReason::ServerDown, now);
             }
         }
     }
 
-    /// The upstream of a session and the place that it is to try.
-    pub(super) fn pick(&mut self, key: Key, attempt: &Attempt, now: Millis) -> (usize, Pick) {
-        let upstream = self.upstream(key).expect("only a session with an upstream connects");
+    /// Whether its server is down, and its upstream keeps no session there.
+    pub(super) fn is_to_be_reset(&self, key: Key) -> bool {
+        let (Some(upstream), Some(entry)) = (self.upstream(key), self.slab.get(key)) else { return false };
+        let place = |place: u32| self.balancers[upstream].places().get(place as usize);
+        let is_down = entry
+            .server_index
+            .and_then(place)
+            .is_some_and(|place| place.health == Health::Down && place.incarnation == entry.incarnation);
+        is_down && self.context.config.upstreams[upstream].on_down == OnDown::Reset
+    }
+
+    /// The place that a session is to try.
+    pub(super) fn pick(&mut self, upstream: usize, attempt: &Attempt, now: Millis) -> Pick {
         let tried = &attempt.tried;
         if tried.len() as u64 > u64::from(self.context.config.upstreams[upstream].retries) {
-            return (upstream, Pick::Tried);
+            return Pick::Tried;
         }
         let context = &self.context;
         let balancer = &mut self.balancers[upstream];
         balancer.refresh(&context.board, upstream);
+        if !self.may_pass(upstream, attempt.waits_since, now) {
+            return Pick::Full;
+        }
+        let context = &self.context;
         let ask = Ask {
-            client: attempt.client,
+            client: attempt.client.ip().to_canonical(),
             now,
             table: context.board.table(upstream),
             active: &|place| context.active_at(upstream, place),
             tried: &|place| tried.contains(&(place as u32)),
         };
-        (upstream, balancer.pick(&ask))
+        self.balancers[upstream].pick(&ask)
     }
 
     /// The server of the configuration that a place belongs to.

@@ -165,6 +165,13 @@ pub enum Command {
         /// The slot, to be seen in ps
         slot: usize,
     },
+    /// Tell the daemon what systemd is about to do; for ExecStop= of the unit
+    #[command(hide = true)]
+    NoteJob {
+        /// The daemon's control socket
+        #[arg(long, value_name = "PATH")]
+        socket: Option<PathBuf>,
+    },
     /// What an upgrade asks of the new program; started by `run` alone
     #[command(hide = true)]
     UpgradeProbe {

@@ -47,6 +47,13 @@ pub fn main() -> ExitCode {
             ask::simple(&files::socket(socket.as_deref()), &request)
         }
         Command::Upgrade { socket } => ask::command(&files::socket(socket.as_deref()), "upgrade"),
+        Command::NoteJob { socket } => match supervisor::pending_job() {
+            Some(job) => {
+                let request = serde_json::json!({"command": "note_job", "job": job});
+                ask::simple(&files::socket(socket.as_deref()), &request)
+            }
+            None => ExitCode::SUCCESS,
+        },
         Command::UpgradeProbe { config } => upgrade_probe(&Source::of_run(config)),
         Command::Rebalance { socket } => ask::command(&files::socket(socket.as_deref()), "rebalance"),
         Command::Server { command } => {

@@ -84,7 +84,16 @@ pub enum ToWorker {
     /// limit. The sockets of these places are in no configuration any more:
     /// what waits in their queues is accepted first.
     #[allow(missing_docs)]
-    HandOver { removed: Vec<Place>, limit: Option<u64> },
+    HandOver {
+        removed: Vec<Place>,
+        limit: Option<u64>,
+        /// Nobody answers: what was sent is as good as taken.
+        #[serde(default)]
+        park: bool,
+    },
+    /// Take what was parked at the other end of this descriptor before a
+    /// restart, to its end, and say `Unparked`.
+    Unpark,
     /// Take what the worker at the other end of this descriptor passes. Where
     /// flows are among it, no client's datagram is read before they are here.
     #[allow(missing_docs)]
@@ -138,6 +147,8 @@ pub enum FromWorker {
     /// What could move has moved to another worker.
     #[allow(missing_docs)]
     HandedOver { moved: usize, left: usize },
+    /// It has read what was parked for it.
+    Unparked,
     /// It reads no client's datagram.
     Held,
     /// So many flows are where their datagrams come; so many others could not
@@ -326,6 +337,8 @@ pub enum Request {
     Scale(usize),
     /// Move sessions until the workers have equally many.
     Rebalance,
+    /// systemd is about to do this with the unit.
+    NoteJob(String),
     /// Replace the running program by the file at its path.
     Upgrade,
     /// The sessions that this takes.

@@ -146,6 +146,10 @@ fn handle(request: &Value, knowledge: &Knowledge) -> Value {
             _ => json!({"error": "scale wants \"workers\", a number from 1 to 64"}),
         },
         Some("rebalance") => done(Request::Rebalance),
+        Some("note_job") => match request.get("job").and_then(Value::as_str) {
+            Some(job) if job.len() < 100 => done(Request::NoteJob(job.to_string())),
+            _ => json!({"error": "note_job wants a \"job\""}),
+        },
         Some("server") => match server_request(request) {
             Ok(request) => done(request),
             Err(text) => json!({"error": text}),

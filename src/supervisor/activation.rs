@@ -12,11 +12,13 @@ use std::os::fd::OwnedFd;
 
 use super::generation::Generation;
 use super::slot::Slot;
+use super::store::{self, Returned};
 use super::{Refusal, Start};
 use crate::config::{Config, Listener, Mode};
 use crate::control::{Place, SocketId};
 use crate::sys::accounts;
 use crate::sys::activation::{self, Bound, Kind, Passed};
+use crate::sys::bpf;
 use crate::sys::listen::{self, OpenError, Options};
 use crate::sys::stream::TcpOptions;
 
@@ -67,6 +69,53 @@ pub fn give(
         slot.adopt(generation, own);
     }
     Ok(())
+}
+
+/// Gives the slots what they had before a restart (`store`); what is of no use
+/// any more is closed. What the operator should know.
+pub fn take_back(generation: &Generation, returned: &mut Returned, slots: &mut [Slot]) -> Vec<String> {
+    let mut notes = Vec::new();
+    let (places, uid, slot_count) = (generation.places(), accounts::current_uid(), slots.len());
+    for (number, passed) in std::mem::take(&mut returned.sockets) {
+        let place = places.iter().find(|(_, id)| store::is_for(&passed, id));
+        let bound = match passed.kind {
+            Kind::Tcp(bound) | Kind::Udp(bound) => Some(bound),
+            Kind::Other => None,
+        };
+        let why = match (place, bound) {
+            (Some(_), Some(bound)) if bound.uid != uid => "it belongs to another user than this process",
+            (Some((_, id)), _) if number >= slot_count && id.udp => "its slot is no more",
+            (Some(_), Some(_)) => "",
+            _ => "no listener wants it",
+        };
+        let adopted = place.filter(|_| why.is_empty()).map(|(place, id)| {
+            // It would be steered by the daemon before, into an array in which
+            // it stands.
+            let _ = bpf::classic::detach(&passed.fd);
+            let listener = &generation.config.listeners[place.listener];
+            let is_group = listen::is_group(id.address);
+            if is_group {
+                Ok(id.clone())
+            } else {
+                adopt(listener, place.address, &passed.fd).map(|()| id.clone())
+            }
+        });
+        match adopted {
+            Some(Ok(id)) => {
+                // Who waits at a slot that is no more is served by another one.
+                slots[number % slot_count].take_back(id, passed.fd);
+            }
+            Some(Err(refusal)) => {
+                notes.push(format!("{} from the store is closed: {}", passed.name, refusal.text));
+                returned.useless.push(passed.name);
+            }
+            None => {
+                notes.push(format!("{} from the store is closed, with who waits there: {why}", passed.name));
+                returned.useless.push(passed.name);
+            }
+        }
+    }
+    notes
 }
 
 /// Refuses a change of the running daemon after which nobody would serve a

@@ -15,6 +15,7 @@ mod inquiry;
 mod leave;
 mod ledger;
 mod notify;
+mod park;
 mod plan;
 mod prepare;
 mod reload;
@@ -23,6 +24,7 @@ mod shift;
 mod slot;
 mod steering;
 mod steward;
+mod store;
 mod upgrade;
 mod watch;
 
@@ -50,6 +52,7 @@ use generation::Generation;
 use inquiry::Inquiry;
 use leave::Leave;
 use notify::{Facts, Notify};
+use park::Lot;
 use prepare::Prepared;
 use reload::{Reload, Transfers};
 use seen::Seen;
@@ -57,8 +60,10 @@ use shift::Shift;
 use slot::{Role, Slot};
 use steering::Steering;
 use steward::Steward;
+use store::Store;
 use upgrade::{Departure, Upgrade};
 
+pub use park::pending_job;
 pub use upgrade::{Left, left, probe, resume};
 
 /// What `evenkeel run` was asked to run.
@@ -135,6 +140,14 @@ struct Supervisor {
     past: Option<Generation>,
     leave: Option<Leave>,
     inquiries: Vec<Inquiry>,
+    /// systemd's fd store.
+    store: Store,
+    /// What is parked, or was.
+    lots: Vec<Lot>,
+    /// The leave parks.
+    is_parking: bool,
+    /// What systemd is about to do, as the unit's ExecStop= said.
+    noted_job: Option<String>,
     /// Set when the daemon is over.
     end: Option<ExitCode>,
     announced: bool,
@@ -159,7 +172,11 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
     let passed = crate::sys::activation::take().map_err(Refusal::of_system)?;
     // Before anything is started: a signal that comes early waits.
     let signals = Signals::block(&HANDLED).map_err(Refusal::of_system)?;
-    let (mut prepared, generation, mut slots) = prepare::prepare(&start, passed)?;
+    let (passed, mut returned) = store::part(passed);
+    let mut store = Store::of_environment(&returned);
+    let (mut prepared, generation, mut slots) = prepare::prepare(&start, passed, &mut returned)?;
+    store.remove(&returned.useless);
+    let lots = returned.lots.into_iter().map(|(slot, a, b)| Lot::returned(slot, a, b)).collect();
     let log = crate::control::start_log(&start.config.log, "supervisor");
     prepared.notes.iter().for_each(|note| warn!("{note}"));
     crate::sys::process::set_name("ek-supervisor");
@@ -193,6 +210,10 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         past: None,
         leave: None,
         inquiries: Vec::new(),
+        store,
+        lots,
+        is_parking: false,
+        noted_job: None,
         end: None,
         announced: false,
         finishing: false,
@@ -261,6 +282,9 @@ impl Supervisor {
             self.handle_leave_deadline();
             self.handle_reload_deadline();
             self.handle_upgrade_deadline();
+            if self.leave.is_none() {
+                self.store.update(clock::coarse(), &self.slots);
+            }
             self.handle_shift_deadline();
             self.end_inquiries();
             self.check_finished();
@@ -296,7 +320,11 @@ impl Supervisor {
         let upgrade = self.upgrade.as_ref().and_then(Upgrade::deadline);
         let shift = self.shift.as_ref().map(Shift::deadline);
         let own = [self.supervision.next_deadline(), self.steward.due_at(), leave, reload, upgrade, shift];
-        let steering = [self.steering.next_deadline(clock::coarse()), self.inquiry_deadline()];
+        let steering = [
+            self.steering.next_deadline(clock::coarse()),
+            self.inquiry_deadline(),
+            self.store.next_deadline(),
+        ];
         own.into_iter().chain(watched).chain(steering).flatten().min()
     }
 
@@ -369,7 +397,11 @@ impl Supervisor {
 
     fn drain(&mut self, slot: usize) {
         let limit = self.leave.as_ref().and_then(|leave| leave.left(clock::coarse()));
-        self.slots[slot].drain(limit);
+        if self.is_parking {
+            self.park(slot, limit);
+        } else {
+            self.slots[slot].drain(limit);
+        }
     }
 
     fn announce(&mut self) {
@@ -388,6 +420,9 @@ impl Supervisor {
         let finishes = self.slots.iter().chain(&self.retiring).any(|slot| !slot.old.is_empty());
         if self.finishing && !finishes && self.end.is_none() {
             info!("every worker has left");
+            if self.is_parking {
+                self.store_lots();
+            }
             self.end = Some(self.leave.as_ref().map_or(ExitCode::SUCCESS, Leave::exit_code));
         }
     }
@@ -442,8 +477,10 @@ impl Supervisor {
             FromWorker::Ready if role == Role::Current => {
                 info!(slot, pid = self.slots[slot].pid(), "worker ready");
                 self.step(Event::Ready(slot))?;
+                self.unpark(slot);
             }
             FromWorker::Opened | FromWorker::Ready => {}
+            FromWorker::Unparked => self.handle_unparked(slot),
             FromWorker::QueuesClosed if retiring => self.retiring[slot].release_sockets(),
             FromWorker::QueuesClosed if role == Role::Old => {
                 let generation = Rc::clone(&self.generation);
@@ -483,9 +520,9 @@ impl Supervisor {
                 Signal::SIGCHLD => self.reap()?,
                 Signal::SIGTERM | Signal::SIGINT => {
                     let limit = self.generation.config.daemon.drain_timeout;
-                    self.handle_leave(Some(limit.as_millis() as u64))?;
+                    self.handle_leave(Some(limit.as_millis() as u64), signal == Signal::SIGTERM)?;
                 }
-                Signal::SIGQUIT => self.handle_leave(None)?,
+                Signal::SIGQUIT => self.handle_leave(None, false)?,
                 Signal::SIGHUP => {
                     self.notify_reloading();
                     if let Err(refusal) = self.reload_file(None, false) {
@@ -591,7 +628,7 @@ impl Supervisor {
     }
 
     /// The first call begins to leave, the second ends at once.
-    fn handle_leave(&mut self, limit: Option<Millis>) -> Result<(), Refusal> {
+    fn handle_leave(&mut self, limit: Option<Millis>, may_park: bool) -> Result<(), Refusal> {
         if let Some(leave) = &mut self.leave {
             warn!("a second signal: leaving at once");
             leave.fail();
@@ -599,11 +636,18 @@ impl Supervisor {
             self.kill_all();
             return Ok(());
         }
+        let park = may_park && self.is_to_park();
         self.forget_upgrade("the daemon leaves");
         self.abort_reload("the daemon leaves");
         info!("leaving: nothing new is taken, what is here is finished");
         self.notify.begin_leave(clock::coarse());
         self.leave = Some(Leave::begin(clock::coarse(), limit));
+        if park {
+            info!("sessions are parked for the next start");
+            self.is_parking = true;
+        } else {
+            self.store.clear(clock::coarse());
+        }
         self.step(Event::Leave)
     }
 
@@ -665,7 +709,7 @@ impl Supervisor {
             Request::Drain if self.leave.is_some() => Ok(Some(String::new())),
             Request::Drain => {
                 let limit = self.generation.config.daemon.drain_timeout;
-                self.handle_leave(Some(limit.as_millis() as u64)).map(|()| Some(String::new()))
+                self.handle_leave(Some(limit.as_millis() as u64), false).map(|()| Some(String::new()))
             }
             Request::Stop => {
                 info!("stopped by the control socket");
@@ -683,6 +727,10 @@ impl Supervisor {
             }
             Request::Scale(count) => self.scale(count, id).map(|()| None),
             Request::Rebalance => self.rebalance(id).map(|()| None),
+            Request::NoteJob(job) => {
+                self.noted_job = Some(job);
+                Ok(Some(String::new()))
+            }
             Request::Upgrade => {
                 self.notify_reloading();
                 self.upgrade(Some(id)).map(|()| None).inspect_err(|_| self.finish_reload_notice())

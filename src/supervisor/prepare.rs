@@ -18,9 +18,11 @@ use super::activation::{self, Assignment};
 use super::admin::Admin;
 use super::generation::Generation;
 use super::slot::Slot;
+use super::store::Returned;
 use super::{Refusal, Start};
 use crate::board::Overrides;
 use crate::config::{Config, Listener, Mode, Steering, Workers};
+use crate::control::SocketId;
 use crate::explain::{self, BindFailure};
 use crate::sys::accounts::{self, Account};
 use crate::sys::activation::Passed;
@@ -82,7 +84,11 @@ impl Drop for Prepared {
 
 /// Does all that a start needs, and nothing that a refusal would have to undo;
 /// `passed` is what systemd opened for us.
-pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Generation, Vec<Slot>), Refusal> {
+pub fn prepare(
+    start: &Start,
+    passed: Vec<Passed>,
+    returned: &mut Returned,
+) -> Result<(Prepared, Generation, Vec<Slot>), Refusal> {
     let config = &start.config;
     let slot_count = slot_count(config.daemon.workers);
     check_descriptors(config, slot_count)?;
@@ -92,7 +98,11 @@ pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Generati
     // Whoever shares its ports on purpose finds somebody there.
     let probed = if config.daemon.share_ports { &[][..] } else { &config.listeners[..] };
     for (index, listener) in probed.iter().enumerate() {
-        probe(listener, |address| !is_passed(listener, index, address, &assignment))?;
+        let udp = listener.mode == Mode::Udp;
+        let id = |address| SocketId { address, udp, interface: listener.interface.clone() };
+        probe(listener, |address| {
+            !is_passed(listener, index, address, &assignment) && !returned.has(&id(address))
+        })?;
     }
     let admin = Admin::bind(config.daemon.admin, None)?;
     let control = bind_control(&start.control_socket, account)?;
@@ -100,6 +110,8 @@ pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Generati
     generation.fill_board(&Overrides::default(), None);
     let mut slots: Vec<Slot> = (0..slot_count).map(Slot::new).collect();
     activation::give(&generation, &assignment, passed, &mut slots)?;
+    let mut notes = assignment.notes;
+    notes.extend(activation::take_back(&generation, returned, &mut slots));
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     let prepared = Prepared {
         image: Image::own().map_err(Refusal::of_system)?,
@@ -112,7 +124,7 @@ pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Generati
         board_bell: Bell::new().map_err(Refusal::of_system)?,
         failure_bell: Bell::new().map_err(Refusal::of_system)?,
         started_at: now.map_or(0, |time| time.as_secs()),
-        notes: assignment.notes,
+        notes,
         program: process::own_path().map_err(Refusal::of_system)?,
         socket: start.control_socket.clone(),
         lock,

@@ -203,7 +203,8 @@ impl Supervisor {
         let is_under_way = self.reload.is_some()
             || self.shift.is_some()
             || self.upgrade.is_some()
-            || self.departure.is_some();
+            || self.departure.is_some()
+            || !self.lots.is_empty();
         if is_under_way || !self.retiring.is_empty() || !self.announced {
             return Err(Refusal::new(1, "another change is under way", "try again in a moment"));
         }
@@ -351,7 +352,7 @@ impl Supervisor {
         let Slot { current: Some(new), old, .. } = &mut self.slots[slot] else { return };
         for old in old {
             let Ok((ours, theirs)) = Channel::pair() else { continue };
-            old.tell(&ToWorker::HandOver { removed: Vec::new(), limit }, &[ours.as_fd()]);
+            old.tell(&ToWorker::HandOver { removed: Vec::new(), limit, park: false }, &[ours.as_fd()]);
             new.tell(&ToWorker::TakeOver { flows: true }, &[theirs.as_fd()]);
         }
     }
@@ -393,7 +394,7 @@ impl Supervisor {
         let Some(old) = source.old.last_mut() else { return false };
         match pair {
             Ok((ours, theirs)) => {
-                old.tell(&ToWorker::HandOver { removed, limit }, &[ours.as_fd()]);
+                old.tell(&ToWorker::HandOver { removed, limit, park: false }, &[ours.as_fd()]);
                 if let Some(new) = &mut self.slots[to].current {
                     new.tell(&ToWorker::TakeOver { flows: true }, &[theirs.as_fd()]);
                 }

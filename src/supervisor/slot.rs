@@ -143,6 +143,11 @@ impl Slot {
         }
     }
 
+    /// Keeps what it had before a restart.
+    pub fn take_back(&mut self, id: SocketId, fd: OwnedFd) {
+        self.held.push((id, fd));
+    }
+
     /// The process with this token.
     pub fn find(&mut self, token: Token) -> Option<(Role, &mut Process)> {
         let current = self.current.as_mut().map(|process| (Role::Current, process));

@@ -410,13 +410,17 @@ impl<'a> Loop<'a> {
             }
             ToWorker::Drain { limit } => self.begin_leave(now, limit),
             ToWorker::Serve => self.begin_serving(now),
-            ToWorker::HandOver { removed, limit } => {
+            ToWorker::HandOver { removed, limit, park } => {
                 // The slot's line is its successor's from here on.
                 self.load = None;
-                self.begin_handover(fds, &removed, limit, now);
+                self.begin_handover(fds, &removed, limit, park, now);
             }
             ToWorker::Share { count } => self.begin_sending(fds, Freight::Sessions(count), None, now),
             ToWorker::TakeOver { flows } => self.begin_receiving(fds, flows, now),
+            ToWorker::Unpark => {
+                self.begin_receiving(fds, true, now);
+                self.receivers.mark_parked();
+            }
             ToWorker::Hold => {
                 // What came so far is of flows that are here.
                 self.datagrams.drain_fronts(self.poll.registry(), now);
@@ -463,7 +467,14 @@ impl<'a> Loop<'a> {
 
     /// Its successor gets everything. What waits in queues that nobody will
     /// have any more is accepted first.
-    fn begin_handover(&mut self, fds: Vec<OwnedFd>, removed: &[Place], limit: Option<Millis>, now: Millis) {
+    fn begin_handover(
+        &mut self,
+        fds: Vec<OwnedFd>,
+        removed: &[Place],
+        limit: Option<Millis>,
+        park: bool,
+        now: Millis,
+    ) {
         self.listeners.close_all_but(self.poll.registry(), removed);
         // Of a slot that goes, nobody will read what waits.
         self.datagrams.drain_fronts(self.poll.registry(), now);
@@ -476,6 +487,9 @@ impl<'a> Loop<'a> {
             outgoing.sender.fail("another receiver", &mut self.cargo(now));
         }
         self.begin_sending(fds, Freight::Everything, Some(limit), now);
+        if let Some(outgoing) = self.sender.as_mut().filter(|_| park) {
+            outgoing.sender.park();
+        }
     }
 
     fn cargo(&mut self, now: Millis) -> Cargo<'_, 'a> {
@@ -555,7 +569,10 @@ impl<'a> Loop<'a> {
     fn handle_peer(&mut self, token: Token, now: Millis) {
         let room = self.session_limit;
         let Self { sessions, datagrams, poll, receivers, .. } = self;
-        receivers.step(token, &mut Cargo { sessions, datagrams, registry: poll.registry(), now }, room);
+        let mut cargo = Cargo { sessions, datagrams, registry: poll.registry(), now };
+        if receivers.step(token, &mut cargo, room) {
+            self.tell(&FromWorker::Unparked);
+        }
     }
 
     /// Sends on what may go.

@@ -89,6 +89,8 @@ pub struct Sender {
     moved: usize,
     refused: bool,
     flows_refused: usize,
+    /// Nobody answers: what the channel holds is as good as taken.
+    is_parking: bool,
 }
 
 /// What a sender takes from.
@@ -126,7 +128,13 @@ impl Sender {
             moved: 0,
             refused: false,
             flows_refused: 0,
+            is_parking: false,
         })
+    }
+
+    /// What is sent waits in the channel for another day.
+    pub fn park(&mut self) {
+        self.is_parking = true;
     }
 
     /// The way to the receiver.
@@ -148,6 +156,10 @@ impl Sender {
                     Ok(true) => {}
                     Ok(false) => return Progress::Waiting,
                     Err(progress) => return progress,
+                }
+                if self.is_parking {
+                    self.handle_taken(&[], cargo);
+                    continue;
                 }
             }
             match control::receive::<PeerMessage>(&self.channel) {
@@ -221,7 +233,8 @@ impl Sender {
                 self.bundle = Bundle::Flows(items);
                 Ok(true)
             }
-            Err(error) if error.raw_os_error() == Some(libc::ETOOMANYREFS) => {
+            // In flight is where it stays, when it is parked.
+            Err(error) if error.raw_os_error() == Some(libc::ETOOMANYREFS) && !self.is_parking => {
                 self.try_at = Some(cargo.now + TRY_AGAIN);
                 self.keep_flows(items, cargo);
                 Ok(false)

@@ -6,6 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tracing::warn;
@@ -17,6 +18,11 @@ use crate::steering::{MAX_SLOTS, Pick, Table, classic, page, program};
 use crate::supervisor::slot::Slot;
 use crate::supervisor::upgrade::{Packer, Unpacker};
 use crate::sys::bpf::{self, Page, Program, SocketArray};
+
+/// How often, and how long after, a socket is put again that stands in
+/// another array still.
+const BUSY_TRIES: usize = 50;
+const BUSY_PAUSE: Duration = Duration::from_millis(4);
 
 /// How a group is steered.
 #[derive(Debug)]
@@ -199,7 +205,7 @@ impl Kernel {
                 continue;
             }
             if let Some(socket) = socket {
-                self.sockets.put(slot.number as u32, socket)?;
+                put(&self.sockets, slot.number as u32, socket)?;
                 if !self.is_attached {
                     self.program.attach(socket)?;
                     self.is_attached = true;
@@ -221,6 +227,18 @@ impl Kernel {
         }
         self.page.word(page::PICK).store(plan.pick as u32, Relaxed);
     }
+}
+
+/// A socket of a daemon before us stands in that one's array until the kernel
+/// has freed it, a moment after its program was detached.
+fn put(sockets: &SocketArray, place: u32, socket: BorrowedFd) -> io::Result<()> {
+    for _ in 0..BUSY_TRIES {
+        match sockets.put(place, socket) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => std::thread::sleep(BUSY_PAUSE),
+            decided => return decided,
+        }
+    }
+    sockets.put(place, socket)
 }
 
 /// Attaches what fits these weights; false where the kernel's hash does as

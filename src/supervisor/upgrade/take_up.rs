@@ -40,6 +40,7 @@ use crate::supervisor::seen::Seen;
 use crate::supervisor::slot::Slot;
 use crate::supervisor::steering::Steering;
 use crate::supervisor::steward::Steward;
+use crate::supervisor::store::{Returned, Store};
 use crate::supervisor::{FIRST_PROCESS, HANDLED, Refusal, SIGNALS, STEWARD, Start, Supervisor};
 use crate::sys::bell::Bell;
 use crate::sys::clock;
@@ -237,6 +238,10 @@ fn build(
         shift: None,
         to_give_back: state.to_give_back,
         inquiries: Vec::new(),
+        store: Store::of_environment(&Returned::default()),
+        lots: Vec::new(),
+        is_parking: false,
+        noted_job: None,
         upgrade: Some(upgrade),
         departure: None,
         seen: Seen::unpack(state.seen),

@@ -5,6 +5,7 @@
 //! announced with flows has not said `FlowsDone`. Whoever says nothing for
 //! `PATIENCE` shuts it no longer: a stuck neighbour costs that much, no more.
 
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use mio::unix::SourceFd;
@@ -33,6 +34,8 @@ struct Receiver {
     channel: Channel,
     /// It keeps the gate shut until then; `None` = no longer.
     awaited_until: Option<Millis>,
+    /// Nobody keeps what is not taken: it was parked over a restart.
+    is_parked: bool,
 }
 
 impl Receivers {
@@ -48,8 +51,15 @@ impl Receivers {
         channel.set_nonblocking()?;
         registry.register(&mut SourceFd(&channel.as_fd().as_raw_fd()), token, Interest::READABLE)?;
         let awaited_until = flows.then_some(now + PATIENCE);
-        self.all.push(Receiver { token, channel, awaited_until });
+        self.all.push(Receiver { token, channel, awaited_until, is_parked: false });
         Ok(())
+    }
+
+    /// The one that was added last has no sender: it was parked.
+    pub fn mark_parked(&mut self) {
+        if let Some(receiver) = self.all.last_mut() {
+            receiver.is_parked = true;
+        }
     }
 
     /// Shuts the gate until `release`.
@@ -84,13 +94,19 @@ impl Receivers {
     }
 
     /// Takes what has arrived from one sender; forgets it where it is done or
-    /// gone.
-    pub fn step(&mut self, token: Token, cargo: &mut Cargo, room: usize) {
-        let Some(index) = self.all.iter().position(|receiver| receiver.token == token) else { return };
+    /// gone. Whether that was a parked one.
+    pub fn step(&mut self, token: Token, cargo: &mut Cargo, room: usize) -> bool {
+        let Some(index) = self.all.iter().position(|receiver| receiver.token == token) else { return false };
         if !self.all[index].step(cargo, room) {
             let gone = self.all.swap_remove(index);
             let _ = cargo.registry.deregister(&mut SourceFd(&gone.channel.as_fd().as_raw_fd()));
+            if gone.is_parked {
+                // For whoever counts what was refused.
+                let _ = control::send(&gone.channel, &PeerMessage::Done, &[]);
+            }
+            return gone.is_parked;
         }
+        false
     }
 }
 
@@ -129,6 +145,31 @@ impl Receiver {
     /// One bundle. An error ends the hand-over; the sender keeps what was in
     /// it, because it hears of no `Taken`.
     fn take(&self, count: usize, fds: Vec<OwnedFd>, cargo: &mut Cargo, room: usize) -> Result<(), String> {
+        // What nobody takes ends by a reset, like all that is given up.
+        let parked: Vec<OwnedFd> = match self.is_parked {
+            true => {
+                fds.iter().map(|fd| fd.try_clone()).collect::<Result<_, _>>().map_err(|e| e.to_string())?
+            }
+            false => Vec::new(),
+        };
+        let result = self.take_bundle(count, fds, cargo, room);
+        match &result {
+            Ok(refused) => refused.iter().flat_map(|range| parked.get(range.clone())).for_each(reset_all),
+            Err(_) => reset_all(&parked),
+        }
+        result.map(drop)
+    }
+
+    /// The same; where the sockets are in the message that were not taken.
+    fn take_bundle(
+        &self,
+        count: usize,
+        fds: Vec<OwnedFd>,
+        cargo: &mut Cargo,
+        room: usize,
+    ) -> Result<Vec<Range<usize>>, String> {
+        let mut at = 1;
+        let mut left = Vec::new();
         let mut fds = fds.into_iter();
         let bundle = fds.next().ok_or("a bundle without its memory")?;
         let arrivals = handover::decode(&read(bundle, MAX_BYTES)?, fds.len()).map_err(|e| e.to_string())?;
@@ -138,10 +179,15 @@ impl Receiver {
         let (mut taken, mut refused) = (Vec::new(), Vec::new());
         for (index, arrival) in arrivals.into_iter().enumerate() {
             let sockets: Vec<_> = fds.by_ref().take(arrival.record.socket_count()).collect();
+            let own = at..at + sockets.len();
+            at = own.end;
             let has_room = cargo.sessions.len() < room;
             match has_room.then(|| cargo.sessions.take(arrival, sockets, cargo.now)).flatten() {
                 Some(key) => taken.push(key),
-                None => refused.push(index),
+                None => {
+                    refused.push(index);
+                    left.push(own);
+                }
             }
         }
         if let Err(error) = control::send(&self.channel, &PeerMessage::Taken { refused }, &[]) {
@@ -152,7 +198,7 @@ impl Receiver {
         for key in taken {
             cargo.sessions.activate(cargo.registry, key, cargo.now);
         }
-        Ok(())
+        Ok(left)
     }
 
     /// The same for flows.
@@ -182,4 +228,11 @@ impl Receiver {
 
 fn read(fd: OwnedFd, most: usize) -> Result<Vec<u8>, String> {
     shared::read_sealed_up_to(fd, most).map_err(|error| error.to_string())
+}
+
+/// They end by a reset when the last descriptor is closed, which is soon.
+fn reset_all(sockets: &[OwnedFd]) {
+    for socket in sockets {
+        let _ = socket2::SockRef::from(socket).set_linger(Some(std::time::Duration::ZERO));
+    }
 }

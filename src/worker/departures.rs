@@ -67,8 +67,11 @@ impl Departures {
                 return (shortages as u64, result);
             };
             shortages += 1;
-            self.complain(number, "ports", now, || {
-                let then = if shortages < count { "the next of source is tried" } else { "no other is left" };
+            let (kind, then) = match shortages < count {
+                true => ("one address", "the next of source is tried"),
+                false => ("every address", "no other is left"),
+            };
+            self.complain(number, kind, now, || {
                 format!(
                     "upstream {}: no connection to {server} can leave from {address} ({error}): its ports towards \
                      there are in use (net.ipv4.ip_local_port_range), or it is no address of this host; {then}",
@@ -93,7 +96,7 @@ impl Departures {
         if !is_shortage(error) {
             return (0, result);
         }
-        self.complain(number, "ports", now, || {
+        self.complain(number, "every address", now, || {
             format!(
                 "upstream {}: no local port is left towards {server} ({error}): widen \
                  net.ipv4.ip_local_port_range, or give the upstream more addresses (source)",

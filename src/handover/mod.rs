@@ -24,8 +24,10 @@ use crate::relay::{CloseReason, Session, Snapshot};
 pub const VERSION: u32 = 1;
 /// Sessions of one bundle: two descriptors each, and the bundle's own.
 pub const MAX_SESSIONS: usize = 100;
-/// The largest bundle: all sessions keep the most that they may, and as much
-/// again for the records.
+/// With so many kept bytes a bundle has enough sessions.
+pub const ENOUGH_BYTES: usize = 16 << 20;
+/// The largest bundle that is read: all sessions keep a full read each way, and
+/// as much again for the records and for what was in pipes.
 pub const MAX_BYTES: usize = MAX_SESSIONS * 4 * crate::relay::MAX_READ;
 
 /// What is wrong with a bundle.
@@ -100,7 +102,14 @@ pub enum Stage {
     Header { until: u64 },
     /// On its way to a server.
     #[allow(missing_docs)]
-    Connecting { until: u64, tried: Vec<String>, failure: CloseReason },
+    Connecting {
+        until: u64,
+        tried: Vec<String>,
+        failure: CloseReason,
+        /// Since when it waits for a place at a server, if it does.
+        #[serde(default)]
+        waits_since: Option<u64>,
+    },
     /// Bytes flow.
     Open,
 }
@@ -189,8 +198,12 @@ mod tests {
 
     fn bundle() -> Vec<(Record, Vec<u8>)> {
         let mut connecting = record(&Session::relay(), true);
-        connecting.0.stage =
-            Stage::Connecting { until: 77, tried: vec!["a".into()], failure: CloseReason::ConnectFailed };
+        connecting.0.stage = Stage::Connecting {
+            until: 77,
+            tried: vec!["a".into()],
+            failure: CloseReason::ConnectFailed,
+            waits_since: Some(5),
+        };
         connecting.0.origin = Some(Ends {
             source: "[2001:db8::1]:4711".parse().unwrap(),
             destination: "[2001:db8::2]:80".parse().unwrap(),

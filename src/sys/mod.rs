@@ -20,6 +20,7 @@ pub mod level;
 pub mod listen;
 pub mod local_end;
 pub mod notify;
+pub mod pipe;
 pub mod process;
 pub mod shared;
 pub mod signals;

@@ -18,6 +18,7 @@ mod fronts;
 mod moving;
 mod outlet;
 mod servers;
+mod story;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -35,6 +36,7 @@ use crate::config::{Config, Listener, Mode, Multicast, Service, Target};
 use crate::control::Place;
 use crate::counters::{OfFlows, OfListener, OfServer, Process};
 use crate::flow::{DropReason, Flow, Flows, GONE_SERVER, Limits, Quarantine};
+use crate::handover::flows::Story;
 use crate::relay::CloseReason;
 use crate::slab::Key;
 use crate::sources::UNCOUNTED;
@@ -91,6 +93,8 @@ pub struct Datagrams<'a> {
     queue: Vec<Key>,
     spare_queue: Vec<Key>,
     balancers: Vec<Balancer>,
+    /// For the access log, by the flow's place; empty without one.
+    stories: Vec<Option<Box<Story>>>,
     /// Each upstream's epoch when the board was last looked at for flows.
     seen_epochs: Vec<u64>,
     /// What a listener with `service = "identify"` puts in front.
@@ -142,6 +146,7 @@ impl<'a> Datagrams<'a> {
             registry: None,
             fronts: Fronts::default(),
             uplinks: Vec::new(),
+            stories: Vec::new(),
             queue: Vec::new(),
             spare_queue: Vec::new(),
             arena: Arena::new(places, PLACE_BYTES),
@@ -323,6 +328,7 @@ impl<'a> Datagrams<'a> {
         let flow = self.flows.end(key)?;
         let listener = usize::from(flow.key.listener);
         self.count_gone(key, &flow);
+        self.log_end(key, &flow, reason);
         self.context.counters.ended(listener, reason).add(1);
         let uplink = self.uplinks.get_mut(key.index as usize).and_then(Option::take);
         let socket = uplink.filter(|_| flow.has_replies_outstanding()).map(|uplink| uplink.socket);

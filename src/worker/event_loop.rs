@@ -21,7 +21,7 @@ use super::handover::{Cargo, Load as Freight, Passing, Progress, Receivers, Send
 use super::leave::{Leave, Step};
 use super::listeners::{self, Accepted, Listeners, PAUSE};
 use super::load::Load;
-use super::sessions::{Context, Sessions};
+use super::sessions::{self, Context, Sessions};
 use super::test_hook::Busy;
 use crate::board::Board;
 use crate::config::Mode;
@@ -127,6 +127,8 @@ impl<'a> Loop<'a> {
         };
         debug_assert_eq!(context.all.len(), born.slot_count);
         let reserved = RESERVED_FILES + born.slot_count as u64 + 2 * sockets.len() as u64;
+        // Two ends a pipe.
+        let reserved = reserved + 2 * sessions::pipe_count(born.slot_count) as u64;
         let files = process::file_limit().saturating_sub(reserved);
         let modes = |mode: Mode| context.config.listeners.iter().any(|listener| listener.mode == mode);
         // Where both modes are served, flows have half of the descriptors.
@@ -219,7 +221,7 @@ impl<'a> Loop<'a> {
                 match event.token() {
                     CHANNEL => self.handle_channel(now),
                     BOARD => {
-                        self.sessions.handle_board(self.poll.registry(), now);
+                        self.sessions.handle_board(now);
                         self.datagrams.handle_board();
                     }
                     token if datagrams::is_token(token) => self.datagrams.handle_event(token),

@@ -18,18 +18,21 @@ mod moving;
 mod options;
 mod picking;
 mod story;
+mod waiting;
 
 use std::cell::RefCell;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
+use std::sync::Once;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 
 use connect::Attempt;
 use options::Lacks;
+use waiting::Waiting;
 
 use super::complaints::Complaints;
 use super::departures::Departures;
@@ -41,10 +44,13 @@ use crate::counters::{Counters, Layout, OfListener, OfServer, Process};
 use crate::deadline::Deadlines;
 use crate::handover::Story;
 use crate::proxy_protocol::Ends;
-use crate::relay::{CloseReason, Drive, End, MAX_READ, Readiness, Session, Side};
+use crate::relay::{
+    self, CloseReason, Drive, End, Lent, MAX_PIPED, MAX_READ, Pipes, Readiness, Session, Side,
+};
 use crate::slab::{Key, Slab};
 use crate::sys::bell::Bell;
 use crate::sys::clock::{self, Millis};
+use crate::sys::pipe::Pipe;
 use crate::sys::stream::Stream;
 use crate::worker::access_log::AccessLog;
 pub use moving::Parcel;
@@ -58,7 +64,16 @@ const BEAT_EVERY: usize = 64;
 /// How often a session that waits for acknowledgements is looked at.
 const RESET_CHECK: Millis = 20;
 
+/// Pipes of all workers together, of a megabyte each: half of what the kernel
+/// grants a user without privileges, because in a reload there are two workers
+/// a slot.
+const PIPES_OF_DAEMON: usize = 32;
+/// And of one worker.
+const PIPES_OF_WORKER: usize = 16;
+
 impl End for Stream {
+    type Pipe = Pipe;
+
     fn receive(&self, into: &mut [u8]) -> io::Result<usize> {
         Stream::receive(self, into)
     }
@@ -67,6 +82,34 @@ impl End for Stream {
     }
     fn finish(&self) -> io::Result<()> {
         Stream::finish(self)
+    }
+    fn fill(&self, pipe: &Pipe, most: usize) -> io::Result<usize> {
+        pipe.fill(self, most)
+    }
+    fn drain(&self, pipe: &Pipe, most: usize) -> io::Result<usize> {
+        pipe.drain(self, most)
+    }
+}
+
+impl relay::Pipe for Pipe {
+    fn take(&self, into: &mut [u8]) -> io::Result<usize> {
+        Pipe::take(self, into)
+    }
+}
+
+/// How many pipes each of so many workers may have.
+pub fn pipe_count(slot_count: usize) -> usize {
+    (PIPES_OF_DAEMON / slot_count.max(1)).clamp(1, PIPES_OF_WORKER)
+}
+
+fn open_pipe() -> Option<Pipe> {
+    static SAID: Once = Once::new();
+    match Pipe::open(MAX_PIPED) {
+        Ok(pipe) => Some(pipe),
+        Err(error) => {
+            SAID.call_once(|| tracing::debug!(%error, "no pipe of 1 MiB: bulk is copied"));
+            None
+        }
     }
 }
 
@@ -91,11 +134,17 @@ pub struct Context<'a> {
 }
 
 impl Context<'_> {
-    /// A balancer for each upstream.
+    /// A balancer for each upstream, which knows the board: what arrives from
+    /// another process is known by its server's name.
     pub fn balancers(&self, now: Millis) -> Vec<Balancer> {
         let seed = (u64::from(std::process::id()) << 32) ^ now;
-        let upstreams = self.config.upstreams.iter();
-        upstreams.map(|upstream| Balancer::new(upstream, self.slot, self.all.len(), seed)).collect()
+        let upstreams = self.config.upstreams.iter().enumerate();
+        let balancers = upstreams.map(|(number, upstream)| {
+            let mut balancer = Balancer::new(upstream, self.slot, self.all.len(), seed);
+            balancer.refresh(&self.board, number);
+            balancer
+        });
+        balancers.collect()
     }
 
     /// Sessions of a place over all slots, as far as the others have told.
@@ -127,7 +176,9 @@ pub struct Sessions<'a> {
     balancers: Vec<Balancer>,
     /// Each upstream's epoch when the board was last looked at for sessions.
     seen_epochs: Vec<u64>,
+    waiting: Waiting,
     scratch: Box<[u8]>,
+    pipes: Pipes<Pipe>,
     fired: Vec<u32>,
     complaints: Complaints,
     departures: Departures,
@@ -169,7 +220,7 @@ enum Stage {
     },
     /// A connect is under way.
     Connecting(Attempt),
-    /// A connect could not begin, and is tried again.
+    /// A connect could not begin, and is tried again; or every server is full.
     Waiting(Attempt),
     Open,
     /// Both directions are over; the sides are reset when they have what was
@@ -183,6 +234,7 @@ enum Stage {
 impl<'a> Sessions<'a> {
     pub fn new(context: Context<'a>, now: Millis) -> Sessions<'a> {
         let balancers = context.balancers(now);
+        let pipes = Pipes::new(pipe_count(context.all.len()), open_pipe);
         Sessions {
             complaints: Complaints::default(),
             departures: Departures::new(context.config.upstreams.len(), context.slot),
@@ -191,8 +243,10 @@ impl<'a> Sessions<'a> {
             deadlines: Deadlines::new(now),
             queue: Vec::new(),
             seen_epochs: vec![0; balancers.len()],
+            waiting: Waiting::new(balancers.len()),
             balancers,
             scratch: vec![0; MAX_READ].into_boxed_slice(),
+            pipes,
             fired: Vec::new(),
         }
     }
@@ -284,6 +338,10 @@ impl<'a> Sessions<'a> {
                     self.handle_connected(registry, key, failed, now);
                 }
             }
+            // It waits for its turn: nobody is to hear of what it sent.
+            Stage::Waiting(ref attempt) if attempt.waits_since.is_some() && event.is_error() => {
+                self.close(key, CloseReason::ClientReset, now);
+            }
             Stage::Header { .. } => {
                 let ended = event.is_read_closed() || event.is_error();
                 self.read_header(registry, key, ended, now);
@@ -318,6 +376,19 @@ impl<'a> Sessions<'a> {
             }
             self.drive(key, now);
         }
+        self.take_pipe_away(now);
+    }
+
+    /// Where a session in bulk found no pipe, one that has had its for long is
+    /// to keep its bytes in memory.
+    fn take_pipe_away(&mut self, now: Millis) {
+        let Some(holder) = self.pipes.take_wish(now) else { return };
+        let key = self.slab.key_at(holder.session).expect("a session gives its pipe back when it ends");
+        let entry = self.slab.get_mut(key).expect("just found");
+        entry.session.unpipe(usize::from(holder.half), &mut self.pipes, now);
+        if entry.session.is_broken() {
+            self.enqueue(key);
+        }
     }
 
     fn drive(&mut self, key: Key, now: Millis) {
@@ -328,7 +399,8 @@ impl<'a> Sessions<'a> {
         }
         let before = entry.session.client_bytes();
         let server = entry.server.as_ref().unwrap_or(&entry.client);
-        let result = entry.session.drive([&entry.client, server], &mut self.scratch, BUDGET);
+        let mut lent = Lent { scratch: &mut self.scratch, pipes: &mut self.pipes, session: key.index, now };
+        let result = entry.session.drive([&entry.client, server], &mut lent, BUDGET);
         let after = entry.session.client_bytes();
         let listener = entry.listener as usize;
         if before != after {
@@ -353,7 +425,7 @@ impl<'a> Sessions<'a> {
 
     /// When the next deadline is due, in milliseconds.
     pub fn next_deadline(&self) -> Option<Millis> {
-        self.deadlines.next()
+        self.deadlines.next().into_iter().chain(self.waiting.next_look()).min()
     }
 
     /// Ends or moves on what is due.
@@ -366,6 +438,7 @@ impl<'a> Sessions<'a> {
             }
         }
         self.fired = fired;
+        self.serve_waiting(registry, now);
     }
 
     fn handle_deadline(&mut self, registry: &Registry, key: Key, now: Millis) {
@@ -378,6 +451,9 @@ impl<'a> Sessions<'a> {
             },
             Stage::Header { .. } => self.refuse(key, CloseReason::ProxyTimeout, now),
             Stage::Connecting(_) => self.handle_connect_timeout(registry, key, now),
+            Stage::Waiting(attempt) if attempt.waits_since.is_some() => {
+                self.close(key, CloseReason::QueueTimeout, now);
+            }
             Stage::Waiting(attempt) if attempt.until <= now => self.close(key, CloseReason::NoResources, now),
             Stage::Waiting(_) => {
                 let Stage::Waiting(attempt) = std::mem::replace(&mut entry.stage, Stage::Open) else {
@@ -411,6 +487,7 @@ impl<'a> Sessions<'a> {
     /// an orderly end; what was sent to them before goes first.
     fn close(&mut self, key: Key, reason: CloseReason, now: Millis) {
         let Some(entry) = self.slab.get_mut(key) else { return };
+        entry.session.abandon(&mut self.pipes);
         if reason == CloseReason::Finished {
             return self.remove(key, reason);
         }
@@ -429,8 +506,10 @@ impl<'a> Sessions<'a> {
     }
 
     fn remove(&mut self, key: Key, reason: CloseReason) {
-        let Some(entry) = self.slab.remove(key) else { return };
+        let Some(mut entry) = self.slab.remove(key) else { return };
+        entry.session.abandon(&mut self.pipes);
         self.deadlines.clear(key.index);
+        self.waiting.look_soon();
         self.log_end(&entry, reason);
         self.context.counters.ended(entry.listener as usize, reason).add(1);
         self.count_gone(&entry);

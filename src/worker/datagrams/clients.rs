@@ -88,7 +88,10 @@ impl Datagrams<'_> {
             match target {
                 Target::Nowhere => {}
                 Target::Service => self.answer(index, first, first + run),
-                Target::Flow(key) => self.forward(registry, place.listener, key, first, first + run, now),
+                Target::Flow(key) => {
+                    self.note_run(key, first, first + run);
+                    self.forward(registry, place.listener, key, first, first + run, now);
+                }
                 Target::Elsewhere(name) => self.pass_on(&name, first, first + run),
             }
             first += run;
@@ -130,7 +133,7 @@ impl Datagrams<'_> {
                 Some(key) => Ok(Target::Flow(key)),
                 None => Ok(Target::Elsewhere(name)),
             },
-            Goes::Service(_) => self.note_service(name, now).map(|()| Target::Service),
+            Goes::Service(_) => self.note_service(name, at, now).map(|()| Target::Service),
         }
     }
 
@@ -199,7 +202,7 @@ impl Datagrams<'_> {
 
     /// Flows of a service are only counted: what finds no room is answered
     /// all the same.
-    fn note_service(&mut self, name: FlowKey, now: Millis) -> Result<(), DropReason> {
+    fn note_service(&mut self, name: FlowKey, at: usize, now: Millis) -> Result<(), DropReason> {
         let key = match self.flows.handle_client(&name, now) {
             Arrival::Known(key) | Arrival::Move(key) | Arrival::Frozen(key) => key,
             Arrival::Open { evict } => {
@@ -209,6 +212,7 @@ impl Datagrams<'_> {
                 }
                 self.count_opened(usize::from(name.listener));
                 let key = self.flows.open(name, NO_SERVER, now);
+                self.begin_story(key, None, now);
                 self.count_source(key, &name, now);
                 key
             }
@@ -216,6 +220,7 @@ impl Datagrams<'_> {
             Arrival::Drop(_) => return self.may_open(&name, now),
         };
         let answers = self.context.config.listeners[usize::from(name.listener)].target;
+        self.note_answered(key, at, answers == Goes::Service(Service::Discard));
         if answers != Goes::Service(Service::Discard) && self.flows.handle_reply(key, now) == Reply::Last {
             self.end_flow(key, CloseReason::Finished, now);
         }

@@ -153,6 +153,7 @@ impl Datagrams<'_> {
             server,
             can_cut,
             state,
+            story: self.story(key),
         }))
     }
 
@@ -248,6 +249,7 @@ impl Datagrams<'_> {
             address: address as u16,
         };
         let key = self.flows.adopt(name, server, &flow.state, now)?;
+        self.begin_story(key, flow.story.clone(), now);
         let place = self.context.handle_taken(listener, flow.client.ip(), now);
         self.note_source(key, place);
         if let Some(socket) = socket {

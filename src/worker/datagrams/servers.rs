@@ -92,6 +92,7 @@ impl Datagrams<'_> {
         let listener = usize::from(name.listener);
         let (server, socket) = self.connect_to_one(listener, name.client.ip(), None, now)?;
         let key = self.flows.open(name, server as u32, now);
+        self.begin_story(key, None, now);
         self.count_opened(listener);
         self.count_source(key, &name, now);
         self.count_server(listener, server, OfServer::Connections);
@@ -399,6 +400,7 @@ impl Datagrams<'_> {
             let from = Some(name.local).filter(|local| !own_address && !local.is_unspecified());
             let length = received.bytes.len().min(step.saturating_mul(passed as usize));
             self.replies.push(Reply { at, length, front, listener, client: name.client, from });
+            self.note_bytes(key, 0, length as u64);
         }
         self.drop_datagrams(listener, DropReason::Late, count - passed);
         if is_last {

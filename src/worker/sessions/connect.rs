@@ -25,7 +25,7 @@ use crate::sys::stream::{self, Connecting, connect_tcp, connect_unix};
 const RETRY_AFTER: Millis = 20;
 
 /// What a session remembers on its way to a server.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Attempt {
     /// Whose session it is.
     pub client: SocketAddr,
@@ -35,6 +35,8 @@ pub(super) struct Attempt {
     pub tried: Vec<u32>,
     /// How the last of them did.
     pub failure: CloseReason,
+    /// Since when it waits for a place at a server, if it has to.
+    pub waits_since: Option<Millis>,
 }
 
 /// Why a connect could not begin or did not succeed.
@@ -62,11 +64,14 @@ impl Sessions<'_> {
     /// Connects to the next server that may be tried.
     pub(super) fn begin_connect(&mut self, registry: &Registry, key: Key, mut attempt: Attempt, now: Millis) {
         loop {
-            let (upstream, server) = match self.pick(key, &attempt, now) {
-                (upstream, Pick::Place(place)) => (upstream, place),
-                (_, Pick::Tried) => return self.close(key, attempt.failure, now),
-                (_, Pick::Nobody | Pick::Full) => return self.close(key, CloseReason::NoServer, now),
+            let upstream = self.upstream(key).expect("only a session with an upstream connects");
+            let server = match self.pick(upstream, &attempt, now) {
+                Pick::Place(place) if self.reserve(upstream, place) => place,
+                Pick::Place(_) | Pick::Full => return self.wait(upstream, key, attempt, now),
+                Pick::Tried => return self.close(key, attempt.failure, now),
+                Pick::Nobody => return self.close(key, CloseReason::NoServer, now),
             };
+            attempt.waits_since = None;
             let number = self.context.layout.place(upstream, server);
             match self.connect(upstream, server, attempt.client.ip(), now) {
                 Ok(connecting) => {
@@ -75,9 +80,9 @@ impl Sessions<'_> {
                         Connecting::UnderWay(stream) => (stream, false),
                     };
                     if register(registry, stream.as_raw_fd(), key, Side::Server).is_err() {
+                        self.give_back(number);
                         return self.close(key, CloseReason::NoResources, now);
                     }
-                    self.context.counters.server(number, OfServer::Active).add(1);
                     let incarnation = self.balancers[upstream].places()[server].incarnation;
                     let entry = self.slab.get_mut(key).expect("the caller holds it");
                     entry.server = Some(stream);
@@ -94,7 +99,7 @@ impl Sessions<'_> {
                     }
                     return;
                 }
-                Err(error) => match Refusal::of(&error) {
+                Err(error) => match self.refused(number, &error) {
                     Refusal::Later => {
                         self.deadlines.set(key.index, (now + RETRY_AFTER).min(attempt.until));
                         let entry = self.slab.get_mut(key).expect("the caller holds it");
@@ -108,6 +113,17 @@ impl Sessions<'_> {
                 },
             }
         }
+    }
+
+    /// A place that was reserved is used no more.
+    fn give_back(&mut self, number: usize) {
+        self.context.counters.server(number, OfServer::Active).less_one();
+        self.waiting.look_soon();
+    }
+
+    fn refused(&mut self, number: usize, error: &io::Error) -> Refusal {
+        self.give_back(number);
+        Refusal::of(error)
     }
 
     /// Counts a refusal where it belongs.
@@ -176,7 +192,7 @@ impl Sessions<'_> {
     fn try_next(&mut self, registry: &Registry, key: Key, failure: CloseReason, now: Millis) {
         let number = self.server_number(self.slab.get(key).expect("the caller found it"));
         let number = number.expect("a connecting session has a server");
-        self.context.counters.server(number, OfServer::Active).less_one();
+        self.give_back(number);
         let entry = self.slab.get_mut(key).expect("the caller found it");
         let server = entry.server_index.take().expect("a connecting session has a server");
         // Closing it also ends its registration: there is no duplicate.
@@ -187,16 +203,17 @@ impl Sessions<'_> {
         let Attempt { client, mut tried, .. } = attempt;
         tried.push(server);
         let until = now + self.connect_timeout(key);
-        self.begin_connect(registry, key, Attempt { client, until, tried, failure }, now);
+        self.begin_connect(registry, key, Attempt { client, until, tried, failure, waits_since: None }, now);
     }
 
     /// The first attempt of a new session.
     pub(super) fn first_attempt(&self, key: Key, client: SocketAddr, now: Millis) -> Attempt {
         let until = now + self.connect_timeout(key);
-        Attempt { client, until, tried: Vec::new(), failure: CloseReason::ConnectFailed }
+        let failure = CloseReason::ConnectFailed;
+        Attempt { client, until, tried: Vec::new(), failure, waits_since: None }
     }
 
-    fn connect_timeout(&self, key: Key) -> Millis {
+    pub(super) fn connect_timeout(&self, key: Key) -> Millis {
         let upstream = self.upstream(key).expect("only a session with an upstream connects");
         millis(self.context.config.upstreams[upstream].connect_timeout)
     }

@@ -33,14 +33,17 @@ pub struct Parcel {
 }
 
 impl Sessions<'_> {
-    /// Freezes up to so many sessions that can travel.
-    pub fn pack(&mut self, registry: &Registry, count: usize) -> Vec<Parcel> {
+    /// Freezes up to so many sessions that can travel, and no more once their
+    /// bytes make a large bundle.
+    pub fn pack(&mut self, registry: &Registry, count: usize, now: Millis) -> Vec<Parcel> {
         let mut parcels = Vec::new();
+        let mut kept = 0;
         for key in self.slab.keys() {
-            if parcels.len() == count {
+            if parcels.len() == count || kept >= handover::ENOUGH_BYTES {
                 break;
             }
-            if let Some(parcel) = self.describe(key) {
+            if let Some(parcel) = self.describe(key, now) {
+                kept += parcel.kept.len();
                 let entry = self.slab.get_mut(key).expect("just described");
                 entry.frozen = true;
                 for stream in [Some(&entry.client), entry.server.as_ref()].into_iter().flatten() {
@@ -54,9 +57,15 @@ impl Sessions<'_> {
         parcels
     }
 
-    fn describe(&self, key: Key) -> Option<Parcel> {
-        let entry = self.slab.get(key).filter(|entry| entry.is_movable())?;
-        let (relay, kept) = entry.session.snapshot()?;
+    fn describe(&mut self, key: Key, now: Millis) -> Option<Parcel> {
+        let entry = self.slab.get_mut(key).filter(|entry| entry.is_movable())?;
+        entry.session.unpipe_all(&mut self.pipes, now);
+        let Some((relay, kept)) = entry.session.snapshot() else {
+            // A pipe failed: the next turn ends it.
+            self.enqueue(key);
+            return None;
+        };
+        let entry = self.slab.get(key).expect("just found");
         let listener = &self.context.config.listeners[entry.listener as usize];
         let name = |index: u32| match listener.target {
             Target::Upstream(upstream) => self.place_name(upstream, index as usize),
@@ -68,6 +77,7 @@ impl Sessions<'_> {
                 until: attempt.until,
                 tried: attempt.tried.iter().map(|&index| name(index)).collect(),
                 failure: attempt.failure,
+                waits_since: attempt.waits_since,
             },
             Stage::Header { until } => handover::Stage::Header { until: *until },
             Stage::Resetting { .. } => return None,
@@ -95,7 +105,8 @@ impl Sessions<'_> {
 
     /// The receiver has it: nothing of it is left here.
     pub fn forget(&mut self, key: Key) {
-        if let Some(entry) = self.slab.remove(key) {
+        if let Some(mut entry) = self.slab.remove(key) {
+            entry.session.abandon(&mut self.pipes);
             self.deadlines.clear(key.index);
             self.count_gone(&entry);
         }
@@ -136,10 +147,10 @@ impl Sessions<'_> {
         let stage = match record.stage {
             handover::Stage::Header { until } => Stage::Header { until },
             handover::Stage::Open => Stage::Open,
-            handover::Stage::Connecting { until, tried, failure } => {
+            handover::Stage::Connecting { until, tried, failure, waits_since } => {
                 upstream?;
                 let tried = tried.iter().filter_map(find).collect();
-                let attempt = Attempt { client: address(), until, tried, failure };
+                let attempt = Attempt { client: address(), until, tried, failure, waits_since };
                 // Without its server in this configuration the connect that is
                 // under way is given up for the next one.
                 if server.is_some() && server_index.is_some() {
@@ -213,6 +224,13 @@ impl Sessions<'_> {
                 self.enqueue(key);
             }
             Stage::Connecting(attempt) => self.deadlines.set(key.index, attempt.until.max(now)),
+            // Back into the queue, at the place that is due to it.
+            Stage::Waiting(attempt) if attempt.waits_since.is_some() => {
+                let (attempt, upstream) = (attempt.clone(), self.upstream(key));
+                if let Some(upstream) = upstream {
+                    self.wait(upstream, key, attempt, now);
+                }
+            }
             Stage::Waiting(_) => self.deadlines.set(key.index, now),
             Stage::Header { until } => {
                 self.deadlines.set(key.index, (*until).max(now));

@@ -62,6 +62,10 @@ pub enum ToWorker {
         outliving: Vec<Place>,
         tells_load: bool,
         logs_access: bool,
+        /// So many slots' counters of the generation before, whose workers may
+        /// still have sessions: after its configuration they come before those
+        /// of all slots.
+        before: usize,
     },
     /// Sockets that its slot has already, one descriptor a place.
     Sockets(Vec<Place>),
@@ -100,6 +104,9 @@ pub enum ToWorker {
     /// That slot is filled again.
     #[allow(missing_docs)]
     Recall { slot: usize },
+    /// Other workers begin to take the places of all that there are. Their
+    /// configuration and the counters of their slots, to read.
+    Successors,
     /// Turn once: the beat of that turn is the answer.
     Ask,
     /// List, or end, the sessions that the query takes.

@@ -5,6 +5,7 @@
 
 use std::hash::{BuildHasher, RandomState};
 use std::os::fd::OwnedFd;
+use std::rc::Weak;
 
 use super::Refusal;
 use crate::board::{self, Board, Overrides, Standing};
@@ -26,6 +27,8 @@ pub struct Generation {
     pub regions: Vec<Region>,
     /// The same, to be read alone.
     pub readable: Vec<OwnedFd>,
+    /// The one that it took the place of, as long as anybody counts in that.
+    pub before: Weak<Generation>,
     board_layout: board::Layout,
     /// How its servers stand; written by the steward.
     pub board: Region,
@@ -60,6 +63,7 @@ impl Generation {
             readable: readable.map_err(Refusal::of_system)?,
             regions,
             config,
+            before: Weak::new(),
             board_layout,
             readable_board: board.read_only_fd().map_err(Refusal::of_system)?,
             board,

@@ -505,12 +505,9 @@ impl Supervisor {
         }
         match role {
             Role::Current => {
-                if let Some(dead) = slot.current.take() {
-                    // Nobody writes there any more: what it held is nobody's,
-                    // at once, not only when a successor says so.
-                    let generation = &dead.generation;
-                    generation.counters(slot.number).begin_life(&generation.layout);
-                }
+                // At once, not only when a successor says so.
+                slot.forget_gauges(token);
+                slot.current = None;
                 if status.success() && self.leave.is_some() {
                     info!(slot = index, "worker has left");
                 } else {
@@ -525,6 +522,7 @@ impl Supervisor {
                 self.abort_reload(&format!("worker {index} ended: {status}"));
             }
             Role::Old => {
+                slot.forget_gauges(token);
                 slot.old.retain(|process| process.token != token);
                 if !status.success() {
                     warn!(slot = index, "an old worker ended: {status}");

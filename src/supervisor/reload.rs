@@ -18,7 +18,7 @@
 //! generation, and an old one that cannot hand over drains.
 
 use std::collections::VecDeque;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 
 use mio::Token;
@@ -169,8 +169,10 @@ impl Supervisor {
         }
         let access_log = access_log::open(&config)?;
         plan::carry_over(&self.generation.config, &mut config, |name| self.has_sessions(name));
-        let generation = Rc::new(Generation::new(self.generation.number + 1, config, slot_count)?);
+        let mut generation = Generation::new(self.generation.number + 1, config, slot_count)?;
+        generation.before = Rc::downgrade(&self.generation);
         generation.fill_board(&self.overrides, Some(&self.generation));
+        let generation = Rc::new(generation);
         let old_slot_count = self.slots.len();
         for number in old_slot_count..slot_count {
             self.slots.push(Slot::new(number));
@@ -254,6 +256,13 @@ impl Supervisor {
     fn commit(&mut self) {
         let Some(reload) = &mut self.reload else { return };
         self.generation = Rc::clone(&reload.generation);
+        let counters = self.generation.readable.iter().map(AsFd::as_fd);
+        let fds: Vec<BorrowedFd> = std::iter::once(self.generation.sealed.as_fd()).chain(counters).collect();
+        for slot in &mut self.slots {
+            if let Some(process) = &mut slot.current {
+                process.tell(&ToWorker::Successors, &fds);
+            }
+        }
         self.prepared.access_log.set_file(reload.access_log.take());
         self.tell_of_access_log();
         for server in self.overrides.keep_those_of(&self.generation.config) {

@@ -111,6 +111,18 @@ impl Slot {
         current.into_iter().chain(next).chain(old).find(|(_, process)| process.token == token)
     }
 
+    /// A process is dead: what it held is nobody's, unless another of the slot
+    /// counts in the same generation.
+    pub fn forget_gauges(&mut self, token: Token) {
+        let Some(generation) = self.find(token).map(|(_, process)| Rc::clone(&process.generation)) else {
+            return;
+        };
+        let is_same = |process: &&mut Process| process.generation.number == generation.number;
+        if self.processes().filter(is_same).count() == 1 && self.number < generation.slot_count() {
+            generation.counters(self.number).begin_life(&generation.layout);
+        }
+    }
+
     /// Every process of the slot.
     pub fn processes(&mut self) -> impl Iterator<Item = &mut Process> {
         self.current.iter_mut().chain(self.next.iter_mut()).chain(self.old.iter_mut())
@@ -145,6 +157,7 @@ impl Slot {
         let channel = process.channel.as_ref().ok_or(io::ErrorKind::NotConnected)?;
         let generation = &process.generation;
         let log = prepared.access_log.workers_end(&generation.config);
+        let before = generation.before.upgrade();
         let birth = ToWorker::Birth {
             slot: self.number,
             slot_count: generation.slot_count(),
@@ -153,6 +166,7 @@ impl Slot {
             outliving: self.outliving_in(generation),
             tells_load: prepared.loads_for(generation).is_some(),
             logs_access: log.is_some(),
+            before: before.as_ref().map_or(0, |before| before.slot_count()),
         };
         let own = generation.regions[self.number].as_fd();
         let readable = generation.readable.iter().map(AsFd::as_fd);
@@ -164,6 +178,8 @@ impl Slot {
             .chain(board)
             .chain(loads)
             .chain(log)
+            .chain(before.iter().map(|before| before.sealed.as_fd()))
+            .chain(before.iter().flat_map(|before| before.readable.iter().map(AsFd::as_fd)))
             .chain(readable)
             .collect();
         control::send(channel, &birth, &fds)?;

@@ -4,7 +4,7 @@
 //! gives the supervisor a duplicate of each; whoever fills the slot later gets
 //! those, with what waits in their queues.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -12,6 +12,7 @@ use tracing::{debug, warn};
 
 use super::Failure;
 use super::access_log::AccessLog;
+use super::elsewhere::Elsewhere;
 use super::load::Load;
 use crate::board;
 use crate::config::{self, Config, Listener, Mode, Multicast};
@@ -51,6 +52,10 @@ pub struct Born {
     pub load: Option<Load>,
     /// Where it says which sessions ended, if that is wanted.
     pub access_log: Option<RefCell<AccessLog>>,
+    /// Those of the generation before, where it still has workers.
+    pub earlier: Option<Elsewhere>,
+    /// Those of the generation after, once it begins to take its place.
+    pub later: OnceCell<Elsewhere>,
     /// Every slot's counters, to read.
     pub all: Vec<Region>,
     pub sockets: Vec<(Place, OwnedFd)>,
@@ -66,8 +71,16 @@ impl Born {
     /// where the supervisor is gone.
     pub fn be(channel: &Channel) -> Result<Option<Born>, Failure> {
         let Some((birth, fds)) = receive(channel)? else { return Ok(None) };
-        let ToWorker::Birth { slot, slot_count, generation, account, outliving, tells_load, logs_access } =
-            birth
+        let ToWorker::Birth {
+            slot,
+            slot_count,
+            generation,
+            account,
+            outliving,
+            tells_load,
+            logs_access,
+            before,
+        } = birth
         else {
             return Err(Failure::new("the supervisor did not begin with a birth"));
         };
@@ -86,6 +99,11 @@ impl Born {
         let access_log = match logs_access {
             true => Some(RefCell::new(AccessLog::new(next()?, config.log.format))),
             false => None,
+        };
+        let earlier = match before {
+            0 => None,
+            // Its configuration, and then its slots.
+            count => Some(Elsewhere::open(&config, fds.by_ref().take(1 + count)).map_err(Failure::new)?),
         };
         let all = fds.map(Region::open_read_only).collect::<Result<Vec<_>, _>>();
         let all = all.map_err(|e| Failure::new(format!("the counters: {e}")))?;
@@ -126,6 +144,8 @@ impl Born {
             failure_bell,
             load,
             access_log,
+            earlier,
+            later: OnceCell::new(),
             all,
             sockets,
             kept,

@@ -16,6 +16,7 @@ use tracing::{error, info, warn};
 use super::birth::Born;
 use super::complaints::Complaints;
 use super::datagrams::{self, Datagrams};
+use super::elsewhere::Elsewhere;
 use super::gate::Gate;
 use super::handover::{Cargo, Load as Freight, Passing, Progress, Receivers, Sender};
 use super::leave::{Leave, Step};
@@ -124,9 +125,12 @@ impl<'a> Loop<'a> {
             gates: born.config.listeners.iter().map(Gate::of).collect(),
             board: Board::over(born.board.words(), &born.board_layout)?,
             failure_bell: &born.failure_bell,
+            earlier: born.earlier.as_ref(),
+            later: &born.later,
         };
         debug_assert_eq!(context.all.len(), born.slot_count);
-        let reserved = RESERVED_FILES + born.slot_count as u64 + 2 * sockets.len() as u64;
+        let regions = 2 * born.slot_count + born.earlier.as_ref().map_or(0, Elsewhere::region_count);
+        let reserved = RESERVED_FILES + regions as u64 + 2 * sockets.len() as u64;
         // Two ends a pipe.
         let reserved = reserved + 2 * sessions::pipe_count(born.slot_count) as u64;
         let files = process::file_limit().saturating_sub(reserved);
@@ -388,6 +392,13 @@ impl<'a> Loop<'a> {
             ToWorker::Recall { slot } => {
                 self.listeners.give_back(self.poll.registry(), slot);
                 self.datagrams.give_back(self.poll.registry(), slot);
+            }
+            ToWorker::Successors => {
+                let context = self.sessions.context();
+                match Elsewhere::open(context.config, fds) {
+                    Ok(later) => drop(context.later.set(later)),
+                    Err(error) => warn!(%error, "the next generation's counters"),
+                }
             }
             ToWorker::Drain { limit } => self.begin_leave(now, limit),
             ToWorker::Serve => self.begin_serving(now),

@@ -20,7 +20,7 @@ mod picking;
 mod story;
 mod waiting;
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
@@ -36,6 +36,7 @@ use waiting::Waiting;
 
 use super::complaints::Complaints;
 use super::departures::Departures;
+use super::elsewhere::Elsewhere;
 use super::gate::Gate;
 use crate::balance::Balancer;
 use crate::board::Board;
@@ -131,6 +132,10 @@ pub struct Context<'a> {
     pub board: Board<'a>,
     /// To be rung when traffic fails.
     pub failure_bell: &'a Bell,
+    /// What the generation before still has.
+    pub earlier: Option<&'a Elsewhere>,
+    /// What the generation after has, once there is one.
+    pub later: &'a OnceCell<Elsewhere>,
 }
 
 impl Context<'_> {
@@ -150,7 +155,9 @@ impl Context<'_> {
     /// Sessions of a place over all slots, as far as the others have told.
     pub fn active_at(&self, upstream: usize, place: usize) -> u64 {
         let number = self.layout.place(upstream, place);
-        self.all.iter().map(|slot| slot.server(number, OfServer::Active).get()).sum()
+        let own: u64 = self.all.iter().map(|slot| slot.server(number, OfServer::Active).get()).sum();
+        let others = self.earlier.into_iter().chain(self.later.get());
+        own + others.map(|other| other.active_at(upstream, place)).sum::<u64>()
     }
 
     /// Real traffic has met a place that fails, by its number among all.

@@ -80,7 +80,7 @@ impl Sessions<'_> {
                         Connecting::UnderWay(stream) => (stream, false),
                     };
                     if register(registry, stream.as_raw_fd(), key, Side::Server).is_err() {
-                        self.give_back(number);
+                        self.unreserve(number);
                         return self.close(key, CloseReason::NoResources, now);
                     }
                     let incarnation = self.balancers[upstream].places()[server].incarnation;
@@ -116,13 +116,13 @@ impl Sessions<'_> {
     }
 
     /// A place that was reserved is used no more.
-    fn give_back(&mut self, number: usize) {
+    fn unreserve(&mut self, number: usize) {
         self.context.counters.server(number, OfServer::Active).less_one();
         self.waiting.look_soon();
     }
 
     fn refused(&mut self, number: usize, error: &io::Error) -> Refusal {
-        self.give_back(number);
+        self.unreserve(number);
         Refusal::of(error)
     }
 
@@ -192,7 +192,7 @@ impl Sessions<'_> {
     fn try_next(&mut self, registry: &Registry, key: Key, failure: CloseReason, now: Millis) {
         let number = self.server_number(self.slab.get(key).expect("the caller found it"));
         let number = number.expect("a connecting session has a server");
-        self.give_back(number);
+        self.unreserve(number);
         let entry = self.slab.get_mut(key).expect("the caller found it");
         let server = entry.server_index.take().expect("a connecting session has a server");
         // Closing it also ends its registration: there is no duplicate.

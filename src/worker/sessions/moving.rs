@@ -18,7 +18,7 @@ use super::{Entry, Sessions, Stage, is_unix, register};
 use crate::config::Target;
 use crate::counters::{OfListener, OfServer, Process};
 use crate::handover::{self, Arrival, Record};
-use crate::relay::{Readiness, Side};
+use crate::relay::{CloseReason, Readiness, Side};
 use crate::slab::Key;
 use crate::sources::UNCOUNTED;
 use crate::sys::clock::Millis;
@@ -207,7 +207,7 @@ impl Sessions<'_> {
         }
         if let Err(error) = register_both(registry, entry, key) {
             tracing::warn!(%error, "a session that was handed over cannot be polled");
-            return self.close(key, crate::relay::CloseReason::NoResources, now);
+            return self.close(key, CloseReason::NoResources, now);
         }
         let is_unix = self.server_is_unix(key);
         let entry = self.slab.get_mut(key).expect("still there");
@@ -219,6 +219,7 @@ impl Sessions<'_> {
         }
         let entry = self.slab.get(key).expect("still there");
         match &entry.stage {
+            Stage::Open if self.is_to_be_reset(key) => self.close(key, CloseReason::ServerDown, now),
             Stage::Open => {
                 self.set_deadline(key, now);
                 self.enqueue(key);

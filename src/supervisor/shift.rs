@@ -67,7 +67,7 @@ impl Supervisor {
     /// Begins what the steering has planned, or what a neighbour that helped
     /// out has to give back.
     pub(super) fn begin_shift(&mut self) {
-        if self.shift.is_some() || self.leave.is_some() {
+        if self.shift.is_some() || self.leave.is_some() || self.departure.is_some() {
             return;
         }
         let mut pairs = self.steering.planned_pairs();

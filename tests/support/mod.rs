@@ -12,9 +12,12 @@
 
 #![allow(dead_code)]
 
+pub mod browser;
 pub mod daemon;
 pub mod datagrams;
+pub mod http;
 pub mod machine;
+pub mod schema;
 pub mod servers;
 
 use std::io::{Read, Write};

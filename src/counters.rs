@@ -444,8 +444,11 @@ mod tests {
         assert!(table(1).is_none() && table(3).is_none());
         table(0).unwrap().add(source, 0);
         let limits = sources::Limits { live: 1, per_second: 0 };
-        assert_eq!(sources::check(table(0).into_iter(), source, limits, 0), Err(sources::Full::Live));
-        assert_eq!(sources::check(table(2).into_iter(), source, limits, 0), Ok(()));
+        assert_eq!(
+            sources::check(table(0).map(|table| (table, source)).into_iter(), limits, 0),
+            Err(sources::Full::Live)
+        );
+        assert_eq!(sources::check(table(2).map(|table| (table, source)).into_iter(), limits, 0), Ok(()));
         table(2).unwrap().add(source, 0);
         assert!(cells.iter().all(|cell| cell.get() == 1));
     }

@@ -221,17 +221,18 @@ impl Window {
     }
 }
 
-/// Whether a source may have one more, going by the tables of all slots.
+/// Whether a source may have one more, going by the tables of all slots, each
+/// with what the source is called in it.
 pub fn check<'a>(
-    tables: impl Iterator<Item = Table<'a>> + Clone,
-    source: Source,
+    tables: impl Iterator<Item = (Table<'a>, Source)> + Clone,
     limits: Limits,
     now: u64,
 ) -> Result<(), Full> {
-    if limits.live > 0 && tables.clone().map(|table| table.live(source)).sum::<u64>() >= limits.live {
+    let live = || tables.clone().map(|(table, source)| table.live(source)).sum::<u64>();
+    if limits.live > 0 && live() >= limits.live {
         return Err(Full::Live);
     }
-    let recent = || tables.map(|table| table.recent_millis(source, now)).sum::<u64>();
+    let recent = || tables.clone().map(|(table, source)| table.recent_millis(source, now)).sum::<u64>();
     if limits.per_second > 0 && recent() / 1_000 >= limits.per_second {
         return Err(Full::Rate);
     }
@@ -267,7 +268,7 @@ mod tests {
         let (a, b) = (words(), words());
         let tables = [Table::over(&a).unwrap(), Table::over(&b).unwrap()];
         let limits = Limits { live: 3, per_second: 0 };
-        let check = |now| check(tables.into_iter(), source(1), limits, now);
+        let check = |now| check(tables.map(|table| (table, source(1))).into_iter(), limits, now);
         let places = [tables[0].add_new(source(1), 0), tables[1].add_new(source(1), 0)];
         assert_eq!(check(0), Ok(()));
         tables[1].add(source(1), 0);
@@ -290,7 +291,7 @@ mod tests {
         // A hundred tries a second for ten seconds, by turns at two slots.
         for step in 0..1_000u64 {
             let now = step * 10;
-            if check(tables.into_iter(), source(9), limits, now).is_ok() {
+            if check(tables.map(|table| (table, source(9))).into_iter(), limits, now).is_ok() {
                 let table = tables[(step % 2) as usize];
                 table.less_one(table.add_new(source(9), now));
                 admitted.push(now);
@@ -303,7 +304,7 @@ mod tests {
             let within = admitted.iter().filter(|&&at| (from..from + 1_000).contains(&at)).count();
             assert!(within <= 20, "{within} from {from}");
         }
-        assert_eq!(check(tables.into_iter(), source(8), limits, 9_990), Ok(()));
+        assert_eq!(check(tables.map(|table| (table, source(8))).into_iter(), limits, 9_990), Ok(()));
     }
 
     #[test]
@@ -313,7 +314,7 @@ mod tests {
         let limits = Limits { live: 0, per_second: 1 };
         let mut admitted = 0;
         for now in (500..10_500).step_by(7) {
-            if check([table].into_iter(), source(3), limits, now).is_ok() {
+            if check([(table, source(3))].into_iter(), limits, now).is_ok() {
                 table.less_one(table.add_new(source(3), now));
                 admitted += 1;
             }

@@ -302,6 +302,14 @@ fn a_target_is_an_upstream_or_a_service() {
 }
 
 #[test]
+fn one_address_to_leave_from_not_two() {
+    let both = server_at("10.0.0.1:80")
+        .replace("name = \"web\"\n", "name = \"web\"\ntransparent = true\nsource = \"10.0.0.9\"\n");
+    let told = complaints(&both);
+    assert!(told.contains("upstream \"web\" has both transparent = true and source\n"), "{told}");
+}
+
+#[test]
 fn servers_that_can_never_be_picked_are_refused() {
     let idle = server_at("10.0.0.1:80") + "weight = 0\n";
     assert_eq!(

@@ -39,18 +39,27 @@ fn config(workers: usize, tables: &str) -> String {
 /// A session from this address, or `None` where it is turned away.
 #[track_caller]
 fn enter(source: &str) -> Option<TcpStream> {
-    let mut stream = begin(source, local(8080));
+    // Where the reset is very quick, the connect is told of it.
+    let mut stream = try_begin(source, local(8080))?;
     let_in(&mut stream).then_some(stream)
 }
 
 #[track_caller]
 fn begin(source: &str, to: SocketAddr) -> TcpStream {
+    try_begin(source, to).expect("no reset yet")
+}
+
+#[track_caller]
+fn try_begin(source: &str, to: SocketAddr) -> Option<TcpStream> {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).unwrap();
     socket.bind(&format!("{source}:0").parse::<SocketAddr>().unwrap().into()).unwrap();
-    socket.connect(&to.into()).expect("a connection");
+    match socket.connect(&to.into()) {
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => return None,
+        result => result.expect("a connection"),
+    }
     let stream = TcpStream::from(socket);
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    stream
+    Some(stream)
 }
 
 #[track_caller]

@@ -214,6 +214,40 @@ fn bytes_pass_and_nothing_is_kept() {
 }
 
 #[test]
+fn a_preface_goes_with_what_the_client_has_sent_and_counts_for_nobody() {
+    // However little the server takes at a time, and however the client ends.
+    for (room, ending) in [(usize::MAX, None), (7, Some(Ending::Finish)), (1, Some(Ending::Reset))] {
+        let (client, server) = (Fake::default(), Fake::with_room(0));
+        client.push(b"question");
+        if let Some(ending) = ending {
+            client.end(ending);
+        }
+        let mut session = Session::relay();
+        session.handle_ready(Side::Client, Readiness { readable: true, ..Readiness::default() });
+        let mut scratch = vec![0; 1 << 18];
+        let before = session.client_bytes()[0];
+        let count = session.introduce(b"PREFACE ", &client, &mut scratch);
+        assert_eq!((before, session.client_bytes()[0]), (0, count as u64));
+        // Its state travels like any other.
+        if let Some((snapshot, bytes)) = session.snapshot() {
+            assert!(bytes.starts_with(b"PREFACE "));
+            session = Session::restore(&snapshot, &bytes).expect("a sane state");
+        }
+        for _ in 0..200 {
+            server.state.borrow_mut().room = room;
+            session.handle_ready(Side::Server, WRITE);
+            session.handle_ready(Side::Client, READ);
+            if let Drive::Done(_) = drive(&mut session, &client, &server) {
+                break;
+            }
+        }
+        assert_eq!(server.taken(), b"PREFACE question", "{room} {ending:?}");
+        assert_eq!(server.state.borrow().finished, ending == Some(Ending::Finish));
+        assert_eq!(session.client_bytes()[0], 8);
+    }
+}
+
+#[test]
 fn a_short_read_needs_no_second_one() {
     let (client, server) = (Fake::with_room(100), Fake::with_room(100));
     let mut session = Session::relay();

@@ -67,15 +67,20 @@ impl Departures {
                 return (shortages as u64, result);
             };
             shortages += 1;
-            self.complain(number, "ports", now, || {
-                let then = if shortages < count { "the next of source is tried" } else { "no other is left" };
+            let is_last = shortages == count;
+            // Each address is named, and the want of any apart from that.
+            let (about, kind, then) = match is_last {
+                true => (number, "every address", "no other is left"),
+                false => (number << 16 | at, "one address", "the next of source is tried"),
+            };
+            self.complain(about, kind, now, || {
                 format!(
                     "upstream {}: no connection to {server} can leave from {address} ({error}): its ports towards \
                      there are in use (net.ipv4.ip_local_port_range), or it is no address of this host; {then}",
                     upstream.name
                 )
             });
-            if shortages == count {
+            if is_last {
                 return (shortages as u64, result);
             }
         }
@@ -93,7 +98,7 @@ impl Departures {
         if !is_shortage(error) {
             return (0, result);
         }
-        self.complain(number, "ports", now, || {
+        self.complain(number, "every address", now, || {
             format!(
                 "upstream {}: no local port is left towards {server} ({error}): widen \
                  net.ipv4.ip_local_port_range, or give the upstream more addresses (source)",

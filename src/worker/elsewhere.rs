@@ -6,10 +6,12 @@
 //! supervisor. Bounded by one generation on either side: what is left of still
 //! elsewhere ones is not counted. Lives as long as the worker.
 
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 
 use crate::config::Config;
-use crate::counters::{Counters, Layout, OfServer};
+use crate::counters::{Counters, Layout, OfListener, OfServer, Process};
+use crate::sources::{Source, Table};
 use crate::sys::shared::{self, Region};
 
 /// The counters of another generation, by the places of one's own.
@@ -19,6 +21,8 @@ pub struct Elsewhere {
     layout: Layout,
     /// By upstream and place: the number among all places there.
     places: Vec<Vec<Option<usize>>>,
+    /// By listener: its number there.
+    listeners: Vec<Option<usize>>,
 }
 
 impl Elsewhere {
@@ -49,7 +53,10 @@ impl Elsewhere {
             };
             (0..own_layout.numbering().places_in(number)).map(find).collect()
         });
-        Elsewhere { places: places.collect(), regions, layout }
+        let listeners = own.listeners.iter().map(|listener| {
+            other.listeners.iter().position(|old| old.name == listener.name && old.mode == listener.mode)
+        });
+        Elsewhere { places: places.collect(), listeners: listeners.collect(), regions, layout }
     }
 
     /// Descriptors that it keeps.
@@ -60,8 +67,30 @@ impl Elsewhere {
     /// Sessions of a place.
     pub fn active_at(&self, upstream: usize, place: usize) -> u64 {
         let Some(number) = self.places[upstream][place] else { return 0 };
-        let counters = self.regions.iter().filter_map(|region| Counters::over(region.words(), &self.layout));
-        counters.map(|counters| counters.server(number, OfServer::Active).get()).sum()
+        self.counters().map(|counters| counters.server(number, OfServer::Active).get()).sum()
+    }
+
+    /// Sessions or flows of a listener.
+    pub fn active_of(&self, listener: usize) -> u64 {
+        let Some(number) = self.listeners[listener] else { return 0 };
+        self.counters().map(|counters| counters.listener(number, OfListener::Active).get()).sum()
+    }
+
+    /// What each slot has counted of a client at a listener.
+    pub fn sources(
+        &self,
+        listener: usize,
+        client: IpAddr,
+    ) -> impl Iterator<Item = (Table<'_>, Source)> + Clone {
+        self.counters().filter_map(move |counters| {
+            let table = counters.sources(&self.layout, self.listeners[listener]?)?;
+            // Another generation has another secret.
+            Some((table, Source::of(client, counters.process(Process::SourceSeed).get())))
+        })
+    }
+
+    fn counters(&self) -> impl Iterator<Item = Counters<'_>> + Clone {
+        self.regions.iter().filter_map(|region| Counters::over(region.words(), &self.layout))
     }
 }
 

@@ -87,8 +87,11 @@ impl Context<'_> {
         if self.counters.sources(self.layout, listener).is_none() {
             return Ok(());
         }
-        let tables = self.all.iter().filter_map(|slot| slot.sources(self.layout, listener));
-        sources::check(tables, self.source_of(client), gate.limits, now).map_err(|full| match full {
+        let source = self.source_of(client);
+        let own = self.all.iter().filter_map(|slot| Some((slot.sources(self.layout, listener)?, source)));
+        let others = self.earlier.into_iter().chain(self.later.get());
+        let tables = own.chain(others.flat_map(|other| other.sources(listener, client)));
+        sources::check(tables, gate.limits, now).map_err(|full| match full {
             Full::Live => Refused::PerSource,
             Full::Rate => Refused::RatePerSource,
         })
@@ -122,7 +125,10 @@ impl Context<'_> {
     pub fn is_listener_full(&self, listener: usize) -> bool {
         let limit = self.gates[listener].max_connections;
         let active = |slot: &Counters| slot.listener(listener, OfListener::Active).get();
-        limit > 0 && self.all.iter().map(active).sum::<u64>() >= limit
+        let own = || self.all.iter().map(active).sum::<u64>();
+        let others =
+            || self.earlier.into_iter().chain(self.later.get()).map(|other| other.active_of(listener));
+        limit > 0 && own() + others().sum::<u64>() >= limit
     }
 
     fn source_of(&self, client: IpAddr) -> Source {

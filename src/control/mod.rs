@@ -117,9 +117,10 @@ pub enum FromWorker {
     Ready,
     /// The listeners that it was to close are closed, their queues served.
     QueuesClosed,
-    /// What could move has moved to another worker.
+    /// What could move has moved to another worker; `gone` = that one ended
+    /// meanwhile, and the next may have the rest.
     #[allow(missing_docs)]
-    HandedOver { moved: usize, left: usize },
+    HandedOver { moved: usize, left: usize, gone: bool },
     /// It reads no client's datagram.
     Held,
     /// So many flows are where their datagrams come; so many others could not
@@ -154,6 +155,8 @@ pub enum PeerMessage {
     /// The bundle was taken but for these, by their place in it.
     #[allow(missing_docs)]
     Taken { refused: Vec<usize> },
+    /// The last bundle was not understood, and nothing more is wanted.
+    Refused,
     /// Nothing more will come.
     Done,
 }

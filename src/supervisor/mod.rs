@@ -289,7 +289,7 @@ impl Supervisor {
         match self.slots[slot].spawn(&self.prepared, &generation, self.poll.registry(), token) {
             Ok(process) => {
                 self.slots[slot].current = Some(process);
-                if self.shift.as_ref().is_some_and(|shift| shift.gives_to(slot)) {
+                if self.owes_flows_to(slot) {
                     self.slots[slot].tell(&ToWorker::Hold);
                 }
                 self.hand_over_again(slot);
@@ -399,9 +399,12 @@ impl Supervisor {
                 self.slots[slot].release_all_but(&generation);
             }
             FromWorker::QueuesClosed => self.slots[slot].release_sockets(),
-            FromWorker::HandedOver { moved, left } => {
+            FromWorker::HandedOver { moved, left, gone } => {
                 info!(slot, "{moved} sessions handed over, {left} left");
-                if role == Role::Old {
+                if role == Role::Old && gone && !retiring {
+                    // The rest goes to whoever comes next in that place.
+                    info!(slot, "the worker that was to have them is being replaced");
+                } else if role == Role::Old {
                     self.slot_mut(slot, retiring).handed_over = true;
                     self.handle_handed_over(slot, retiring);
                 } else {
@@ -482,6 +485,7 @@ impl Supervisor {
         match role {
             Role::Current => {
                 slot.current = None;
+                slot.handed_over = false;
                 if status.success() && self.leave.is_some() {
                     info!(slot = index, "worker has left");
                 } else {

@@ -14,6 +14,7 @@
 //! bundle is under way at a time. Flows go first: their clients' datagrams
 //! wait unread at the receiver until then.
 
+mod death;
 mod passing;
 mod receiver;
 
@@ -89,6 +90,7 @@ pub struct Sender {
     moved: usize,
     refused: bool,
     flows_refused: usize,
+    gone: bool,
 }
 
 /// What a sender takes from.
@@ -126,6 +128,7 @@ impl Sender {
             moved: 0,
             refused: false,
             flows_refused: 0,
+            gone: false,
         })
     }
 
@@ -139,25 +142,34 @@ impl Sender {
         self.flows_refused + self.flows.as_ref().map_or(0, Vec::len)
     }
 
+    /// Whether it failed because the receiver ended.
+    pub fn is_receiver_gone(&self) -> bool {
+        self.gone
+    }
+
     /// Takes in what the receiver said, and sends on; sessions only where they
     /// may go.
     pub fn step(&mut self, cargo: &mut Cargo, sessions_may_go: bool) -> Progress {
         loop {
             if matches!(self.bundle, Bundle::None) {
                 match self.next_bundle(cargo, sessions_may_go) {
-                    Ok(true) => {}
+                    Ok(true) => death::die_if_told(death::SENT),
                     Ok(false) => return Progress::Waiting,
                     Err(progress) => return progress,
                 }
             }
             match control::receive::<PeerMessage>(&self.channel) {
-                Ok(Some((PeerMessage::Taken { refused }, _))) => self.handle_taken(&refused, cargo),
+                Ok(Some((PeerMessage::Taken { refused }, _))) => {
+                    death::die_if_told(death::ACKNOWLEDGED);
+                    self.handle_taken(&refused, cargo);
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if cargo.now.saturating_sub(self.since) > PATIENCE {
                         return self.fail("no answer", cargo);
                     }
                     return Progress::Waiting;
                 }
+                Ok(Some((PeerMessage::Refused, _))) => return self.fail("the receiver refuses", cargo),
                 Ok(Some(_)) => return self.fail("an answer out of turn", cargo),
                 Ok(None) => return self.fail("the receiver is gone", cargo),
                 Err(error) => return self.fail(&error.to_string(), cargo),
@@ -312,6 +324,7 @@ impl Sender {
 
     /// Gives the hand-over up; what was not acknowledged goes on here.
     pub fn fail(&mut self, why: &str, cargo: &mut Cargo) -> Progress {
+        self.gone |= self.is_closed();
         warn!("a hand-over stopped after {} sessions and flows: {why}", self.moved);
         match std::mem::replace(&mut self.bundle, Bundle::None) {
             Bundle::None => {}
@@ -337,6 +350,11 @@ impl Sender {
             let _ = control::send(&self.channel, &PeerMessage::Done, &[]);
         }
         Progress::Done { moved: self.moved }
+    }
+
+    /// Whether the other end is closed, without its having refused.
+    fn is_closed(&self) -> bool {
+        matches!(control::receive::<PeerMessage>(&self.channel), Ok(None))
     }
 
     /// Listens no more.

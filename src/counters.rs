@@ -6,13 +6,15 @@
 //! process held: `begin_life` turns them into losses.
 //!
 //! ```text
-//! [ process | listener 0 | listener 1 | ... | server 0 | server 1 | ... ]
+//! [ process | listener 0 | listener 1 | ... | place 0 | place 1 | ... | upstream 0 | ... ]
 //! ```
-//! Servers are numbered through all upstreams in the file's order. All cells
-//! are 64-bit words; one writer, so a plain load and store, no locked add.
+//! Places of servers are numbered as on the upstream board. All cells are
+//! 64-bit words; one writer, so a plain load and store, no locked add.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use crate::board::Numbering;
 use crate::config::Config;
 use crate::flow::DropReason;
 use crate::relay::CloseReason;
@@ -20,6 +22,7 @@ use crate::relay::CloseReason;
 const PROCESS_WORDS: usize = 16;
 const LISTENER_WORDS: usize = 64;
 const SERVER_WORDS: usize = 8;
+const UPSTREAM_WORDS: usize = 2;
 
 /// Counters of the worker as a whole.
 #[derive(Clone, Copy, Debug)]
@@ -33,6 +36,8 @@ pub enum Process {
     LoopLag,
     /// How often accepting was paused for want of descriptors or memory.
     AcceptPauses,
+    /// Lines of the access log that nobody took in time.
+    AccessDropped,
     /// When the event loop last turned, in milliseconds of the monotonic
     /// clock. What the worker says of itself, and so never trusted further
     /// than to judge that worker.
@@ -88,7 +93,7 @@ pub enum OfFlows {
     Dropped = 48,
 }
 
-/// Counters of one server as this slot used it.
+/// Counters of one place of a server as this slot used it.
 #[derive(Clone, Copy, Debug)]
 #[repr(usize)]
 pub enum OfServer {
@@ -100,35 +105,46 @@ pub enum OfServer {
     Failures,
 }
 
+/// Gauges of one upstream in this slot.
+#[derive(Clone, Copy, Debug)]
+#[repr(usize)]
+pub enum OfUpstream {
+    /// Sessions that wait for a place.
+    Waiting,
+    /// Since when the first of them waits, in milliseconds of the monotonic
+    /// clock; 0 = nobody does.
+    WaitingSince,
+}
+
 /// How a region is laid out for a configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
     listener_count: usize,
-    /// The number of each upstream's first server.
-    first_servers: Vec<usize>,
-    server_count: usize,
+    numbering: Numbering,
 }
 
 impl Layout {
     /// The layout that every process of a generation computes alike.
     pub fn of(config: &Config) -> Layout {
-        let mut server_count = 0;
-        let mut first_servers = Vec::new();
-        for upstream in &config.upstreams {
-            first_servers.push(server_count);
-            server_count += upstream.servers.len();
-        }
-        Layout { listener_count: config.listeners.len(), first_servers, server_count }
+        Layout { listener_count: config.listeners.len(), numbering: Numbering::of(config) }
     }
 
     /// The size of a region.
     pub fn word_count(&self) -> usize {
-        PROCESS_WORDS + self.listener_count * LISTENER_WORDS + self.server_count * SERVER_WORDS
+        PROCESS_WORDS
+            + self.listener_count * LISTENER_WORDS
+            + self.numbering.place_count() * SERVER_WORDS
+            + self.numbering.upstream_count() * UPSTREAM_WORDS
     }
 
-    /// The number of a server among all servers.
-    pub fn server(&self, upstream: usize, server: usize) -> usize {
-        self.first_servers[upstream] + server
+    /// How the places of servers are numbered.
+    pub fn numbering(&self) -> &Numbering {
+        &self.numbering
+    }
+
+    /// The number among all places of an upstream's place.
+    pub fn place(&self, upstream: usize, place: usize) -> usize {
+        self.numbering.place(upstream, place)
     }
 }
 
@@ -143,13 +159,17 @@ pub fn process_cell(words: &[AtomicU64], which: Process) -> Option<Cell<'_>> {
 pub struct Counters<'a> {
     words: &'a [AtomicU64],
     listener_count: usize,
+    place_count: usize,
 }
 
 impl<'a> Counters<'a> {
     /// Counters over a region's words; `None` where they are too few.
     pub fn over(words: &'a [AtomicU64], layout: &Layout) -> Option<Counters<'a>> {
-        (words.len() >= layout.word_count())
-            .then_some(Counters { words, listener_count: layout.listener_count })
+        (words.len() >= layout.word_count()).then_some(Counters {
+            words,
+            listener_count: layout.listener_count,
+            place_count: layout.numbering.place_count(),
+        })
     }
 
     /// A cell of the worker as a whole.
@@ -183,10 +203,17 @@ impl<'a> Counters<'a> {
         Cell(&self.words[PROCESS_WORDS + listener * LISTENER_WORDS + at])
     }
 
-    /// A cell of a server, numbered by `Layout::server`.
-    pub fn server(&self, server: usize, which: OfServer) -> Cell<'a> {
+    /// A cell of a server's place, numbered by `Layout::place`.
+    pub fn server(&self, place: usize, which: OfServer) -> Cell<'a> {
+        debug_assert!(place < self.place_count);
         let first = PROCESS_WORDS + self.listener_count * LISTENER_WORDS;
-        Cell(&self.words[first + server * SERVER_WORDS + which as usize])
+        Cell(&self.words[first + place * SERVER_WORDS + which as usize])
+    }
+
+    /// A cell of an upstream.
+    pub fn upstream(&self, upstream: usize, which: OfUpstream) -> Cell<'a> {
+        let places = self.listener_count * LISTENER_WORDS + self.place_count * SERVER_WORDS;
+        Cell(&self.words[PROCESS_WORDS + places + upstream * UPSTREAM_WORDS + which as usize])
     }
 
     /// Adds what another region has counted, listener by listener and server by
@@ -222,10 +249,13 @@ impl<'a> Counters<'a> {
             }
         }
         let servers = servers_of(other);
-        for (index, name) in servers_of(own).into_iter().enumerate() {
-            let Some(old) = servers.iter().position(|old| *old == name) else { continue };
+        for (name, places) in servers_of(own) {
+            let Some((_, old)) = servers.iter().find(|(old, _)| *old == name) else { continue };
             for which in [OfServer::Connections, OfServer::Failures] {
-                self.server(index, which).add(from.server(old, which).get());
+                // An address may have another place by now: the server's sum
+                // is what stays.
+                let sum: u64 = old.clone().map(|place| from.server(place, which).get()).sum();
+                self.server(places.start, which).add(sum);
             }
         }
     }
@@ -239,20 +269,31 @@ impl<'a> Counters<'a> {
             active.set(0);
             self.flows(listener, OfFlows::Quarantined).set(0);
         }
-        for server in 0..layout.server_count {
-            self.server(server, OfServer::Active).set(0);
+        for place in 0..layout.numbering.place_count() {
+            self.server(place, OfServer::Active).set(0);
+        }
+        for upstream in 0..layout.numbering.upstream_count() {
+            self.upstream(upstream, OfUpstream::Waiting).set(0);
+            self.upstream(upstream, OfUpstream::WaitingSince).set(0);
         }
         self.process(Process::Active).set(0);
         self.process(Process::LoopLag).set(0);
     }
 }
 
-/// Upstream and address of every server, in the order of their numbers.
-fn servers_of(config: &Config) -> Vec<(&str, String)> {
-    let servers = config.upstreams.iter().flat_map(|upstream| {
-        upstream.servers.iter().map(|server| (upstream.name.as_str(), server.address.to_string()))
-    });
-    servers.collect()
+/// Upstream and address of every server, and its places.
+fn servers_of(config: &Config) -> Vec<((&str, String), Range<usize>)> {
+    let numbering = Numbering::of(config);
+    let mut servers = Vec::new();
+    for (index, upstream) in config.upstreams.iter().enumerate() {
+        for (number, server) in upstream.servers.iter().enumerate() {
+            let within = numbering.places_of(index, number);
+            let first = numbering.place(index, within.start);
+            let places = first..first + within.len();
+            servers.push(((upstream.name.as_str(), server.address.to_string()), places));
+        }
+    }
+    servers
 }
 
 /// One counter.
@@ -289,13 +330,8 @@ mod tests {
     use super::*;
 
     fn layout(listener_count: usize, servers: &[usize]) -> Layout {
-        let mut first = 0;
-        let mut first_servers = Vec::new();
-        for count in servers {
-            first_servers.push(first);
-            first += count;
-        }
-        Layout { listener_count, first_servers, server_count: first }
+        let numbering = Numbering::from_counts(servers.iter().map(|&count| vec![1; count]));
+        Layout { listener_count, numbering }
     }
 
     #[test]
@@ -326,6 +362,10 @@ mod tests {
         for server in 0..7 {
             use OfServer::{Active, Connections, Failures};
             cells.extend([Connections, Active, Failures].map(|which| counters.server(server, which)));
+        }
+        for upstream in 0..2 {
+            let gauges = [OfUpstream::Waiting, OfUpstream::WaitingSince];
+            cells.extend(gauges.map(|which| counters.upstream(upstream, which)));
         }
         for cell in &cells {
             cell.add(1);

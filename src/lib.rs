@@ -8,13 +8,15 @@
 //! 4  cli
 //! 3  supervisor  worker  steward  loadgen  doctor    never import each other
 //! 2  control
-//! 1  config  balance  relay  flow  supervision  counters  spread  steering  deadline  slab  explain    pure
+//! 1  config  balance  board  relay  flow  supervision  counters  spread  steering  deadline  slab  explain    pure
 //! 0  sys  units  logging
 //! ```
 
 #![deny(unsafe_code)]
 
+pub mod access_log;
 pub mod balance;
+pub mod board;
 pub mod cli;
 pub mod config;
 pub mod control;

@@ -42,6 +42,18 @@ pub fn used(pids: &[u32]) -> Used {
     sum
 }
 
+/// What the kernel's own threads used that deliver packets when there are too
+/// many for their senders to do it: work that is then charged to nobody.
+pub fn kernel_delivery() -> Used {
+    let is_one = |pid: &u32| {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        name.starts_with("ksoftirqd")
+    };
+    let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    used(&pids.filter(is_one).collect::<Vec<u32>>())
+}
+
 /// Bytes of memory that are these processes' own; what they share is divided
 /// among those that share it (proportional set size).
 pub fn memory(pids: &[u32]) -> f64 {

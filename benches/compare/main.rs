@@ -129,9 +129,11 @@ fn measure(arguments: &Arguments) -> (Results, serde_json::Value) {
     let seconds = arguments.seconds.unwrap_or(if arguments.quick { 0.4 } else { 1.5 });
     let mut results = Results::default();
     let ways = ways(arguments, &mut results);
+    let is_named = |name: &String| ALL.iter().any(|workload| workload.name == name);
     let is_wanted = |workload: &&Workload| {
-        arguments.only.is_empty()
-            || arguments.only.iter().any(|name| workload.name.starts_with(name.as_str()))
+        let fits =
+            |name: &String| workload.name == name || (!is_named(name) && workload.name.starts_with(name));
+        arguments.only.is_empty() || arguments.only.iter().any(fits)
     };
     let workloads: Vec<&Workload> = ALL.iter().filter(is_wanted).collect();
     let lab =

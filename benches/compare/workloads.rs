@@ -15,10 +15,11 @@ use crate::streams::{self, Dialogue, Drains, Outcome, Talkers};
 pub type Sample = BTreeMap<&'static str, f64>;
 
 /// Metrics in the order of the tables: name, heading, digits behind the point.
-pub const METRICS: [(&str, &str, usize); 13] = [
+pub const METRICS: [(&str, &str, usize); 14] = [
     ("proxy_us", "proxy CPU, µs each", 2),
     ("proxy_s_per_gb", "proxy CPU, s/GB", 3),
     ("others_us", "client and server CPU, µs each", 2),
+    ("ksoftirqd_us", "ksoftirqd, µs each", 2),
     ("per_second", "each second", 0),
     ("gb_per_s", "GB/s", 2),
     ("p50_us", "p50 µs", 0),
@@ -168,7 +169,7 @@ fn bulk(lab: &Lab, way: &Way, count: usize) -> io::Result<Sample> {
     };
     rename(&mut sample, "proxy_us", "proxy_s_per_gb", 1e3);
     rename(&mut sample, "per_second", "gb_per_s", 1e-9);
-    for name in ["p50_us", "p99_us", "others_us"] {
+    for name in ["p50_us", "p99_us", "others_us", "ksoftirqd_us"] {
         sample.remove(name);
     }
     Ok(sample)
@@ -184,11 +185,12 @@ fn datagrams(lab: &Lab, way: &Way, count: usize, under_way: usize, burst: bool) 
 /// Rates, latencies and CPU times of a while.
 fn measure(lab: &Lab, open: &Open, run: impl FnOnce() -> io::Result<Outcome>) -> io::Result<Sample> {
     let others = [std::process::id(), lab.server.pid(), lab.web.pids()[0]];
-    let read = || (account::used(open.pids()), account::used(&others));
+    let read = || (account::used(open.pids()), account::used(&others), account::kernel_delivery());
     let before = read();
     let outcome = run()?;
     let after = read();
     let (proxy, others): (Used, Used) = (after.0.since(before.0), after.1.since(before.1));
+    let kernel = after.2.since(before.2);
     if outcome.done == 0 {
         return Err(io::Error::other("nothing was answered"));
     }
@@ -196,6 +198,7 @@ fn measure(lab: &Lab, open: &Open, run: impl FnOnce() -> io::Result<Outcome>) ->
     let mut sample = Sample::from([
         ("per_second", outcome.done as f64 / outcome.seconds),
         ("others_us", others.seconds * each),
+        ("ksoftirqd_us", kernel.seconds * each),
         ("p50_us", outcome.latencies.value_at_quantile(0.5) as f64),
         ("p99_us", outcome.latencies.value_at_quantile(0.99) as f64),
         ("failures", outcome.failures as f64),
@@ -207,22 +210,29 @@ fn measure(lab: &Lab, open: &Open, run: impl FnOnce() -> io::Result<Outcome>) ->
     Ok(sample)
 }
 
+/// Memory that the last of many sessions take: what the first ones make a
+/// program allocate for good is not theirs, and its start leaves free memory
+/// behind which the first ones fill.
 fn sessions(_lab: &Lab, way: &Way) -> io::Result<Sample> {
-    const COUNT: usize = 9_500;
+    const FIRST: usize = 2_000;
+    const MORE: usize = 7_500;
     let open = Open::begin(way);
-    let hold = |count| Talkers::begin(open.address(Service::Echo), plain(count, false));
-    // What the first sessions make it allocate for good is not theirs.
-    drop(hold(200)?);
-    settle(&open);
+    let hold = |count| {
+        let mut talkers = Talkers::begin(open.address(Service::Echo), plain(count, false))?;
+        talkers.settle()?;
+        settle(&open);
+        io::Result::Ok(talkers)
+    };
+    let _first = hold(FIRST)?;
     let before = account::memory(open.pids());
-    let mut talkers = hold(COUNT)?;
-    talkers.settle()?;
-    settle(&open);
-    Ok(Sample::from([("bytes_each", (account::memory(open.pids()) - before) / COUNT as f64)]))
+    let _more = hold(MORE)?;
+    Ok(Sample::from([("bytes_each", (account::memory(open.pids()) - before) / MORE as f64)]))
 }
 
+/// The same for flows.
 fn flows(_lab: &Lab, way: &Way) -> io::Result<Sample> {
-    const COUNT: usize = 9_000;
+    const FIRST: usize = 2_000;
+    const ALL: usize = 9_000;
     let open = Open::begin(way);
     let hold = |count| {
         let mut askers = Askers::begin(open.address(Service::Datagrams), count, 64, false)?;
@@ -230,12 +240,13 @@ fn flows(_lab: &Lab, way: &Way) -> io::Result<Sample> {
         askers.settle()?;
         io::Result::Ok(askers)
     };
-    drop(hold(100)?);
+    // These come back among the others, from the same ports.
+    drop(hold(FIRST)?);
     settle(&open);
     let before = account::memory(open.pids());
-    let _askers = hold(COUNT)?;
+    let _all = hold(ALL)?;
     settle(&open);
-    Ok(Sample::from([("bytes_each", (account::memory(open.pids()) - before) / (COUNT - 100) as f64)]))
+    Ok(Sample::from([("bytes_each", (account::memory(open.pids()) - before) / (ALL - FIRST) as f64)]))
 }
 
 /// Waits until these processes sleep: two looks a tenth of a second apart

@@ -31,6 +31,7 @@ pub use load::{Loaded, load};
 pub use problem::{Problem, Problems};
 pub use reader::{Block, Entry};
 pub use show::show;
+pub use suggest::did_you_mean;
 pub use summary::{ListenerSummary, ServerSummary, Summary, UpstreamSummary, summary};
 pub use words::Word;
 

@@ -1,7 +1,7 @@
 //! "Did you mean": the known word nearest to one that was typed.
 
 /// `did you mean "workers"?`, or else the list of what there is.
-pub(super) fn did_you_mean(typed: &str, known: &[&str], otherwise: &str) -> String {
+pub fn did_you_mean(typed: &str, known: &[&str], otherwise: &str) -> String {
     if let Some(word) = nearest(typed, known) {
         return format!("did you mean \"{word}\"?");
     }

@@ -15,6 +15,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::board::{Change, Override};
 use crate::config::{self, Word};
 use crate::logging;
 use crate::steering::Route;
@@ -46,7 +47,10 @@ pub struct SocketId {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToWorker {
     /// Who it is. Descriptors: the configuration (sealed JSON), its own
-    /// counters, with `tells_load` the page of loads, then the counters of all
+    /// counters, the upstream board to read, the bell that the steward rings
+    /// when the board has changed, the bell that the worker rings when traffic
+    /// fails, with `tells_load` the page of loads, with `logs_access` where
+    /// lines of the access log go, then the counters of all
     /// slots to read. What is `outliving` is open elsewhere too, and who waits
     /// there is served after the daemon's end.
     #[allow(missing_docs)]
@@ -57,6 +61,7 @@ pub enum ToWorker {
         account: Option<Account>,
         outliving: Vec<Place>,
         tells_load: bool,
+        logs_access: bool,
     },
     /// Sockets that its slot has already, one descriptor a place.
     Sockets(Vec<Place>),
@@ -176,18 +181,26 @@ pub struct Straggler {
 /// From the supervisor to the steward.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToSteward {
-    /// Descriptors: the present configuration and the control listener.
+    /// Descriptors: the present configuration, the control listener, the bell
+    /// that workers hear, and the one that they ring.
     Birth(StewardBirth),
-    /// Where the counters are. Descriptors: so many configurations, the
-    /// present one first, then the counters of each table.
+    /// Where the counters and the upstream boards are. Descriptors: so many
+    /// configurations, the present one first; the boards of these of them, to
+    /// write; then the counters of each table.
     #[allow(missing_docs)]
-    Tables { generation: u64, config_count: usize, tables: Vec<Table> },
+    Tables { generation: u64, config_count: usize, boards: Vec<usize>, tables: Vec<Table> },
+    /// All that the operator has changed about servers at run time, by upstream
+    /// and server.
+    Overrides(Vec<(String, String, Override)>),
     /// What the workers do now.
     Workers(Vec<WorkerState>),
     /// How the listener of this name is steered from now on, and the part of
     /// what comes that each slot is due.
     #[allow(missing_docs)]
     Steering { listener: String, active: String, shares: Vec<f64> },
+    /// The access log. Descriptors: where lines come from, then the file, or
+    /// none for standard error.
+    AccessLog,
     /// The answer to its request.
     #[allow(missing_docs)]
     Answer { id: u64, answer: Result<String, String> },
@@ -262,6 +275,9 @@ pub enum Request {
     Rebalance,
     /// The sessions that this takes.
     Sessions(sessions::Query),
+    /// One server of the file is to be used otherwise than the file says.
+    #[allow(missing_docs)]
+    Server { upstream: String, server: String, change: Change },
 }
 
 /// Starts the log of a process as the configuration has it.

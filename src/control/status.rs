@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::spread::Spread;
 
@@ -18,6 +19,10 @@ pub struct Status {
     /// Seconds since 1970.
     pub started_at: u64,
     pub config_path: String,
+    /// Lines of the access log that could not be written since this steward
+    /// began.
+    #[serde(default)]
+    pub access_log_lost: u64,
     pub workers: Vec<Worker>,
     pub listeners: Vec<Listener>,
     pub upstreams: Vec<Upstream>,
@@ -40,6 +45,9 @@ pub struct Worker {
     pub loop_lag_us: u64,
     /// How often it paused accepting for want of descriptors or memory.
     pub accept_pauses: u64,
+    /// Lines of the access log that were dropped because nobody took them.
+    #[serde(default)]
+    pub access_log_dropped: u64,
     /// The slot that accepts for it while it is empty.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub helped_by: Option<usize>,
@@ -151,6 +159,9 @@ pub fn steering_in_force<'a>(asked: &'a str, active: &str) -> &'a str {
 pub struct Upstream {
     pub name: String,
     pub balance: String,
+    /// Sessions that wait for a place.
+    #[serde(default)]
+    pub waiting: u64,
     pub servers: Vec<Server>,
 }
 
@@ -159,11 +170,53 @@ pub struct Upstream {
 #[allow(missing_docs)]
 pub struct Server {
     pub address: String,
-    /// up, down, draining or disabled.
+    /// up, down, draining, disabled, or unresolved: a name without an address.
     pub state: String,
     pub weight: u32,
     pub backup: bool,
+    /// Sessions at once; 0 = any number.
+    #[serde(default)]
+    pub max_connections: u64,
     pub active: u64,
     pub connections: u64,
     pub failures: u64,
+    /// What its checks say.
+    #[serde(skip_serializing_if = "Value::is_null", default)]
+    pub check: Value,
+    /// How the operator has changed it at run time; absent where it is as the
+    /// file has it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub differs_from_file: Option<Difference>,
+    /// Why its name has no fresh answer.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub resolve_error: Option<String>,
+    /// The addresses that its name has.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub places: Vec<Place>,
+}
+
+/// What was changed about a server at run time.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Difference {
+    /// draining or disabled, where it is.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub state: Option<String>,
+    /// What the file says, where the weight is another.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub file_weight: Option<u32>,
+}
+
+/// One address of a name.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Place {
+    pub address: String,
+    pub state: String,
+    pub weight: u32,
+    /// Lower ones are used first.
+    pub priority: u16,
+    pub active: u64,
+    #[serde(skip_serializing_if = "Value::is_null", default)]
+    pub check: Value,
 }

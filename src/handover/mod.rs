@@ -13,6 +13,8 @@
 
 pub mod flows;
 
+use std::net::SocketAddr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::relay::{CloseReason, Session, Snapshot};
@@ -67,6 +69,23 @@ pub struct Record {
     pub born: u64,
     /// When the last byte moved.
     pub moved: u64,
+    /// What its line of the access log will say.
+    #[serde(default)]
+    pub story: Option<Story>,
+}
+
+/// What the access log says of a session beside its state. Times are
+/// milliseconds of the monotonic clock.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Story {
+    /// Who came.
+    pub client: SocketAddr,
+    /// When the last connect to a server began.
+    pub connect_began: Option<u64>,
+    /// When it was there.
+    pub established: Option<u64>,
+    /// Servers that were tried in vain.
+    pub retries: u32,
 }
 
 /// How far a session is.
@@ -145,7 +164,15 @@ mod tests {
     fn record(session: &Session, server: bool) -> (Record, Vec<u8>) {
         let (relay, kept) = session.snapshot().expect("unbroken");
         let server = server.then(|| "10.0.0.1:80".to_string());
-        let record = Record { listener: "web".into(), server, stage: Stage::Open, relay, born: 5, moved: 9 };
+        let record = Record {
+            listener: "web".into(),
+            server,
+            stage: Stage::Open,
+            relay,
+            born: 5,
+            moved: 9,
+            story: None,
+        };
         (record, kept)
     }
 

@@ -42,11 +42,17 @@ pub enum CloseReason {
     Evicted,
     /// An operator ended it.
     Killed,
+    /// Every server was down, draining, disabled or without an address.
+    NoServer,
+    /// Every server had all the sessions that it may for `queue_timeout`.
+    QueueTimeout,
+    /// Its server went down, and `on_down` is reset.
+    ServerDown,
 }
 
 impl CloseReason {
     /// All of them, in the order of the counters.
-    pub const ALL: [CloseReason; 16] = [
+    pub const ALL: [CloseReason; 19] = [
         CloseReason::Finished,
         CloseReason::ClientReset,
         CloseReason::ServerReset,
@@ -63,6 +69,9 @@ impl CloseReason {
         CloseReason::WorkerLost,
         CloseReason::Evicted,
         CloseReason::Killed,
+        CloseReason::NoServer,
+        CloseReason::QueueTimeout,
+        CloseReason::ServerDown,
     ];
 
     /// Its name in `status` and metrics.
@@ -84,6 +93,9 @@ impl CloseReason {
             CloseReason::WorkerLost => "worker_lost",
             CloseReason::Evicted => "evicted",
             CloseReason::Killed => "killed",
+            CloseReason::NoServer => "no_server",
+            CloseReason::QueueTimeout => "queue_timeout",
+            CloseReason::ServerDown => "server_down",
         }
     }
 
@@ -118,7 +130,10 @@ impl CloseReason {
             | CloseReason::Drained
             | CloseReason::WorkerLost
             | CloseReason::Evicted
-            | CloseReason::Killed => None,
+            | CloseReason::Killed
+            | CloseReason::NoServer
+            | CloseReason::QueueTimeout
+            | CloseReason::ServerDown => None,
         }
     }
 }

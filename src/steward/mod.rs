@@ -1,6 +1,7 @@
 //! The steward: the unprivileged process that speaks with callers.
 //!
-//! It answers the control socket, which the supervisor bound and passed on. It
+//! It answers the control socket, which the supervisor bound and passed on, and
+//! owns the upstream board (`servers`). It
 //! reads the workers' counters in shared memory and what the supervisor last
 //! said of them, so a question costs neither of them anything; only what is to
 //! change something goes to the supervisor, as a typed request.
@@ -9,8 +10,10 @@
 //! listens to the supervisor. It ends with its supervisor, and may be killed
 //! at any time: traffic never passes here, and a new one takes its place.
 
+mod access_log;
 mod control_socket;
 mod report;
+pub mod servers;
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -24,6 +27,9 @@ use crossbeam_channel::Sender;
 use nix::sys::signal::Signal;
 use tracing::{error, warn};
 
+use access_log::AccessLog;
+
+use crate::board::Overrides;
 use crate::config::Config;
 use crate::control::sessions::{Found, MOST_SESSIONS, Query};
 use crate::control::{self, FromSteward, Request, StewardBirth, Table, ToSteward, WorkerState};
@@ -32,6 +38,7 @@ use crate::steering::Expected;
 use crate::sys::channel::Channel;
 use crate::sys::shared::{self, Region};
 use crate::sys::{accounts, process, signals};
+use servers::{Servers, WrittenBoard};
 
 /// How long a steward without a supervisor goes on answering what was asked.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -48,10 +55,12 @@ struct Knowledge {
     workers: Mutex<Vec<WorkerState>>,
     /// By listener: the mechanism in force, and what slots should have got.
     steering: Mutex<HashMap<String, (String, Expected)>>,
+    servers: Arc<Servers>,
     channel: Channel,
     pending: Mutex<Pending>,
     /// Requests that are being answered.
     busy: AtomicUsize,
+    access_log: Arc<AccessLog>,
 }
 
 /// Where the counters are: those of the present generation and of what is left
@@ -114,6 +123,7 @@ fn serve(channel: Channel) -> Result<(), String> {
     let config = shared::read_sealed(next()?).map_err(|e| e.to_string())?;
     let config: Config = serde_json::from_slice(&config).map_err(|e| e.to_string())?;
     let listener = UnixListener::from(next()?);
+    let servers = Servers::new(next()?, next()?);
     if let Some(account) = birth.account {
         accounts::become_account(account).map_err(|e| format!("cannot become uid {}: {e}", account.uid))?;
     }
@@ -127,9 +137,11 @@ fn serve(channel: Channel) -> Result<(), String> {
         view: RwLock::default(),
         workers: Mutex::default(),
         steering: Mutex::default(),
+        servers,
         channel,
         pending: Mutex::default(),
         busy: AtomicUsize::new(0),
+        access_log: Arc::default(),
     });
     // Nobody is answered before the counters are known: they would seem to
     // have gone back.
@@ -142,9 +154,11 @@ fn serve(channel: Channel) -> Result<(), String> {
     let answering = Arc::clone(&knowledge);
     std::thread::spawn(move || control_socket::serve(&listener, &answering));
     while hear(&knowledge)? {}
-    // Who asked for the end is still to be told that it was done.
+    // Who asked for the end is still to be told that it was done, and the last
+    // sessions are still to be logged.
     let deadline = Instant::now() + LAST_WORDS;
-    while knowledge.busy.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
+    let busy = || knowledge.busy.load(Ordering::Acquire) > 0 || !knowledge.access_log.is_idle();
+    while busy() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(2));
     }
     Ok(())
@@ -157,9 +171,14 @@ fn hear(knowledge: &Knowledge) -> Result<bool, String> {
         Ok(Some((ToSteward::Workers(workers), _))) => {
             *knowledge.workers.lock().expect("no thread panics with it") = workers;
         }
-        Ok(Some((ToSteward::Tables { generation, config_count, tables }, fds))) => {
-            let view = View::open(generation, config_count, tables, fds)?;
-            *knowledge.view.write().expect("no thread panics with it") = Arc::new(view);
+        Ok(Some((ToSteward::Tables { generation, config_count, boards, tables }, fds))) => {
+            let (view, boards) = View::open(generation, config_count, boards, tables, fds)?;
+            let view = Arc::new(view);
+            knowledge.servers.handle_view(Arc::clone(&view), boards);
+            *knowledge.view.write().expect("no thread panics with it") = view;
+        }
+        Ok(Some((ToSteward::Overrides(list), _))) => {
+            knowledge.servers.handle_overrides(Overrides::from_list(list));
         }
         Ok(Some((ToSteward::Steering { listener, active, shares }, _))) => {
             let counts = report::connections(&knowledge.view(), &listener, shares.len());
@@ -177,6 +196,12 @@ fn hear(knowledge: &Knowledge) -> Result<bool, String> {
         Ok(Some((ToSteward::Found { id, silent }, memories))) => {
             knowledge.handle_answer(id, Answer::Found { memories, silent });
         }
+        Ok(Some((ToSteward::AccessLog, fds))) => {
+            let mut fds = fds.into_iter();
+            if let Some(source) = fds.next() {
+                knowledge.access_log.aim(source, fds.next());
+            }
+        }
         Ok(Some((ToSteward::Birth(_), _))) => warn!("a second birth"),
         Err(error) if error.raw_os_error().is_some() => return Ok(false),
         Err(error) => warn!(%error, "a message of the supervisor was not understood"),
@@ -188,10 +213,11 @@ impl View {
     fn open(
         generation: u64,
         config_count: usize,
+        boards: Vec<usize>,
         tables: Vec<Table>,
         fds: Vec<OwnedFd>,
-    ) -> Result<View, String> {
-        if fds.len() != config_count + tables.len() || config_count == 0 {
+    ) -> Result<(View, Vec<WrittenBoard>), String> {
+        if fds.len() != config_count + boards.len() + tables.len() || config_count == 0 {
             return Err("the tables came with other descriptors than they need".into());
         }
         let mut fds = fds.into_iter();
@@ -202,9 +228,15 @@ impl View {
             let layout = Layout::of(&config);
             configs.push((config, layout));
         }
+        let mut written = Vec::new();
+        for config in boards {
+            let fd = fds.next().ok_or("counted above")?;
+            let region = Region::open(fd).map_err(|e| e.to_string())?;
+            written.push(WrittenBoard { config, region });
+        }
         let open = |(table, fd)| Region::open_read_only(fd).map(|region| (table, region));
         let tables = tables.into_iter().zip(fds).map(open).collect::<Result<Vec<_>, _>>();
-        Ok(View { generation, configs, tables: tables.map_err(|e| e.to_string())? })
+        Ok((View { generation, configs, tables: tables.map_err(|e| e.to_string())? }, written))
     }
 }
 

@@ -1,12 +1,18 @@
 //! The status document, from the counters and what the supervisor said.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
+
+use serde_json::Value;
 
 use super::{Knowledge, View};
-use crate::config::{Config, Mode, Word};
+use crate::board::{self, Admin, PlaceId, Standing, State};
+use crate::config::{Config, Mode, ServerAddress, Word};
 use crate::control::WorkerState;
-use crate::control::status::{Flows, Listener, Server, SlotFlows, Status, Upstream, Worker};
-use crate::counters::{Cell, Counters, Layout, OfFlows, OfListener, OfServer, Process};
+use crate::control::status::{
+    Difference, Flows, Listener, Place, Server, SlotFlows, Status, Upstream, Worker,
+};
+use crate::counters::{Counters, Layout, OfFlows, OfListener, OfServer, OfUpstream, Process};
 use crate::flow::DropReason;
 use crate::relay::CloseReason;
 use crate::spread::Spread;
@@ -26,6 +32,7 @@ pub fn status(knowledge: &Knowledge) -> Status {
     let sources = sources(&view);
     let workers = knowledge.workers.lock().expect("no thread panics with it").clone();
     let config = &view.configs[0].0;
+    let (standing, checks) = knowledge.servers.shown();
     let slot_count = workers.len();
     Status {
         version: env!("CARGO_PKG_VERSION").into(),
@@ -33,9 +40,10 @@ pub fn status(knowledge: &Knowledge) -> Status {
         generation: view.generation,
         started_at: knowledge.birth.started_at,
         config_path: knowledge.birth.config_path.clone(),
+        access_log_lost: knowledge.access_log.lost(),
         workers: workers.iter().map(|state| worker(state, &sources)).collect(),
         listeners: config.listeners.iter().map(|l| listener(knowledge, l, slot_count, &sources)).collect(),
-        upstreams: config.upstreams.iter().map(|u| upstream(u, &sources)).collect(),
+        upstreams: config.upstreams.iter().map(|u| upstream(u, &standing, &checks, &sources)).collect(),
     }
 }
 
@@ -62,6 +70,7 @@ fn worker(state: &WorkerState, sources: &[Source]) -> Worker {
         active: sum(Process::Active),
         loop_lag_us: lag.unwrap_or(0),
         accept_pauses: sum(Process::AcceptPauses),
+        access_log_dropped: sum(Process::AccessDropped),
         helped_by: state.helped_by,
     }
 }
@@ -184,30 +193,105 @@ fn dropped(sum: &Sum) -> BTreeMap<String, u64> {
     own.chain(kernel).filter(|(_, count)| *count > 0).collect()
 }
 
-fn upstream(config: &crate::config::Upstream, sources: &[Source]) -> Upstream {
-    let servers = config.servers.iter().map(|server| {
-        let address = server.address.to_string();
-        let sum = |which| -> u64 {
-            let cells = sources.iter().filter_map(|source| cell_of(source, &config.name, &address, which));
-            cells.map(Cell::get).sum()
-        };
+/// An upstream with its servers, as they stand.
+fn upstream(
+    config: &crate::config::Upstream,
+    standing: &Standing,
+    checks: &BTreeMap<PlaceId, Value>,
+    sources: &[Source],
+) -> Upstream {
+    let waiting = sources.iter().filter_map(|source| {
+        let index = source.config.upstreams.iter().position(|u| u.name == config.name)?;
+        Some(source.counters.upstream(index, OfUpstream::Waiting).get())
+    });
+    let own = standing.upstreams().iter().find(|upstream| upstream.name == config.name);
+    let servers = config.servers.iter().map(|file| {
+        let address = file.address.to_string();
+        let stands = own.and_then(|u| Some((u, u.servers.iter().find(|s| s.name == address)?)));
+        let sum = |which| sources.iter().map(|source| sum_of(source, &config.name, &address, which)).sum();
+        let places = stands.map(|(u, s)| places(u, s, checks, sources)).unwrap_or_default();
+        let is_name = matches!(file.address, ServerAddress::Name { .. } | ServerAddress::Srv(_));
         Server {
-            state: "up".into(),
-            weight: server.weight,
-            backup: server.backup,
+            state: stands.map_or(State::Up, |(upstream, server)| server.state(upstream)).name().into(),
+            weight: stands.map_or(file.weight, |(_, server)| server.weight()),
+            backup: file.backup,
+            max_connections: u64::from(file.max_connections),
             active: sum(OfServer::Active),
             connections: sum(OfServer::Connections),
             failures: sum(OfServer::Failures),
-            address: address.clone(),
+            check: if is_name {
+                Value::Null
+            } else {
+                places.first().map_or(Value::Null, |p| p.check.clone())
+            },
+            differs_from_file: stands.and_then(|(_, server)| difference(server)),
+            resolve_error: stands.and_then(|(_, server)| server.resolve_error.clone()),
+            places: if is_name { places } else { Vec::new() },
+            address,
         }
     });
-    Upstream { name: config.name.clone(), balance: config.balance.word().into(), servers: servers.collect() }
+    Upstream {
+        name: config.name.clone(),
+        balance: config.balance.word().into(),
+        waiting: waiting.sum(),
+        servers: servers.collect(),
+    }
 }
 
-/// A server's cell in a table, where that generation had the server.
-fn cell_of<'a>(source: &Source<'a>, upstream: &str, address: &str, which: OfServer) -> Option<Cell<'a>> {
-    let index = source.config.upstreams.iter().position(|u| u.name == upstream)?;
-    let servers = &source.config.upstreams[index].servers;
+fn difference(server: &board::Server) -> Option<Difference> {
+    let state = match server.own.admin() {
+        Admin::Ready => None,
+        Admin::Draining => Some(State::Draining.name().to_string()),
+        Admin::Disabled => Some(State::Disabled.name().to_string()),
+    };
+    let file_weight = (server.weight() != server.file_weight).then_some(server.file_weight);
+    server.differs().then_some(Difference { state, file_weight })
+}
+
+/// The addresses that a server has now.
+fn places(
+    upstream: &board::Upstream,
+    server: &board::Server,
+    checks: &BTreeMap<PlaceId, Value>,
+    sources: &[Source],
+) -> Vec<Place> {
+    let places = server.places.clone().filter_map(|number| {
+        let place = &upstream.places[number];
+        let address = server.shown(place.address?);
+        let id = PlaceId {
+            upstream: upstream.name.clone(),
+            server: server.name.clone(),
+            address: address.clone(),
+        };
+        // Earlier generations had other numbers.
+        let own = sources.iter().filter_map(|source| {
+            let index = source.config.upstreams.iter().position(|u| u.name == upstream.name)?;
+            let within = number - server.places.start;
+            let place = places_in(source, index, &server.name)?.nth(within)?;
+            Some(source.counters.server(source.layout.place(index, place), OfServer::Active).get())
+        });
+        Some(Place {
+            address,
+            state: place.state().name().into(),
+            weight: place.weight,
+            priority: place.priority,
+            active: own.sum(),
+            check: checks.get(&id).cloned().unwrap_or(Value::Null),
+        })
+    });
+    places.collect()
+}
+
+/// The sum of a server's cells in a table, where that generation had it.
+fn sum_of(source: &Source, upstream: &str, address: &str, which: OfServer) -> u64 {
+    let Some(index) = source.config.upstreams.iter().position(|u| u.name == upstream) else { return 0 };
+    let Some(places) = places_in(source, index, address) else { return 0 };
+    places.map(|place| source.counters.server(source.layout.place(index, place), which).get()).sum()
+}
+
+/// A server's places in the numbering of a table.
+fn places_in(source: &Source, upstream: usize, address: &str) -> Option<Range<usize>> {
+    let servers = &source.config.upstreams[upstream].servers;
     let server = servers.iter().position(|server| server.address.to_string() == address)?;
-    Some(source.counters.server(source.layout.server(index, server), which))
+    Some(source.layout.numbering().places_of(upstream, server))
 }

@@ -6,6 +6,7 @@
 use std::os::fd::OwnedFd;
 
 use super::Refusal;
+use crate::board::{self, Board, Overrides, Standing};
 use crate::config::{Config, Mode};
 use crate::control::{Place, SocketId};
 use crate::counters::{Counters, Layout};
@@ -24,6 +25,11 @@ pub struct Generation {
     pub regions: Vec<Region>,
     /// The same, to be read alone.
     pub readable: Vec<OwnedFd>,
+    board_layout: board::Layout,
+    /// How its servers stand; written by the steward.
+    pub board: Region,
+    /// The same, to be read alone.
+    pub readable_board: OwnedFd,
 }
 
 impl Generation {
@@ -35,6 +41,9 @@ impl Generation {
             .collect::<std::io::Result<Vec<Region>>>()
             .map_err(Refusal::of_system)?;
         let readable = regions.iter().map(Region::read_only_fd).collect::<std::io::Result<Vec<OwnedFd>>>();
+        let board_layout = board::Layout::of(&config);
+        let board =
+            Region::create("evenkeel-board", board_layout.word_count()).map_err(Refusal::of_system)?;
         let json = serde_json::to_vec(&config).expect("a configuration is plain data");
         Ok(Generation {
             number,
@@ -43,7 +52,27 @@ impl Generation {
             readable: readable.map_err(Refusal::of_system)?,
             regions,
             config,
+            board_layout,
+            readable_board: board.read_only_fd().map_err(Refusal::of_system)?,
+            board,
         })
+    }
+
+    /// Fills its board before anybody sees it: as the file and the operator
+    /// have it, and as the servers stood that another generation had too.
+    pub fn fill_board(&self, overrides: &Overrides, before: Option<&Generation>) {
+        let mut standing = Standing::new(&self.config, overrides);
+        if let Some(before) = before {
+            let mut old = Standing::new(&before.config, overrides);
+            old.take_up(&before.board());
+            standing.carry_over(&old);
+        }
+        self.board().begin(self.number);
+        standing.publish(&self.board());
+    }
+
+    fn board(&self) -> Board<'_> {
+        Board::over(self.board.words(), &self.board_layout).expect("made for this layout")
     }
 
     /// How many slots it has.

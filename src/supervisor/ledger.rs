@@ -80,10 +80,15 @@ impl Supervisor {
             tables.push(Table { slot, config });
             regions.push(generation.readable[slot].as_fd());
         }
-        let fds: Vec<BorrowedFd> =
-            configs.iter().map(|generation| generation.sealed.as_fd()).chain(regions).collect();
-        let message =
-            ToSteward::Tables { generation: self.generation.number, config_count: configs.len(), tables };
+        // The past has no workers, and nobody reads a board of its.
+        let is_past =
+            |generation: &Generation| self.past.as_ref().is_some_and(|past| std::ptr::eq(past, generation));
+        let boards: Vec<usize> = (0..configs.len()).filter(|&config| !is_past(configs[config])).collect();
+        let sealed = configs.iter().map(|generation| generation.sealed.as_fd());
+        let written = boards.iter().map(|&config| configs[config].board.as_fd());
+        let fds: Vec<BorrowedFd> = sealed.chain(written).chain(regions).collect();
+        let (generation, config_count) = (self.generation.number, configs.len());
+        let message = ToSteward::Tables { generation, config_count, boards, tables };
         self.steward.send(&message, &fds)
     }
 }

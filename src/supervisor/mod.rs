@@ -6,6 +6,7 @@
 //! network. It ends when it was told to leave and every worker is gone, and
 //! keeps its privilege until then: later workers need the same uid to bind.
 
+mod access_log;
 mod activation;
 mod generation;
 mod inquiry;
@@ -32,6 +33,7 @@ use mio::{Events, Interest, Poll, Token};
 use nix::sys::signal::Signal;
 use tracing::{error, info, warn};
 
+use crate::board::Overrides;
 use crate::config::{Config, Workers};
 use crate::control::{FromSteward, FromWorker, Request, ToSteward, ToWorker, WorkerState};
 use crate::counters::Process;
@@ -124,6 +126,9 @@ struct Supervisor {
     last_token: usize,
     told: Vec<WorkerState>,
     tables_changed: bool,
+    /// What the operator changed about servers at run time.
+    overrides: Overrides,
+    overrides_changed: bool,
 }
 
 /// Runs the daemon until it has left; its exit code.
@@ -172,6 +177,8 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         last_token: FIRST_PROCESS,
         told: Vec::new(),
         tables_changed: false,
+        overrides: Overrides::default(),
+        overrides_changed: false,
     };
     supervisor.serve()
 }
@@ -445,10 +452,27 @@ impl Supervisor {
                         self.finish_reload_notice();
                     }
                 }
+                Signal::SIGUSR1 => self.reopen_logs(),
                 other => warn!("{other} does nothing yet"),
             }
         }
         Ok(())
+    }
+
+    /// Whoever rotated the access log has renamed it before.
+    fn reopen_logs(&mut self) {
+        match access_log::open(&self.generation.config) {
+            Ok(file) => {
+                self.prepared.access_log.set_file(file);
+                self.tell_of_access_log();
+                info!("log files opened anew");
+            }
+            Err(refusal) => error!("{}; the old one is written on", refusal.text),
+        }
+    }
+
+    fn tell_of_access_log(&mut self) {
+        self.steward.send(&ToSteward::AccessLog, &self.prepared.access_log.of_steward());
     }
 
     fn reap(&mut self) -> Result<(), Refusal> {
@@ -566,6 +590,8 @@ impl Supervisor {
         self.told.clear();
         self.steering.forget_told();
         self.tables_changed = true;
+        self.tell_of_access_log();
+        self.overrides_changed = true;
         self.tell_steward();
     }
 
@@ -601,6 +627,17 @@ impl Supervisor {
             Request::Sessions(query) => {
                 self.ask_workers(id, &query).map(|()| None).map_err(|text| Refusal::new(1, text, ""))
             }
+            Request::Server { upstream, server, change } => {
+                let config = &self.generation.config;
+                let changed = self.overrides.handle_change(config, &upstream, &server, change);
+                self.overrides_changed = true;
+                changed
+                    .map(|text| {
+                        info!("{text}");
+                        Some(text)
+                    })
+                    .map_err(|text| Refusal::new(1, text, ""))
+            }
         };
         match now {
             // The answer comes when it is done.
@@ -633,6 +670,11 @@ impl Supervisor {
 
     /// Tells the steward what changed since it was last told.
     fn tell_steward(&mut self) {
+        // Before the tables: a new owner writes no board without it.
+        if self.overrides_changed {
+            let message = ToSteward::Overrides(self.overrides.list());
+            self.overrides_changed = !self.steward.send(&message, &[]);
+        }
         if self.tables_changed && self.send_tables() {
             self.tables_changed = false;
         }

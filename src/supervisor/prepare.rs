@@ -13,14 +13,17 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
 
+use super::access_log::AccessLog;
 use super::activation::{self, Assignment};
 use super::generation::Generation;
 use super::slot::Slot;
 use super::{Refusal, Start};
+use crate::board::Overrides;
 use crate::config::{Config, Listener, Mode, Steering, Workers};
 use crate::explain::{self, BindFailure};
 use crate::sys::accounts::{self, Account};
 use crate::sys::activation::Passed;
+use crate::sys::bell::Bell;
 use crate::sys::holders::{self, Protocol};
 use crate::sys::listen::{self, Options};
 use crate::sys::process::{self, Image};
@@ -41,7 +44,12 @@ pub struct Prepared {
     pub account: Option<Account>,
     /// Where workers tell their loads, where that can be.
     pub loads: Option<OwnedFd>,
+    pub access_log: AccessLog,
     pub control: UnixListener,
+    /// Rung by the steward when a board has changed.
+    pub board_bell: Bell,
+    /// Rung by workers when traffic fails.
+    pub failure_bell: Bell,
     pub started_at: u64,
     /// What the operator should know, once there is a log.
     pub notes: Vec<String>,
@@ -79,6 +87,7 @@ pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Generati
     }
     let control = bind_control(&start.control_socket, account)?;
     let generation = Generation::new(FIRST_GENERATION, config.clone(), slot_count)?;
+    generation.fill_board(&Overrides::default(), None);
     let mut slots: Vec<Slot> = (0..slot_count).map(Slot::new).collect();
     activation::give(&generation, &assignment, passed, &mut slots)?;
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
@@ -86,7 +95,10 @@ pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Generati
         image: Image::own().map_err(Refusal::of_system)?,
         account,
         loads: None,
+        access_log: AccessLog::new(config)?,
         control,
+        board_bell: Bell::new().map_err(Refusal::of_system)?,
+        failure_bell: Bell::new().map_err(Refusal::of_system)?,
         started_at: now.map_or(0, |time| time.as_secs()),
         notes: assignment.notes,
         socket: start.control_socket.clone(),

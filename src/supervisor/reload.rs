@@ -27,7 +27,7 @@ use tracing::{info, warn};
 use super::generation::Generation;
 use super::slot::Slot;
 use super::steering::FlowSlots;
-use super::{Refusal, Supervisor, activation, plan, prepare};
+use super::{Refusal, Supervisor, access_log, activation, plan, prepare};
 use crate::config::{Config, Mode, Workers};
 use crate::control::{Place, ToWorker};
 use crate::counters::OfListener;
@@ -49,6 +49,7 @@ pub struct Reload {
     old_slot_count: usize,
     stage: Stage,
     deadline: Millis,
+    access_log: Option<std::fs::File>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -166,8 +167,10 @@ impl Supervisor {
         for listener in probed {
             prepare::probe(listener, |address| !held(address))?;
         }
+        let access_log = access_log::open(&config)?;
         plan::carry_over(&self.generation.config, &mut config, |name| self.has_sessions(name));
         let generation = Rc::new(Generation::new(self.generation.number + 1, config, slot_count)?);
+        generation.fill_board(&self.overrides, Some(&self.generation));
         let old_slot_count = self.slots.len();
         for number in old_slot_count..slot_count {
             self.slots.push(Slot::new(number));
@@ -175,8 +178,14 @@ impl Supervisor {
         self.resize(self.slots.len());
         info!("generation {} is being proved", generation.number);
         let deadline = clock::coarse() + PROVING_LIMIT;
-        self.reload =
-            Some(Reload { requester, generation, old_slot_count, stage: Stage::Proving(0), deadline });
+        self.reload = Some(Reload {
+            requester,
+            generation,
+            old_slot_count,
+            stage: Stage::Proving(0),
+            deadline,
+            access_log,
+        });
         self.prove(0);
         Ok(())
     }
@@ -243,8 +252,14 @@ impl Supervisor {
     }
 
     fn commit(&mut self) {
-        let Some(reload) = &self.reload else { return };
+        let Some(reload) = &mut self.reload else { return };
         self.generation = Rc::clone(&reload.generation);
+        self.prepared.access_log.set_file(reload.access_log.take());
+        self.tell_of_access_log();
+        for server in self.overrides.keep_those_of(&self.generation.config) {
+            warn!("server {server} is gone from the file, and with it what was changed about it");
+        }
+        self.overrides_changed = true;
         self.swap(0);
     }
 

@@ -144,6 +144,7 @@ impl Slot {
     fn tell_birth(&self, process: &Process, prepared: &Prepared) -> io::Result<()> {
         let channel = process.channel.as_ref().ok_or(io::ErrorKind::NotConnected)?;
         let generation = &process.generation;
+        let log = prepared.access_log.workers_end(&generation.config);
         let birth = ToWorker::Birth {
             slot: self.number,
             slot_count: generation.slot_count(),
@@ -151,12 +152,20 @@ impl Slot {
             account: prepared.account,
             outliving: self.outliving_in(generation),
             tells_load: prepared.loads_for(generation).is_some(),
+            logs_access: log.is_some(),
         };
         let own = generation.regions[self.number].as_fd();
         let readable = generation.readable.iter().map(AsFd::as_fd);
+        let bells = [&prepared.board_bell, &prepared.failure_bell].map(AsFd::as_fd);
+        let board = [generation.readable_board.as_fd()].into_iter().chain(bells);
         let loads = prepared.loads_for(generation).into_iter().map(AsFd::as_fd);
-        let fds: Vec<BorrowedFd> =
-            [generation.sealed.as_fd(), own].into_iter().chain(loads).chain(readable).collect();
+        let fds: Vec<BorrowedFd> = [generation.sealed.as_fd(), own]
+            .into_iter()
+            .chain(board)
+            .chain(loads)
+            .chain(log)
+            .chain(readable)
+            .collect();
         control::send(channel, &birth, &fds)?;
         control::send_sockets(channel, &self.held_of(generation), ToWorker::Sockets)?;
         control::send(channel, &ToWorker::Begin, &[])

@@ -56,7 +56,8 @@ impl Steward {
             config_path: config_path.to_string(),
             started_at: prepared.started_at,
         };
-        let fds = [generation.sealed.as_fd(), prepared.control.as_fd()];
+        let bells = [prepared.board_bell.as_fd(), prepared.failure_bell.as_fd()];
+        let fds = [generation.sealed.as_fd(), prepared.control.as_fd(), bells[0], bells[1]];
         control::send(&process.channel, &ToSteward::Birth(birth), &fds)
     }
 

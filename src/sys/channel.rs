@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::cmsg_space;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
     socketpair,
@@ -73,6 +74,27 @@ impl Channel {
         let flags = MsgFlags::MSG_NOSIGNAL;
         sendmsg::<()>(self.socket.as_raw_fd(), &[IoSlice::new(bytes)], control, flags, None)?;
         Ok(())
+    }
+
+    /// Asks the kernel to keep so many bytes that were not received yet; it
+    /// may grant less.
+    pub fn set_send_buffer(&self, bytes: usize) {
+        let _ = socket2::SockRef::from(&self.socket).set_send_buffer_size(bytes);
+    }
+
+    /// Whether there is something to receive, an end of file included.
+    pub fn is_readable(&self) -> bool {
+        self.poll(PollTimeout::ZERO)
+    }
+
+    /// Waits until there is.
+    pub fn wait_readable(&self) {
+        while !self.poll(PollTimeout::NONE) {}
+    }
+
+    fn poll(&self, timeout: PollTimeout) -> bool {
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut fds, timeout), Ok(1..))
     }
 
     /// Receives one message; `None` = the other end is gone.

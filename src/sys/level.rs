@@ -2,6 +2,9 @@
 //!
 //! mio registers everything edge-triggered. A listening socket is cheaper the
 //! other way: nobody has to accept once more only to hear that nothing waits.
+//! So is that of a UDP flow which brings one answer to one question. But an
+//! error that nobody reads is told of without end: who stops reading has to
+//! end the registration.
 //! The registration is mio's to show and to end.
 
 use std::io;
@@ -17,4 +20,31 @@ pub fn watch(epoll: &impl AsRawFd, socket: impl AsFd, token: usize) -> io::Resul
     // borrowed; the event outlives the call.
     super::check(unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, socket, &raw mut event) })?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::UdpSocket;
+    use std::time::Duration;
+
+    #[test]
+    fn what_was_left_unread_is_told_of_again() {
+        let (from, to) = (UdpSocket::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
+        let mut poll = mio::Poll::new().unwrap();
+        watch(poll.registry(), &to, 7).unwrap();
+        let mut events = mio::Events::with_capacity(4);
+        for _ in 0..2 {
+            from.send_to(b"!", to.local_addr().unwrap()).unwrap();
+        }
+        for is_left in [true, true, false] {
+            let limit = Duration::from_secs(if is_left { 10 } else { 0 });
+            poll.poll(&mut events, Some(limit)).unwrap();
+            let told: Vec<_> = events.iter().map(|event| (event.token().0, event.is_readable())).collect();
+            assert_eq!(told, if is_left { vec![(7, true)] } else { vec![] });
+            if is_left {
+                to.recv(&mut [0; 4]).unwrap();
+            }
+        }
+    }
 }

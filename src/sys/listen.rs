@@ -162,8 +162,8 @@ pub fn tcp(address: SocketAddr, options: &Options) -> Result<OwnedFd, OpenError>
 }
 
 /// Opens a unicast UDP socket that others of the same uid can join:
-/// non-blocking, close-on-exec, SO_REUSEPORT only, destination address told
-/// with each datagram (IP_PKTINFO).
+/// non-blocking, close-on-exec, SO_REUSEPORT only; on a wildcard address the
+/// destination is told with each datagram (IP_PKTINFO).
 pub fn udp(address: SocketAddr, options: &Options) -> Result<OwnedFd, OpenError> {
     let at = At(address);
     let socket = at.socket(Type::DGRAM, socket2::Protocol::UDP)?;
@@ -172,7 +172,9 @@ pub fn udp(address: SocketAddr, options: &Options) -> Result<OwnedFd, OpenError>
     at.option("SO_REUSEPORT", socket.set_reuse_port(true))?;
     at.before_bind(&socket, options)?;
     at.datagram_buffer(&socket, options);
-    at.packet_info(&socket)?;
+    if address.ip().is_unspecified() {
+        at.packet_info(&socket)?;
+    }
     at.only_joined_groups(&socket)?;
     at.bind(&socket)?;
     Ok(socket.into())

@@ -6,6 +6,7 @@
 
 pub mod accounts;
 pub mod activation;
+pub mod bell;
 pub mod bpf;
 pub mod channel;
 pub mod clock;

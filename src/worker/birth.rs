@@ -4,19 +4,23 @@
 //! gives the supervisor a duplicate of each; whoever fills the slot later gets
 //! those, with what waits in their queues.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use tracing::{debug, warn};
 
 use super::Failure;
+use super::access_log::AccessLog;
 use super::load::Load;
+use crate::board;
 use crate::config::{self, Config, Listener, Mode, Multicast};
 use crate::control::{self, FromWorker, Place, ToWorker};
 use crate::counters::Layout;
 use crate::explain::{self, BindFailure};
 use crate::logging;
 use crate::sys::accounts::{self, Account};
+use crate::sys::bell::Bell;
 use crate::sys::channel::Channel;
 use crate::sys::filter;
 use crate::sys::holders::{self, Protocol};
@@ -35,8 +39,17 @@ pub struct Born {
     pub layout: Layout,
     /// This slot's counters, to write.
     pub own: Region,
+    /// How the servers stand.
+    pub board: Region,
+    pub board_layout: board::Layout,
+    /// Heard when the board has changed.
+    pub board_bell: Bell,
+    /// Rung when traffic fails.
+    pub failure_bell: Bell,
     /// Where it tells its load, if anything is steered by it.
     pub load: Option<Load>,
+    /// Where it says which sessions ended, if that is wanted.
+    pub access_log: Option<RefCell<AccessLog>>,
     /// Every slot's counters, to read.
     pub all: Vec<Region>,
     pub sockets: Vec<(Place, OwnedFd)>,
@@ -52,7 +65,9 @@ impl Born {
     /// where the supervisor is gone.
     pub fn be(channel: &Channel) -> Result<Option<Born>, Failure> {
         let Some((birth, fds)) = receive(channel)? else { return Ok(None) };
-        let ToWorker::Birth { slot, slot_count, generation, account, outliving, tells_load } = birth else {
+        let ToWorker::Birth { slot, slot_count, generation, account, outliving, tells_load, logs_access } =
+            birth
+        else {
             return Err(Failure::new("the supervisor did not begin with a birth"));
         };
         process::set_name(&format!("ek-worker-{slot}"));
@@ -61,8 +76,14 @@ impl Born {
         let mut next = || fds.next().ok_or_else(|| Failure::new("the birth came with too few descriptors"));
         let config = read_config(next()?)?;
         let own = Region::open(next()?).map_err(|e| Failure::new(format!("the counters: {e}")))?;
+        let board = Region::open_read_only(next()?).map_err(|e| Failure::new(format!("the board: {e}")))?;
+        let (board_bell, failure_bell) = (Bell::from_fd(next()?), Bell::from_fd(next()?));
         let load = match tells_load {
             true => Some(Load::open(next()?, slot).map_err(|e| Failure::new(format!("the loads: {e}")))?),
+            false => None,
+        };
+        let access_log = match logs_access {
+            true => Some(RefCell::new(AccessLog::new(next()?, config.log.format))),
             false => None,
         };
         let all = fds.map(Region::open_read_only).collect::<Result<Vec<_>, _>>();
@@ -90,6 +111,7 @@ impl Born {
         }
         give_up_privileges(account)?;
         let layout = Layout::of(&config);
+        let board_layout = board::Layout::of(&config);
         Ok(Some(Born {
             slot,
             slot_count,
@@ -97,7 +119,12 @@ impl Born {
             config,
             layout,
             own,
+            board,
+            board_layout,
+            board_bell,
+            failure_bell,
             load,
+            access_log,
             all,
             sockets,
             kept,

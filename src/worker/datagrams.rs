@@ -77,6 +77,8 @@ fn flow_token(key: Key) -> Token {
 #[derive(Debug)]
 pub struct Datagrams<'a> {
     context: Context<'a>,
+    /// What polls all sockets, once there are any.
+    registry: Option<Registry>,
     fronts: Fronts,
     flows: Flows,
     /// Sockets towards servers, by the flow's place.
@@ -86,6 +88,8 @@ pub struct Datagrams<'a> {
     queue: Vec<Key>,
     spare_queue: Vec<Key>,
     balancers: Vec<Balancer>,
+    /// Each upstream's epoch when the board was last looked at for flows.
+    seen_epochs: Vec<u64>,
     /// What a listener with `service = "identify"` puts in front.
     identities: Vec<String>,
     arena: Arena,
@@ -118,12 +122,15 @@ impl<'a> Datagrams<'a> {
         let places = if is_used { PLACES } else { 0 };
         let seed = (u64::from(std::process::id()) << 32) ^ crate::sys::clock::precise_micros();
         let quarantine = config.listeners.iter().map(|listener| millis(listener.udp.quarantine));
+        let balancers = if is_used { context.balancers(now) } else { Vec::new() };
         Datagrams {
-            balancers: if is_used { context.balancers(now) } else { Vec::new() },
+            seen_epochs: vec![0; balancers.len()],
+            balancers,
             identities: config.listeners.iter().map(|listener| identity(&context, listener)).collect(),
             flows: Flows::new(limits, limit, seed, now),
             quarantine: Quarantine::new(quarantine),
             context,
+            registry: None,
             fronts: Fronts::default(),
             uplinks: Vec::new(),
             queue: Vec::new(),
@@ -158,6 +165,9 @@ impl<'a> Datagrams<'a> {
     ) -> io::Result<()> {
         let listener = &self.context.config.listeners[place.listener];
         let is_group = listener.bind[place.address].ip().is_multicast();
+        if self.registry.is_none() {
+            self.registry = Some(registry.try_clone()?);
+        }
         let front = Front {
             place,
             socket,
@@ -323,7 +333,7 @@ impl<'a> Datagrams<'a> {
     fn server_number(&self, listener: usize, server: u32) -> Option<usize> {
         match self.context.config.listeners[listener].target {
             Target::Upstream(upstream) if server < GONE_SERVER => {
-                Some(self.context.layout.server(upstream, server as usize))
+                Some(self.context.layout.place(upstream, server as usize))
             }
             Target::Upstream(_) | Target::Service(_) => None,
         }

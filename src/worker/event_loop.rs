@@ -21,6 +21,7 @@ use super::listeners::{self, Accepted, Listeners, PAUSE};
 use super::load::Load;
 use super::sessions::{Context, Sessions};
 use super::test_hook::Busy;
+use crate::board::Board;
 use crate::config::Mode;
 use crate::control::sessions::Query;
 use crate::control::{self, FromWorker, Place, ToWorker};
@@ -39,6 +40,9 @@ const RESERVED_FILES: u64 = 64;
 /// Tokens of what is no session: the highest bit, which a packed key has not.
 pub const SPECIAL: usize = 1 << 63;
 const CHANNEL: Token = Token(SPECIAL);
+
+/// The bell that tells of a change on the upstream board.
+const BOARD: Token = Token(SPECIAL | (FIRST_PEER - 1));
 
 /// Channels to other workers, from here on by a running number.
 const FIRST_PEER: usize = 1 << 32;
@@ -112,7 +116,10 @@ impl<'a> Loop<'a> {
             config: &born.config,
             layout: &born.layout,
             counters,
+            access_log: born.access_log.as_ref(),
             all: born.all.iter().map(over).collect::<Option<Vec<_>>>()?,
+            board: Board::over(born.board.words(), &born.board_layout)?,
+            failure_bell: &born.failure_bell,
         };
         debug_assert_eq!(context.all.len(), born.slot_count);
         let reserved = RESERVED_FILES + born.slot_count as u64 + 2 * sockets.len() as u64;
@@ -123,8 +130,11 @@ impl<'a> Loop<'a> {
         // Two descriptors a session.
         let for_sessions = if modes(Mode::Udp) { files - for_flows } else { files };
         let session_limit = (for_sessions / 2).max(1) as usize;
+        let poll = Poll::new().ok()?;
+        let bell = born.board_bell.as_raw_fd();
+        poll.registry().register(&mut SourceFd(&bell), BOARD, Interest::READABLE).ok()?;
         let state = Loop {
-            poll: Poll::new().ok()?,
+            poll,
             channel,
             listeners: Listeners::default(),
             datagrams: Datagrams::new(context.clone(), for_flows as usize, clock::coarse()),
@@ -203,6 +213,10 @@ impl<'a> Loop<'a> {
                 self.busy.burn();
                 match event.token() {
                     CHANNEL => self.handle_channel(now),
+                    BOARD => {
+                        self.sessions.handle_board(self.poll.registry(), now);
+                        self.datagrams.handle_board();
+                    }
                     token if datagrams::is_token(token) => self.datagrams.handle_event(token),
                     token if token.0 & SPECIAL != 0 && special_number(token) >= FIRST_PEER => {
                         self.handle_peer(token, now);
@@ -224,7 +238,9 @@ impl<'a> Loop<'a> {
             self.accept(now);
             self.drive_handover(now);
             self.tend_gate(now);
-            if self.handle_leave(now) {
+            let over = self.handle_leave(now);
+            self.sessions.flush_log();
+            if over {
                 return Ok(());
             }
             self.publish_lag(now);

@@ -10,6 +10,7 @@
 //! it has. It ends when its supervisor says so, or some time after the
 //! supervisor's death, and never by bytes from the network.
 
+mod access_log;
 mod birth;
 mod datagrams;
 mod event_loop;
@@ -19,6 +20,7 @@ mod hang;
 mod leave;
 mod listeners;
 mod load;
+mod places;
 mod sessions;
 mod test_hook;
 

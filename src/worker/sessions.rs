@@ -15,7 +15,10 @@ mod connect;
 mod list;
 mod moving;
 mod options;
+mod picking;
+mod story;
 
+use std::cell::RefCell;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
@@ -27,13 +30,17 @@ use connect::Attempt;
 use options::Lacks;
 
 use crate::balance::Balancer;
+use crate::board::Board;
 use crate::config::{Config, ServerAddress, Service, Target};
 use crate::counters::{Counters, Layout, OfListener, OfServer, Process};
 use crate::deadline::Deadlines;
+use crate::handover::Story;
 use crate::relay::{CloseReason, Drive, End, MAX_READ, Readiness, Session, Side};
 use crate::slab::{Key, Slab};
+use crate::sys::bell::Bell;
 use crate::sys::clock::{self, Millis};
 use crate::sys::stream::Stream;
+use crate::worker::access_log::AccessLog;
 pub use moving::Parcel;
 
 /// Bytes that one session may move each way in one turn, so that a busy one
@@ -67,6 +74,12 @@ pub struct Context<'a> {
     pub counters: Counters<'a>,
     /// Every slot's counters.
     pub all: Vec<Counters<'a>>,
+    /// Where ended sessions and flows are told, if they are.
+    pub access_log: Option<&'a RefCell<AccessLog>>,
+    /// How the servers stand.
+    pub board: Board<'a>,
+    /// To be rung when traffic fails.
+    pub failure_bell: &'a Bell,
 }
 
 impl Context<'_> {
@@ -75,6 +88,18 @@ impl Context<'_> {
         let seed = (u64::from(std::process::id()) << 32) ^ now;
         let upstreams = self.config.upstreams.iter();
         upstreams.map(|upstream| Balancer::new(upstream, self.slot, self.all.len(), seed)).collect()
+    }
+
+    /// Sessions of a place over all slots, as far as the others have told.
+    pub fn active_at(&self, upstream: usize, place: usize) -> u64 {
+        let number = self.layout.place(upstream, place);
+        self.all.iter().map(|slot| slot.server(number, OfServer::Active).get()).sum()
+    }
+
+    /// Real traffic has met a place that fails, by its number among all.
+    pub fn count_failure(&self, number: usize) {
+        self.counters.server(number, OfServer::Failures).add(1);
+        self.failure_bell.ring();
     }
 
     /// Shows the supervisor that the loop turns.
@@ -92,6 +117,8 @@ pub struct Sessions<'a> {
     /// Sessions with something to do in the next turn.
     queue: Vec<Key>,
     balancers: Vec<Balancer>,
+    /// Each upstream's epoch when the board was last looked at for sessions.
+    seen_epochs: Vec<u64>,
     scratch: Box<[u8]>,
     fired: Vec<u32>,
 }
@@ -101,8 +128,10 @@ struct Entry {
     session: Session,
     client: Stream,
     server: Option<Stream>,
-    /// The server's number in its upstream, once one is picked.
+    /// The server's place in its upstream, once one is picked.
     server_index: Option<u32>,
+    /// Who had that place then: another address may have it by now.
+    incarnation: u32,
     listener: u32,
     stage: Stage,
     queued: bool,
@@ -114,6 +143,8 @@ struct Entry {
     born: Millis,
     /// When the last byte moved.
     moved: Millis,
+    /// For the access log, where there is one.
+    story: Option<Box<Story>>,
 }
 
 #[derive(Debug)]
@@ -139,6 +170,7 @@ impl<'a> Sessions<'a> {
             slab: Slab::new(),
             deadlines: Deadlines::new(now),
             queue: Vec::new(),
+            seen_epochs: vec![0; balancers.len()],
             balancers,
             scratch: vec![0; MAX_READ].into_boxed_slice(),
             fired: Vec::new(),
@@ -179,6 +211,7 @@ impl<'a> Sessions<'a> {
             client,
             server: None,
             server_index: None,
+            incarnation: 0,
             listener: listener as u32,
             stage: Stage::Open,
             queued: false,
@@ -187,6 +220,7 @@ impl<'a> Sessions<'a> {
             frozen: false,
             born: now,
             moved: now,
+            story: self.begin_story(peer),
         };
         let key = self.slab.insert(entry);
         let counters = &self.context.counters;
@@ -381,6 +415,7 @@ impl<'a> Sessions<'a> {
     fn remove(&mut self, key: Key, reason: CloseReason) {
         let Some(entry) = self.slab.remove(key) else { return };
         self.deadlines.clear(key.index);
+        self.log_end(&entry, reason);
         self.context.counters.ended(entry.listener as usize, reason).add(1);
         self.count_gone(&entry);
     }
@@ -395,12 +430,12 @@ impl<'a> Sessions<'a> {
         }
     }
 
-    /// The number of the session's server among all servers.
+    /// The number of the session's place among all places of servers.
     fn server_number(&self, entry: &Entry) -> Option<usize> {
         let Target::Upstream(upstream) = self.context.config.listeners[entry.listener as usize].target else {
             return None;
         };
-        entry.server_index.map(|index| self.context.layout.server(upstream, index as usize))
+        entry.server_index.map(|index| self.context.layout.place(upstream, index as usize))
     }
 
     /// Resets every session that is left.

@@ -79,17 +79,15 @@ pub fn prepare_listener(socket: &impl AsFd) -> io::Result<bool> {
     Ok(join_received(socket))
 }
 
-fn join_received(socket: &impl AsFd) -> bool {
+/// Lets the kernel join what comes in, where it can; whether it can.
+pub fn join_received(socket: &impl AsFd) -> bool {
     setsockopt(socket, sockopt::UdpGroSegment, &true).is_ok()
 }
 
 /// Opens a flow's own socket to its server, on a port of the kernel's choice.
-pub fn connect(server: SocketAddr, offload: bool) -> io::Result<OwnedFd> {
+pub fn connect(server: SocketAddr) -> io::Result<OwnedFd> {
     let kind = Type::DGRAM.nonblocking().cloexec();
     let socket = Socket::new(Domain::for_address(server), kind, Some(socket2::Protocol::UDP))?;
-    if offload {
-        join_received(&socket);
-    }
     // In one call: the port is bound and the server is the only one heard.
     socket.connect(&SockAddr::from(server))?;
     Ok(socket.into())

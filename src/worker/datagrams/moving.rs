@@ -126,13 +126,15 @@ impl Datagrams<'_> {
     /// Freezes a flow; `None` where it is gone, or on its way already.
     pub fn pack(&mut self, registry: &Registry, key: Key) -> Option<Record> {
         let state = self.flows.freeze(key)?;
+        // Whoever goes on with it polls it for changes, and may find it joined.
+        self.begin_batches(key);
         let flow = self.flows.get(key)?;
         let listener = &self.context.config.listeners[usize::from(flow.key.listener)];
         let server = match (listener.target, flow.server) {
             (Target::Upstream(_), NO_SERVER) | (Target::Service(_), _) => None,
             (Target::Upstream(_), GONE_SERVER) => Some(String::new()),
             (Target::Upstream(upstream), server) => {
-                Some(self.context.config.upstreams[upstream].servers[server as usize].address.to_string())
+                Some(self.context.place_name(&self.balancers[upstream], upstream, server as usize))
             }
         };
         let mut can_cut = true;
@@ -231,8 +233,7 @@ impl Datagrams<'_> {
         let address = config.listeners[listener].bind.iter().position(|bind| *bind == flow.bind)?;
         let server = match (config.listeners[listener].target, &flow.server) {
             (Target::Upstream(upstream), Some(name)) => {
-                let servers = &config.upstreams[upstream].servers;
-                let at = servers.iter().position(|server| server.address.to_string() == *name);
+                let at = self.context.place_named(&self.balancers[upstream], upstream, name);
                 at.map_or(GONE_SERVER, |at| at as u32)
             }
             (Target::Service(_), None) => NO_SERVER,

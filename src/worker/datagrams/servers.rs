@@ -5,12 +5,14 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use mio::Registry;
 use mio::unix::SourceFd;
-use mio::{Interest, Registry};
 
 use super::outlet::Sent;
 use super::{Datagrams, PLACES, flow_token, has_own_address};
-use crate::config::{ServerAddress, Target};
+use crate::balance::{Ask, Pick};
+use crate::board::{Address, Health};
+use crate::config::Target;
 use crate::control::Place;
 use crate::counters::{OfFlows, OfListener, OfServer};
 use crate::flow::{self, DropReason, Flow, FlowKey};
@@ -18,7 +20,7 @@ use crate::relay::CloseReason;
 use crate::slab::Key;
 use crate::sys::clock::Millis;
 use crate::sys::datagram::{self, Outgoing};
-use crate::sys::filter;
+use crate::sys::{filter, level};
 
 /// Replies that one flow may bring in one receive. Where the arena has fewer
 /// places left, what is in it goes out first.
@@ -30,6 +32,9 @@ pub(super) struct Uplink {
     pub(super) socket: OwnedFd,
     pub(super) can_cut: bool,
     pub(super) queued: bool,
+    /// Read in batches, which the kernel may have joined; else one datagram a
+    /// call, which is cheaper where there is but one.
+    pub(super) in_batches: bool,
 }
 
 /// A reply that lies in the arena, and where it goes.
@@ -80,14 +85,13 @@ impl Datagrams<'_> {
         now: Millis,
     ) -> Result<Key, DropReason> {
         let listener = usize::from(name.listener);
-        let (server, socket) = self.connect_to_one(listener, name.client.ip(), None)?;
+        let (server, socket) = self.connect_to_one(listener, name.client.ip(), None, now)?;
         let key = self.flows.open(name, server as u32, now);
         self.count_opened(listener);
         self.count_server(listener, server, OfServer::Connections);
         self.count_server(listener, server, OfServer::Active);
-        let fd = socket.as_raw_fd();
         self.put_uplink(key, socket, true);
-        if registry.register(&mut SourceFd(&fd), flow_token(key), Interest::READABLE).is_err() {
+        if self.begin_single(registry, key).is_err() {
             self.end_flow(key, CloseReason::NoResources, now);
             return Err(DropReason::Shed);
         }
@@ -100,7 +104,7 @@ impl Datagrams<'_> {
         let Some(flow) = self.flows.get(key) else { return Err(DropReason::Shed) };
         let (name, old, outstanding) = (flow.key, flow.server, flow.has_replies_outstanding());
         let listener = usize::from(name.listener);
-        let Ok((server, socket)) = self.connect_to_one(listener, name.client.ip(), Some(old)) else {
+        let Ok((server, socket)) = self.connect_to_one(listener, name.client.ip(), Some(old), now) else {
             self.flows.handle_moved(key, old);
             return Ok(());
         };
@@ -115,17 +119,44 @@ impl Datagrams<'_> {
         self.count_server(listener, server, OfServer::Active);
         self.context.counters.flows(listener, OfFlows::Moved).add(1);
         self.flows.handle_moved(key, server as u32);
-        let fd = socket.as_raw_fd();
         if let Some(left) = self.put_uplink(key, socket, true)
             && outstanding
         {
             self.rest(listener, left.socket, now);
         }
-        if registry.register(&mut SourceFd(&fd), flow_token(key), Interest::READABLE).is_err() {
+        if self.begin_single(registry, key).is_err() {
             self.end_flow(key, CloseReason::NoResources, now);
             return Err(DropReason::Shed);
         }
         Ok(())
+    }
+
+    /// The board may have changed: flows of servers that went down go to
+    /// another with their next datagram.
+    pub fn handle_board(&mut self) {
+        for upstream in 0..self.seen_epochs.len() {
+            let epoch = self.context.board.epoch(upstream);
+            if self.seen_epochs[upstream] != epoch {
+                self.seen_epochs[upstream] = epoch;
+                self.balancers[upstream].refresh(&self.context.board, upstream);
+                self.leave_down(upstream);
+            }
+        }
+    }
+
+    fn leave_down(&mut self, upstream: usize) {
+        let places = self.balancers[upstream].places();
+        let is_down = |place: u32| places.get(place as usize).is_some_and(|p| p.health == Health::Down);
+        if !(0..places.len()).any(|place| is_down(place as u32)) {
+            return;
+        }
+        for key in self.flows.keys() {
+            let Some(flow) = self.flows.get(key) else { continue };
+            let target = self.context.config.listeners[usize::from(flow.key.listener)].target;
+            if target == Target::Upstream(upstream) && is_down(flow.server) {
+                self.flows.handle_failure(key);
+            }
+        }
     }
 
     pub(super) fn put_uplink(&mut self, key: Key, socket: OwnedFd, can_cut: bool) -> Option<Uplink> {
@@ -133,13 +164,38 @@ impl Datagrams<'_> {
         if place >= self.uplinks.len() {
             self.uplinks.resize_with(place + 1, || None);
         }
-        self.uplinks[place].replace(Uplink { socket, can_cut, queued: false })
+        self.uplinks[place].replace(Uplink { socket, can_cut, queued: false, in_batches: true })
+    }
+
+    /// Polls a flow's new socket, and reads it datagram by datagram: most
+    /// flows bring one answer to one question.
+    fn begin_single(&mut self, registry: &Registry, key: Key) -> io::Result<()> {
+        let Some(Some(uplink)) = self.uplinks.get_mut(key.index as usize) else { return Ok(()) };
+        uplink.in_batches = false;
+        level::watch(registry, &uplink.socket, flow_token(key).0)
+    }
+
+    /// More than one datagram at a time has come, and more will: from here on
+    /// they are read in batches.
+    pub(super) fn begin_batches(&mut self, key: Key) {
+        let joins = self.fronts.joins();
+        if let Some(Some(uplink)) = self.uplinks.get_mut(key.index as usize)
+            && !std::mem::replace(&mut uplink.in_batches, true)
+            && joins
+        {
+            datagram::join_received(&uplink.socket);
+        }
     }
 
     pub(super) fn count_server(&self, listener: usize, server: usize, which: OfServer) {
         if let Target::Upstream(upstream) = self.context.config.listeners[listener].target {
-            let number = self.context.layout.server(upstream, server);
-            self.context.counters.server(number, which).add(1);
+            let number = self.context.layout.place(upstream, server);
+            match which {
+                OfServer::Failures => self.context.count_failure(number),
+                OfServer::Connections | OfServer::Active => {
+                    self.context.counters.server(number, which).add(1);
+                }
+            }
         }
     }
 
@@ -150,6 +206,7 @@ impl Datagrams<'_> {
         listener: usize,
         client: IpAddr,
         failed: Option<u32>,
+        now: Millis,
     ) -> Result<(usize, OwnedFd), DropReason> {
         let Target::Upstream(upstream) = self.context.config.listeners[listener].target else {
             return Err(DropReason::NoServer);
@@ -159,12 +216,16 @@ impl Datagrams<'_> {
         let most = tried.len() + self.context.config.upstreams[upstream].retries as usize;
         while tried.len() <= most {
             let context = &self.context;
-            let active = |server: usize| {
-                let number = context.layout.server(upstream, server);
-                context.all.iter().map(|slot| slot.server(number, OfServer::Active).get()).sum()
-            };
-            let picked = self.balancers[upstream].pick(client, active, |server| tried.contains(&server));
-            let Some(server) = picked else { break };
+            let balancer = &mut self.balancers[upstream];
+            balancer.refresh(&context.board, upstream);
+            let picked = balancer.pick(&Ask {
+                client,
+                now,
+                table: context.board.table(upstream),
+                active: &|place| context.active_at(upstream, place),
+                tried: &|place| tried.contains(&place),
+            });
+            let Pick::Place(server) = picked else { break };
             match self.connect_to(listener, upstream, server) {
                 Ok(socket) => return Ok((server, socket)),
                 Err(error) if is_shortage(&error) => return Err(DropReason::Shed),
@@ -180,8 +241,7 @@ impl Datagrams<'_> {
     /// A socket to this server. Where the host has none left, one that rests
     /// is given up early, and then a flow that was never answered.
     fn connect_to(&mut self, listener: usize, upstream: usize, server: usize) -> io::Result<OwnedFd> {
-        let ServerAddress::Ip(address) = self.context.config.upstreams[upstream].servers[server].address
-        else {
+        let Some(Address::Ip(address)) = self.balancers[upstream].places()[server].address else {
             return Err(io::ErrorKind::Unsupported.into());
         };
         while self.quarantine.len() + self.len() >= self.flows.socket_limit() as usize {
@@ -190,7 +250,7 @@ impl Datagrams<'_> {
             }
         }
         loop {
-            match datagram::connect(address, self.fronts.joins()) {
+            match datagram::connect(address) {
                 Err(error) if is_shortage(&error) => {
                     if self.cut_quarantine(listener) {
                         continue;
@@ -218,6 +278,11 @@ impl Datagrams<'_> {
     /// Keeps a port from use for a while, deaf to what still comes.
     pub(super) fn rest(&mut self, listener: usize, socket: OwnedFd, now: Millis) {
         self.quarantine_changed = true;
+        // Polled by its state, an error that nobody reads would be told of
+        // without end.
+        if let Some(registry) = &self.registry {
+            let _ = registry.deregister(&mut SourceFd(&socket.as_raw_fd()));
+        }
         // Without the filter it would fill its receive buffer for nothing.
         let _ = filter::take_nothing(&socket);
         let back = self.quarantine.put(listener, socket, now);
@@ -259,7 +324,12 @@ impl Datagrams<'_> {
             }
             let Some(Some(uplink)) = self.uplinks.get_mut(key.index as usize) else { continue };
             uplink.queued = false;
-            match self.arena.receive_connected(&uplink.socket, used, FLOW_BATCH) {
+            let received = if uplink.in_batches {
+                self.arena.receive_connected(&uplink.socket, used, FLOW_BATCH)
+            } else {
+                self.arena.receive_one(&uplink.socket, used).map(|()| 1)
+            };
+            match received {
                 Ok(count) => {
                     (used..used + count).for_each(|at| self.handle_reply(key, at, now));
                     used += count;
@@ -284,7 +354,7 @@ impl Datagrams<'_> {
 
     fn handle_reply(&mut self, key: Key, at: usize, now: Millis) {
         let received = self.arena.get(at);
-        let Some(name) = self.flows.get(key).map(|flow| flow.key) else {
+        let Some((name, is_awaited)) = self.flows.get(key).map(|flow| (flow.key, flow.awaits_reply())) else {
             // The last reply of the flow was in this very batch.
             let front = self.replies.last().map_or(0, |reply| reply.listener);
             return self.drop_datagrams(front, DropReason::Late, received.count());
@@ -293,6 +363,10 @@ impl Datagrams<'_> {
         if received.truncated {
             return self.drop_datagrams(listener, DropReason::Truncated, 1);
         }
+        if !is_awaited {
+            self.begin_batches(key);
+        }
+        let received = self.arena.get(at);
         let (count, step) = (received.count(), received.segment.unwrap_or(received.bytes.len()));
         let mut passed = 0;
         let mut is_last = false;

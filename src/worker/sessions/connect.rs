@@ -12,6 +12,7 @@ use mio::Registry;
 
 use super::options::Lacks;
 use super::{Sessions, Stage, is_unix, millis, register};
+use crate::balance::Pick;
 use crate::config::{ServerAddress, Target};
 use crate::counters::OfServer;
 use crate::relay::{CloseReason, Readiness, Side};
@@ -60,10 +61,12 @@ impl Sessions<'_> {
     /// Connects to the next server that may be tried.
     pub(super) fn begin_connect(&mut self, registry: &Registry, key: Key, mut attempt: Attempt, now: Millis) {
         loop {
-            let Some((upstream, server)) = self.pick(key, &attempt) else {
-                return self.close(key, attempt.failure, now);
+            let (upstream, server) = match self.pick(key, &attempt, now) {
+                (upstream, Pick::Place(place)) => (upstream, place),
+                (_, Pick::Tried) => return self.close(key, attempt.failure, now),
+                (_, Pick::Nobody | Pick::Full) => return self.close(key, CloseReason::NoServer, now),
             };
-            let number = self.context.layout.server(upstream, server);
+            let number = self.context.layout.place(upstream, server);
             match self.connect(upstream, server) {
                 Ok(connecting) => {
                     let (stream, done) = match connecting {
@@ -74,9 +77,15 @@ impl Sessions<'_> {
                         return self.close(key, CloseReason::NoResources, now);
                     }
                     self.context.counters.server(number, OfServer::Active).add(1);
+                    let incarnation = self.balancers[upstream].places()[server].incarnation;
                     let entry = self.slab.get_mut(key).expect("the caller holds it");
                     entry.server = Some(stream);
                     entry.server_index = Some(server as u32);
+                    if let Some(story) = &mut entry.story {
+                        story.connect_began = Some(now);
+                        story.retries = attempt.tried.len() as u32;
+                    }
+                    entry.incarnation = incarnation;
                     self.deadlines.set(key.index, attempt.until);
                     entry.stage = Stage::Connecting(attempt);
                     if done {
@@ -106,33 +115,19 @@ impl Sessions<'_> {
             Refusal::NoPorts => CloseReason::NoPorts,
             Refusal::Later => CloseReason::NoResources,
             Refusal::Server => {
-                self.context.counters.server(server, OfServer::Failures).add(1);
+                self.context.count_failure(server);
                 CloseReason::ConnectFailed
             }
         }
     }
 
-    fn pick(&mut self, key: Key, attempt: &Attempt) -> Option<(usize, usize)> {
-        let upstream = self.upstream(key)?;
-        let tried = &attempt.tried;
-        if tried.len() as u64 > u64::from(self.context.config.upstreams[upstream].retries) {
-            return None;
-        }
-        let context = &self.context;
-        let active = |server: usize| {
-            let number = context.layout.server(upstream, server);
-            context.all.iter().map(|slot| slot.server(number, OfServer::Active).get()).sum()
-        };
-        let server = self.balancers[upstream]
-            .pick(attempt.client, active, |server| tried.contains(&(server as u32)))?;
-        Some((upstream, server))
-    }
-
     fn connect(&self, upstream: usize, server: usize) -> io::Result<Connecting> {
-        match &self.context.config.upstreams[upstream].servers[server].address {
-            ServerAddress::Ip(address) => connect_tcp(*address),
-            ServerAddress::Unix(path) => connect_unix(path),
-            ServerAddress::Name { .. } | ServerAddress::Srv(_) => Err(io::ErrorKind::Unsupported.into()),
+        match self.address_at(upstream, server) {
+            Some(ServerAddress::Ip(address)) => connect_tcp(address),
+            Some(ServerAddress::Unix(path)) => connect_unix(&path),
+            Some(ServerAddress::Name { .. } | ServerAddress::Srv(_)) | None => {
+                Err(io::ErrorKind::Unsupported.into())
+            }
         }
     }
 
@@ -158,7 +153,7 @@ impl Sessions<'_> {
     pub(super) fn handle_connect_timeout(&mut self, registry: &Registry, key: Key, now: Millis) {
         let entry = self.slab.get(key).expect("the caller found it");
         let number = self.server_number(entry).expect("a connecting session has a server");
-        self.context.counters.server(number, OfServer::Failures).add(1);
+        self.context.count_failure(number);
         self.try_next(registry, key, CloseReason::ConnectTimeout, now);
     }
 
@@ -191,7 +186,7 @@ impl Sessions<'_> {
         millis(self.context.config.upstreams[upstream].connect_timeout)
     }
 
-    fn upstream(&self, key: Key) -> Option<usize> {
+    pub(super) fn upstream(&self, key: Key) -> Option<usize> {
         let listener = self.slab.get(key)?.listener as usize;
         match self.context.config.listeners[listener].target {
             Target::Upstream(upstream) => Some(upstream),
@@ -204,14 +199,19 @@ impl Sessions<'_> {
         let entry = self.slab.get_mut(key).expect("the caller found it");
         entry.stage = Stage::Open;
         entry.moved = now;
+        if let Some(story) = &mut entry.story {
+            story.established = Some(now);
+        }
         entry.session.handle_ready(Side::Server, Readiness { writable: true, ..Readiness::default() });
         let number = self.server_number(self.slab.get(key).expect("still there"));
         let number = number.expect("an established session has a server");
         self.context.counters.server(number, OfServer::Connections).add(1);
         let upstream = self.upstream(key).expect("an established session has an upstream");
+        let index = self.slab.get(key).expect("still there").server_index;
+        let index = index.expect("an established session has a server") as usize;
+        let unix = is_unix(self.server_at(upstream, index));
         let entry = self.slab.get_mut(key).expect("still there");
-        let index = entry.server_index.expect("an established session has a server") as usize;
-        if is_unix(&self.context.config.upstreams[upstream].servers[index].address) {
+        if unix {
             entry.session.probe_always(Side::Server);
         } else {
             entry.lacks = Lacks::All;

@@ -48,7 +48,7 @@ impl Sessions<'_> {
         // The address costs a system call: last.
         same(&filter.listener, Some(&listener.name))
             && same(&filter.upstream, self.upstream_name(entry))
-            && same(&filter.server, self.server_name(entry).as_deref())
+            && filter.server.as_ref().is_none_or(|asked| self.has_server(entry, asked))
             && (filter.client.is_none() && filter.client_port.is_none()
                 || filter.takes_client(client_of(entry)))
     }
@@ -61,13 +61,24 @@ impl Sessions<'_> {
         }
     }
 
-    fn server_name(&self, entry: &Entry) -> Option<String> {
-        let config = self.context.config;
-        let Target::Upstream(upstream) = config.listeners[entry.listener as usize].target else {
+    /// Where its server is; as the file writes it where that is a name, and
+    /// the address that it had has changed.
+    pub(super) fn server_name(&self, entry: &Entry) -> Option<String> {
+        let Target::Upstream(upstream) = self.context.config.listeners[entry.listener as usize].target else {
             return None;
         };
-        let server = config.upstreams[upstream].servers.get(entry.server_index? as usize)?;
-        Some(server.address.to_string())
+        let place = entry.server_index? as usize;
+        let address = self.address_at(upstream, place);
+        Some(address.unwrap_or_else(|| self.server_at(upstream, place).clone()).to_string())
+    }
+
+    /// Whether its server is so called, in the file or by its address.
+    fn has_server(&self, entry: &Entry, asked: &str) -> bool {
+        let Target::Upstream(upstream) = self.context.config.listeners[entry.listener as usize].target else {
+            return false;
+        };
+        let in_file = entry.server_index.map(|place| self.server_at(upstream, place as usize).to_string());
+        in_file.as_deref() == Some(asked) || self.server_name(entry).as_deref() == Some(asked)
     }
 
     fn line(&self, entry: &Entry, now: Millis) -> Line {

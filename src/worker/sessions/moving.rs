@@ -58,9 +58,7 @@ impl Sessions<'_> {
         let (relay, kept) = entry.session.snapshot()?;
         let listener = &self.context.config.listeners[entry.listener as usize];
         let name = |index: u32| match listener.target {
-            Target::Upstream(upstream) => {
-                self.context.config.upstreams[upstream].servers[index as usize].address.to_string()
-            }
+            Target::Upstream(upstream) => self.place_name(upstream, index as usize),
             Target::Service(_) => String::new(),
         };
         let stage = match &entry.stage {
@@ -81,6 +79,7 @@ impl Sessions<'_> {
             relay,
             born: entry.born,
             moved: entry.moved,
+            story: entry.story.as_deref().cloned(),
         };
         Some(Parcel { key, record, kept })
     }
@@ -113,13 +112,15 @@ impl Sessions<'_> {
         let Arrival { record, session } = arrival;
         let config = self.context.config;
         let listener = config.listeners.iter().position(|listener| listener.name == record.listener)?;
-        let servers = match config.listeners[listener].target {
-            Target::Upstream(upstream) => &config.upstreams[upstream].servers[..],
-            Target::Service(_) => &[],
+        let upstream = match config.listeners[listener].target {
+            Target::Upstream(upstream) => Some(upstream),
+            Target::Service(_) => None,
         };
-        let find = |address: &String| {
-            servers.iter().position(|s| s.address.to_string() == *address).map(|i| i as u32)
-        };
+        if let Some(upstream) = upstream {
+            // A place may have got its address just now.
+            self.balancers[upstream].refresh(&self.context.board, upstream);
+        }
+        let find = |name: &String| self.place_named(upstream?, name).map(|place| place as u32);
         let server_index = record.server.as_ref().and_then(find);
         if sockets.len() != record.socket_count() {
             return None;
@@ -129,9 +130,7 @@ impl Sessions<'_> {
         let stage = match record.stage {
             handover::Stage::Open => Stage::Open,
             handover::Stage::Connecting { until, tried, failure } => {
-                if servers.is_empty() {
-                    return None;
-                }
+                upstream?;
                 let tried = tried.iter().filter_map(find).collect();
                 let unknown = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
                 let address = client.peer().ok().flatten().map_or(unknown, |peer| peer.ip());
@@ -147,11 +146,14 @@ impl Sessions<'_> {
         };
         let waiting = matches!(stage, Stage::Waiting(_));
         let half_closed = session.is_half_closed();
+        let place = |index: u32| self.balancers[upstream?].places().get(index as usize);
+        let incarnation = server_index.and_then(place).map_or(0, |place| place.incarnation);
         let entry = Entry {
             session,
             client,
             server: server.filter(|_| !waiting),
             server_index: server_index.filter(|_| !waiting),
+            incarnation,
             listener: listener as u32,
             stage,
             queued: false,
@@ -160,6 +162,7 @@ impl Sessions<'_> {
             frozen: true,
             born: record.born,
             moved: record.moved,
+            story: record.story.filter(|_| self.context.access_log.is_some()).map(Box::new),
         };
         Some(self.slab.insert(entry))
     }
@@ -212,9 +215,7 @@ impl Sessions<'_> {
     fn server_is_unix(&self, key: Key) -> bool {
         let Some(entry) = self.slab.get(key) else { return false };
         match (self.context.config.listeners[entry.listener as usize].target, entry.server_index) {
-            (Target::Upstream(upstream), Some(index)) => {
-                is_unix(&self.context.config.upstreams[upstream].servers[index as usize].address)
-            }
+            (Target::Upstream(upstream), Some(index)) => is_unix(self.server_at(upstream, index as usize)),
             _ => false,
         }
     }

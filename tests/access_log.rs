@@ -6,8 +6,10 @@ mod support;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, TcpStream, UdpSocket};
 use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use support::daemon::{Daemon, evenkeel, signal};
@@ -25,6 +27,7 @@ fn main() {
         lines_wait_for_a_new_steward,
         a_session_that_was_handed_over_leaves_one_line,
         the_last_sessions_are_written_before_the_end,
+        a_flow_leaves_one_line_over_a_hand_over,
         a_file_that_cannot_be_opened_refuses_start_and_reload,
     ])
 }
@@ -215,14 +218,14 @@ fn the_last_sessions_are_written_before_the_end() {
     scene.daemon.signal(Signal::SIGTERM);
     eventually("it leaves", || scene.daemon.status().workers.iter().all(|worker| worker.state == "draining"));
     drop(held);
-    scene.daemon.wait(std::time::Duration::from_secs(20));
+    scene.daemon.wait(Duration::from_secs(20));
     assert_eq!(scene.lines().len(), 200);
 }
 
 fn a_file_that_cannot_be_opened_refuses_start_and_reload() {
     let (server, _) = tcp_server("127.0.0.1:0", echo);
     let mut daemon = Daemon::start(&config("/nonexistent/access.log", "", server));
-    assert_eq!(daemon.wait(std::time::Duration::from_secs(10)).code(), Some(1));
+    assert_eq!(daemon.wait(Duration::from_secs(10)).code(), Some(1));
     assert!(daemon.log().contains("/nonexistent/access.log cannot be opened"), "{}", daemon.log());
     let scene = scene("");
     let file = scene.daemon.folder().join("evenkeel.toml");
@@ -232,6 +235,44 @@ fn a_file_that_cannot_be_opened_refuses_start_and_reload() {
     assert!(error.contains("make its folder first"), "{error}");
     session(b"x");
     eventually("the old one is written on", || scene.lines().len() == 1);
+}
+
+fn a_flow_leaves_one_line_over_a_hand_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("access.log");
+    let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let address = server.local_addr().unwrap();
+    thread::spawn(move || {
+        let mut bytes = [0; 2048];
+        while let Ok((count, from)) = server.recv_from(&mut bytes) {
+            let _ = server.send_to(&[&bytes[..count], b"!"].concat(), from);
+        }
+    });
+    let daemon = Daemon::ready(&format!(
+        "[daemon]\nworkers = 2\n[log]\naccess = \"{}\"\n\
+         [[listener]]\nname = \"names\"\nmode = \"udp\"\nbind = \"127.0.0.1:8053\"\nupstream = \"dns\"\n\
+         [listener.udp]\nidle_timeout = \"1s\"\n\
+         [[upstream]]\nname = \"dns\"\n[[upstream.server]]\naddress = \"{address}\"\n",
+        path.display()
+    ));
+    let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+    client.connect("127.0.0.1:8053").unwrap();
+    client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let ask = || {
+        client.send(&[7; 100]).unwrap();
+        assert_eq!(client.recv(&mut [0; 2048]).unwrap(), 101);
+    };
+    ask();
+    daemon.ask("reload").unwrap();
+    ask();
+    eventually("the flow ends", || fs::read_to_string(&path).is_ok_and(|text| !text.is_empty()));
+    let text = fs::read_to_string(&path).unwrap();
+    assert_eq!(text.lines().count(), 1, "{text}");
+    let line = fields(text.trim());
+    let (client, server) = (client.local_addr().unwrap().to_string(), address.to_string());
+    assert_eq!((line["client"], line["server"]), (client.as_str(), server.as_str()));
+    assert_eq!((line["in"], line["out"], line["end"]), ("200", "202", "idle_timeout"));
+    assert!(line["total_ms"].parse::<u64>().unwrap() >= 1000, "{text}");
 }
 
 fn steward_of(daemon: &Daemon) -> u32 {

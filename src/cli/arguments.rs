@@ -1,6 +1,6 @@
 //! Every command with its options, as clap reads them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Parser, Subcommand};
 use clap_complete::Shell;
@@ -93,6 +93,16 @@ pub enum Command {
         #[arg(long, value_name = "PATH")]
         socket: Option<PathBuf>,
     },
+    /// Change one server at run time
+    ///
+    /// Named as UPSTREAM/ADDRESS, the address as the file has it. It holds over
+    /// reloads and upgrades until `ready`; `status` shows what differs from the
+    /// file.
+    Server {
+        /// What to do with it.
+        #[command(subcommand)]
+        command: ServerCommand,
+    },
     /// List the sessions, or end some of them
     Sessions(Box<super::sessions::Args>),
     /// Leave gracefully: take nothing new, finish what is here
@@ -147,6 +157,58 @@ pub enum Command {
     /// The steward process; started by `run` alone
     #[command(hide = true)]
     Steward,
+}
+
+/// The commands of `evenkeel server`.
+#[derive(Debug, Subcommand)]
+pub enum ServerCommand {
+    /// Nothing new goes there; what is there stays
+    Drain(ServerTarget),
+    /// As the file has it again, state and weight
+    Ready(ServerTarget),
+    /// Nothing new goes there, and it is not checked
+    Disable(ServerTarget),
+    /// Give it another weight than the file does
+    Weight {
+        /// Its weight, 0 to 256
+        #[arg(value_parser = clap::value_parser!(u64).range(0..=256))]
+        weight: u64,
+        #[command(flatten)]
+        target: ServerTarget,
+    },
+}
+
+/// Which server, and whom to ask.
+#[derive(Debug, clap::Args)]
+pub struct ServerTarget {
+    /// UPSTREAM/ADDRESS, the address as the file has it
+    server: String,
+    /// The daemon's control socket
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+}
+
+impl ServerCommand {
+    /// Its word, its weight, and the socket that was named.
+    pub fn parts(&self) -> (&'static str, Option<u64>, Option<&Path>) {
+        let (name, weight, target) = match self {
+            ServerCommand::Drain(target) => ("drain", None, target),
+            ServerCommand::Ready(target) => ("ready", None, target),
+            ServerCommand::Disable(target) => ("disable", None, target),
+            ServerCommand::Weight { weight, target } => ("weight", Some(*weight), target),
+        };
+        (name, weight, target.socket.as_deref())
+    }
+
+    /// UPSTREAM/ADDRESS.
+    pub fn target(&self) -> &str {
+        match self {
+            ServerCommand::Drain(target) | ServerCommand::Ready(target) | ServerCommand::Disable(target) => {
+                &target.server
+            }
+            ServerCommand::Weight { target, .. } => &target.server,
+        }
+    }
 }
 
 /// The commands of `evenkeel config`.

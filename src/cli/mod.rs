@@ -42,6 +42,13 @@ pub fn main() -> ExitCode {
             ask::simple(&files::socket(socket.as_deref()), &request)
         }
         Command::Rebalance { socket } => ask::command(&files::socket(socket.as_deref()), "rebalance"),
+        Command::Server { command } => {
+            let (name, weight, socket) = command.parts();
+            let server = command.target();
+            let request =
+                serde_json::json!({"command": "server", "change": name, "server": server, "weight": weight});
+            ask::simple(&files::socket(socket), &request)
+        }
         Command::Sessions(args) => {
             let socket = files::socket(args.socket.as_deref());
             sessions::run(*args, &socket)

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use super::ask;
-use crate::control::status::{Flows, Listener, Status, Upstream, Worker};
+use crate::control::status::{Difference, Flows, Listener, Status, Upstream, Worker};
 use crate::spread::{Circumstances, Verdict};
 
 /// Prints what the daemon says.
@@ -122,23 +122,49 @@ fn describe_flows(out: &mut String, flows: &Flows, dropped: &BTreeMap<String, u6
 }
 
 fn describe_upstream(out: &mut String, upstream: &Upstream) {
-    let _ = writeln!(out, "\nupstream {}  {}", upstream.name, upstream.balance);
+    let waiting = match upstream.waiting {
+        0 => String::new(),
+        count => format!("  {count} wait for a place"),
+    };
+    let _ = writeln!(out, "\nupstream {}  {}{waiting}", upstream.name, upstream.balance);
     let _ = writeln!(
         out,
-        "  {:<28} {:<8} {:>6} {:>8} {:>11} {:>8}",
+        "  {:<28} {:<10} {:>6} {:>8} {:>11} {:>8}",
         "SERVER", "STATE", "WEIGHT", "ACTIVE", "CONNECTIONS", "FAILURES"
     );
     for server in &upstream.servers {
+        let active = match server.max_connections {
+            0 => server.active.to_string(),
+            most => format!("{}/{most}", server.active),
+        };
         let _ = writeln!(
             out,
-            "  {:<28} {:<8} {:>6} {:>8} {:>11} {:>8}{}",
+            "  {:<28} {:<10} {:>6} {active:>8} {:>11} {:>8}{}{}",
             server.address,
             server.state,
             server.weight,
-            server.active,
             server.connections,
             server.failures,
             if server.backup { "  backup" } else { "" },
+            server.differs_from_file.as_ref().map_or(String::new(), differs),
         );
+        for place in &server.places {
+            let _ = writeln!(
+                out,
+                "    {:<26} {:<10} {:>6} {:>8}",
+                place.address, place.state, place.weight, place.active
+            );
+        }
+        if let Some(error) = &server.resolve_error {
+            let _ = writeln!(out, "    {error}");
+        }
     }
+}
+
+/// What an operator should not forget to take back.
+fn differs(difference: &Difference) -> String {
+    let state = difference.state.as_ref().map(|state| format!("{state} by hand"));
+    let weight = difference.file_weight.map(|weight| format!("weight by hand, {weight} in the file"));
+    let all: Vec<String> = state.into_iter().chain(weight).collect();
+    format!("  ({})", all.join(", "))
 }

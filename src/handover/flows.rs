@@ -58,6 +58,20 @@ pub struct Flow {
     pub can_cut: bool,
     /// How far it is.
     pub state: Snapshot,
+    /// What its line of the access log will say.
+    #[serde(default)]
+    pub story: Option<Story>,
+}
+
+/// What the access log says of a flow beside its name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Story {
+    /// When it began, in milliseconds of the monotonic clock.
+    pub born: u64,
+    /// Bytes from the client that went to its server.
+    pub bytes_in: u64,
+    /// Bytes to the client.
+    pub bytes_out: u64,
 }
 
 impl Record {
@@ -122,6 +136,7 @@ mod tests {
             server: server.map(str::to_string),
             can_cut: true,
             state,
+            story: None,
         })
     }
 

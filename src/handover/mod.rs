@@ -17,6 +17,7 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::proxy_protocol::Ends;
 use crate::relay::{CloseReason, Session, Snapshot};
 
 /// The version of this format; another one is refused, and the sender drains.
@@ -65,6 +66,9 @@ pub struct Record {
     pub stage: Stage,
     /// The relay's state.
     pub relay: Snapshot,
+    /// What a PROXY header said of its client.
+    #[serde(default)]
+    pub origin: Option<Ends>,
     /// When it was accepted.
     pub born: u64,
     /// When the last byte moved.
@@ -91,9 +95,19 @@ pub struct Story {
 /// How far a session is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Stage {
+    /// Its PROXY header is awaited; what has come of it lies in the socket.
+    #[allow(missing_docs)]
+    Header { until: u64 },
     /// On its way to a server.
     #[allow(missing_docs)]
-    Connecting { until: u64, tried: Vec<String>, failure: CloseReason },
+    Connecting {
+        until: u64,
+        tried: Vec<String>,
+        failure: CloseReason,
+        /// Since when it waits for a place at a server, if it does.
+        #[serde(default)]
+        waits_since: Option<u64>,
+    },
     /// Bytes flow.
     Open,
 }
@@ -144,6 +158,9 @@ pub fn decode(bytes: &[u8], socket_count: usize) -> Result<Vec<Arrival>, BundleE
         if matches!(record.stage, Stage::Connecting { .. }) && !record.relay.is_relay() {
             return Err(BundleError::State(index));
         }
+        if matches!(record.stage, Stage::Header { .. }) && record.server.is_some() {
+            return Err(BundleError::State(index));
+        }
         arrivals.push(Arrival { record, session });
     }
     if kept.is_empty() { Ok(arrivals) } else { Err(BundleError::Lengths) }
@@ -169,6 +186,7 @@ mod tests {
             server,
             stage: Stage::Open,
             relay,
+            origin: None,
             born: 5,
             moved: 9,
             story: None,
@@ -178,26 +196,41 @@ mod tests {
 
     fn bundle() -> Vec<(Record, Vec<u8>)> {
         let mut connecting = record(&Session::relay(), true);
-        connecting.0.stage =
-            Stage::Connecting { until: 77, tried: vec!["a".into()], failure: CloseReason::ConnectFailed };
-        vec![record(&Session::relay(), true), record(&Session::echo(b"kept bytes"), false), connecting]
+        connecting.0.stage = Stage::Connecting {
+            until: 77,
+            tried: vec!["a".into()],
+            failure: CloseReason::ConnectFailed,
+            waits_since: Some(5),
+        };
+        connecting.0.origin = Some(Ends {
+            source: "[2001:db8::1]:4711".parse().unwrap(),
+            destination: "[2001:db8::2]:80".parse().unwrap(),
+        });
+        let mut unknown = record(&Session::relay(), false);
+        unknown.0.stage = Stage::Header { until: 78 };
+        vec![
+            record(&Session::relay(), true),
+            record(&Session::echo(b"kept bytes"), false),
+            connecting,
+            unknown,
+        ]
     }
 
     #[test]
     fn what_is_written_is_read_again() {
         let sessions = bundle();
-        let arrivals = decode(&encode(&sessions), 5).expect("a sane bundle");
+        let arrivals = decode(&encode(&sessions), 6).expect("a sane bundle");
         for ((record, kept), arrival) in sessions.iter().zip(&arrivals) {
             assert_eq!(*record, arrival.record);
             assert_eq!(arrival.session.snapshot().unwrap(), (record.relay.clone(), kept.clone()));
         }
-        assert_eq!(arrivals.len(), 3);
+        assert_eq!(arrivals.len(), 4);
     }
 
     #[test]
     fn another_version_and_missing_sockets_are_named() {
         let bytes = encode(&bundle());
-        assert_eq!(decode(&bytes, 4).unwrap_err(), BundleError::Sockets(4, 5));
+        assert_eq!(decode(&bytes, 5).unwrap_err(), BundleError::Sockets(5, 6));
         let text = br#"{"version":9,"sessions":[{"new":"shape"}]}"#;
         let mut newer = (text.len() as u32).to_le_bytes().to_vec();
         newer.extend(text);
@@ -208,7 +241,7 @@ mod tests {
     fn a_bundle_that_is_cut_anywhere_is_an_error() {
         let bytes = encode(&bundle());
         for end in 0..bytes.len() {
-            assert!(decode(&bytes[..end], 5).is_err(), "cut at {end}");
+            assert!(decode(&bytes[..end], 6).is_err(), "cut at {end}");
         }
     }
 
@@ -223,7 +256,7 @@ mod tests {
             let mut bytes = encode(&bundle());
             let at = at.index(bytes.len());
             bytes[at] = value;
-            let _ = decode(&bytes, 5);
+            let _ = decode(&bytes, 6);
         }
     }
 }

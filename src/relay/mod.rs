@@ -13,6 +13,7 @@
 //! through the caller's scratch, and only what the other side would not take
 //! is kept, at most one read of `MAX_READ` bytes a direction.
 
+mod preface;
 mod reason;
 mod snapshot;
 #[cfg(test)]

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use tracing::warn;
 
 use super::{Knowledge, report};
+use crate::board::Change;
 use crate::control::Request;
 
 /// Callers at once; further ones are told so.
@@ -97,6 +98,36 @@ fn answer(mut stream: &UnixStream, reply: &Value) -> io::Result<()> {
     stream.write_all(&line)
 }
 
+/// A hook for tests, in debug builds alone: a verdict without a check.
+#[cfg(debug_assertions)]
+fn test_verdict(request: &Value, knowledge: &Knowledge) -> Value {
+    use crate::board::{Health, PlaceId};
+    let text = |key: &str| request.get(key).and_then(Value::as_str).unwrap_or_default().to_string();
+    let id = PlaceId { upstream: text("upstream"), server: text("server"), address: text("server") };
+    let health = if text("health") == "down" { Health::Down } else { Health::Up };
+    knowledge.servers.handle_verdict(&id, health, "a test says so", crate::sys::clock::coarse());
+    json!({"ok": true, "text": ""})
+}
+
+/// `{"command": "server", "change": "drain", "server": "web/10.0.0.1:80"}`
+fn server_request(request: &Value) -> Result<Request, String> {
+    let text = |key| request.get(key).and_then(Value::as_str);
+    let weight = request.get("weight").and_then(Value::as_u64);
+    let change = match (text("change"), weight) {
+        (Some("drain"), _) => Change::Drain,
+        (Some("disable"), _) => Change::Disable,
+        (Some("ready"), _) => Change::Ready,
+        (Some("weight"), Some(weight @ 0..=256)) => Change::Weight(weight as u32),
+        (Some("weight"), _) => return Err("weight wants \"weight\", a number from 0 to 256".into()),
+        _ => return Err("server wants \"change\": drain, disable, ready or weight".into()),
+    };
+    // A Unix socket's path has slashes, an upstream's name has none.
+    let name = text("server").and_then(|name| name.split_once('/'));
+    let (upstream, server) =
+        name.ok_or("server wants \"server\": UPSTREAM/ADDRESS, the address as the file has it")?;
+    Ok(Request::Server { upstream: upstream.into(), server: server.into(), change })
+}
+
 /// The answer to one request.
 fn handle(request: &Value, knowledge: &Knowledge) -> Value {
     let done = |request| match knowledge.ask(request) {
@@ -115,6 +146,10 @@ fn handle(request: &Value, knowledge: &Knowledge) -> Value {
             _ => json!({"error": "scale wants \"workers\", a number from 1 to 64"}),
         },
         Some("rebalance") => done(Request::Rebalance),
+        Some("server") => match server_request(request) {
+            Ok(request) => done(request),
+            Err(text) => json!({"error": text}),
+        },
         Some("sessions") => {
             let query = request.get("query").cloned().unwrap_or_else(|| json!({}));
             match serde_json::from_value(query).map_err(|error| format!("query: {error}")) {
@@ -125,9 +160,11 @@ fn handle(request: &Value, knowledge: &Knowledge) -> Value {
                 Err(error) => json!({"error": error}),
             }
         }
+        #[cfg(debug_assertions)]
+        Some("test-verdict") => test_verdict(request, knowledge),
         Some(other) => {
             let shown: String = other.chars().take(40).collect();
-            let known = "status, reload, scale, rebalance, sessions, drain, stop";
+            let known = "status, reload, scale, rebalance, server, sessions, drain, stop";
             json!({"error": format!("unknown command {shown:?}; known are {known}")})
         }
         None => json!({"error": "a request is an object with a \"command\""}),

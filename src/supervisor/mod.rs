@@ -508,8 +508,13 @@ impl Supervisor {
         }
         match role {
             Role::Current => {
-                slot.current = None;
                 slot.handed_over = false;
+                if let Some(dead) = slot.current.take() {
+                    // Nobody writes there any more: what it held is nobody's,
+                    // at once, not only when a successor says so.
+                    let generation = &dead.generation;
+                    generation.counters(slot.number).begin_life(&generation.layout);
+                }
                 if status.success() && self.leave.is_some() {
                     info!(slot = index, "worker has left");
                 } else {

@@ -18,6 +18,7 @@ pub mod host;
 pub mod isolated;
 pub mod level;
 pub mod listen;
+pub mod local_end;
 pub mod notify;
 pub mod process;
 pub mod shared;

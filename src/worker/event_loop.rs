@@ -14,7 +14,9 @@ use mio::{Events, Interest, Poll, Token};
 use tracing::{error, info, warn};
 
 use super::birth::Born;
+use super::complaints::Complaints;
 use super::datagrams::{self, Datagrams};
+use super::gate::Gate;
 use super::handover::{Cargo, Load as Freight, Passing, Progress, Receivers, Sender};
 use super::leave::{Leave, Step};
 use super::listeners::{self, Accepted, Listeners, PAUSE};
@@ -88,6 +90,7 @@ struct Loop<'a> {
     orphaned_until: Option<Millis>,
     is_orphan: bool,
     paused_before: bool,
+    complaints: Complaints,
     #[cfg(debug_assertions)]
     hang: super::hang::Hang,
 }
@@ -118,6 +121,7 @@ impl<'a> Loop<'a> {
             counters,
             access_log: born.access_log.as_ref(),
             all: born.all.iter().map(over).collect::<Option<Vec<_>>>()?,
+            gates: born.config.listeners.iter().map(Gate::of).collect(),
             board: Board::over(born.board.words(), &born.board_layout)?,
             failure_bell: &born.failure_bell,
         };
@@ -153,6 +157,7 @@ impl<'a> Loop<'a> {
             orphaned_until: None,
             is_orphan: false,
             paused_before: false,
+            complaints: Complaints::default(),
             #[cfg(debug_assertions)]
             hang: super::hang::Hang::of_environment(born.slot),
         };
@@ -214,7 +219,7 @@ impl<'a> Loop<'a> {
                 match event.token() {
                     CHANNEL => self.handle_channel(now),
                     BOARD => {
-                        self.sessions.handle_board(self.poll.registry(), now);
+                        self.sessions.handle_board(now);
                         self.datagrams.handle_board();
                     }
                     token if datagrams::is_token(token) => self.datagrams.handle_event(token),
@@ -301,6 +306,10 @@ impl<'a> Loop<'a> {
                 if self.is_full() {
                     return self.pause(now, None);
                 }
+                if self.is_listener_full(index) {
+                    self.hold(index, now);
+                    break;
+                }
                 match self.listeners.accept(index) {
                     Accepted::Connection(listener, stream, peer) => {
                         self.sessions.open(self.poll.registry(), listener, stream, peer, now);
@@ -317,6 +326,27 @@ impl<'a> Loop<'a> {
     fn is_full(&self) -> bool {
         let limit = self.sessions.context().config.daemon.max_connections;
         self.sessions.len() >= self.session_limit || (limit > 0 && self.sessions.len_of_daemon() >= limit)
+    }
+
+    fn is_listener_full(&self, index: usize) -> bool {
+        let listener = self.listeners.listener_of(index);
+        listener.is_some_and(|listener| self.sessions.context().is_listener_full(listener))
+    }
+
+    /// The same for one socket, whose listener has all the sessions it may.
+    fn hold(&mut self, index: usize, now: Millis) {
+        self.listeners.hold(self.poll.registry(), index, now + PAUSE);
+        let context = self.sessions.context();
+        context.counters.process(Process::AcceptPauses).add(1);
+        let Some(listener) = self.listeners.listener_of(index) else { return };
+        if let Some(untold) = self.complaints.note(listener, "max_connections", now) {
+            let config = &context.config.listeners[listener];
+            warn!(
+                "listener {} has all of its max_connections = {}: new clients wait in the queue; counted as \
+                 accept_pauses, {untold} more since the last such line",
+                config.name, config.limits.max_connections
+            );
+        }
     }
 
     /// What waits in the queues stays there, and is accepted later.

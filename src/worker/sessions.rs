@@ -1,10 +1,10 @@
 //! The TCP sessions of a worker: sockets around `relay::Session`.
 //!
 //! ```text
-//!   accept --> Connecting --connected--> Open --Done--> (Resetting) --> gone
-//!                 |   ^                    |                 ^
-//!                 |   +-- next server      +---- timeouts ---+
-//!                 +--> Waiting (no descriptor, server's queue full) --> Connecting
+//!   accept --> (Header) --> Connecting --connected--> Open --Done--> (Resetting) --> gone
+//!                              |   ^                    |                 ^
+//!                              |   +-- next server      +---- timeouts ---+
+//!                              +--> Waiting (no descriptor, server's queue full) --> Connecting
 //! ```
 //!
 //! A session that ends by a reset waits in Resetting until what was sent to
@@ -12,29 +12,37 @@
 //! Bounded by the descriptors of the process; each session has one deadline.
 
 mod connect;
+mod entrance;
 mod list;
 mod moving;
 mod options;
 mod picking;
 mod story;
+mod waiting;
 
 use std::cell::RefCell;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
+use std::rc::Rc;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 
 use connect::Attempt;
 use options::Lacks;
+use waiting::Waiting;
 
+use super::complaints::Complaints;
+use super::departures::Departures;
+use super::gate::Gate;
 use crate::balance::Balancer;
 use crate::board::Board;
 use crate::config::{Config, ServerAddress, Service, Target};
 use crate::counters::{Counters, Layout, OfListener, OfServer, Process};
 use crate::deadline::Deadlines;
 use crate::handover::Story;
+use crate::proxy_protocol::Ends;
 use crate::relay::{CloseReason, Drive, End, MAX_READ, Readiness, Session, Side};
 use crate::slab::{Key, Slab};
 use crate::sys::bell::Bell;
@@ -74,6 +82,8 @@ pub struct Context<'a> {
     pub counters: Counters<'a>,
     /// Every slot's counters.
     pub all: Vec<Counters<'a>>,
+    /// Who may come in at each listener.
+    pub gates: Rc<[Gate]>,
     /// Where ended sessions and flows are told, if they are.
     pub access_log: Option<&'a RefCell<AccessLog>>,
     /// How the servers stand.
@@ -83,11 +93,17 @@ pub struct Context<'a> {
 }
 
 impl Context<'_> {
-    /// A balancer for each upstream.
+    /// A balancer for each upstream, which knows the board: what arrives from
+    /// another process is known by its server's name.
     pub fn balancers(&self, now: Millis) -> Vec<Balancer> {
         let seed = (u64::from(std::process::id()) << 32) ^ now;
-        let upstreams = self.config.upstreams.iter();
-        upstreams.map(|upstream| Balancer::new(upstream, self.slot, self.all.len(), seed)).collect()
+        let upstreams = self.config.upstreams.iter().enumerate();
+        let balancers = upstreams.map(|(number, upstream)| {
+            let mut balancer = Balancer::new(upstream, self.slot, self.all.len(), seed);
+            balancer.refresh(&self.board, number);
+            balancer
+        });
+        balancers.collect()
     }
 
     /// Sessions of a place over all slots, as far as the others have told.
@@ -119,8 +135,11 @@ pub struct Sessions<'a> {
     balancers: Vec<Balancer>,
     /// Each upstream's epoch when the board was last looked at for sessions.
     seen_epochs: Vec<u64>,
+    waiting: Waiting,
     scratch: Box<[u8]>,
     fired: Vec<u32>,
+    complaints: Complaints,
+    departures: Departures,
 }
 
 #[derive(Debug)]
@@ -133,6 +152,10 @@ struct Entry {
     /// Who had that place then: another address may have it by now.
     incarnation: u32,
     listener: u32,
+    /// Where its client is counted among the listener's sources.
+    source: u32,
+    /// What a PROXY header said of the client; else its own socket knows.
+    origin: Option<Box<Ends>>,
     stage: Stage,
     queued: bool,
     half_closed: bool,
@@ -149,9 +172,13 @@ struct Entry {
 
 #[derive(Debug)]
 enum Stage {
+    /// A PROXY header is awaited.
+    Header {
+        until: Millis,
+    },
     /// A connect is under way.
     Connecting(Attempt),
-    /// A connect could not begin, and is tried again.
+    /// A connect could not begin, and is tried again; or every server is full.
     Waiting(Attempt),
     Open,
     /// Both directions are over; the sides are reset when they have what was
@@ -166,11 +193,14 @@ impl<'a> Sessions<'a> {
     pub fn new(context: Context<'a>, now: Millis) -> Sessions<'a> {
         let balancers = context.balancers(now);
         Sessions {
+            complaints: Complaints::default(),
+            departures: Departures::new(context.config.upstreams.len(), context.slot),
             context,
             slab: Slab::new(),
             deadlines: Deadlines::new(now),
             queue: Vec::new(),
             seen_epochs: vec![0; balancers.len()],
+            waiting: Waiting::new(balancers.len()),
             balancers,
             scratch: vec![0; MAX_READ].into_boxed_slice(),
             fired: Vec::new(),
@@ -190,22 +220,23 @@ impl<'a> Sessions<'a> {
         &self.context
     }
 
-    /// Takes over a connection that was accepted.
-    pub fn open(
+    /// A session of a client that was accepted; `None` where it had to be
+    /// closed at once.
+    fn insert(
         &mut self,
         registry: &Registry,
         listener: usize,
-        client: Stream,
-        peer: SocketAddr,
+        (client, peer): (Stream, SocketAddr),
+        source: u32,
         now: Millis,
-    ) {
-        let config = &self.context.config.listeners[listener];
-        let session = match config.target {
+    ) -> Option<Key> {
+        let session = match self.context.config.listeners[listener].target {
             Target::Upstream(_) => Session::relay(),
             Target::Service(Service::Echo) => Session::echo(&[]),
             Target::Service(Service::Identify) => Session::echo(self.identity(listener).as_bytes()),
             Target::Service(Service::Discard) => Session::discard(),
         };
+        let fd = client.as_raw_fd();
         let entry = Entry {
             session,
             client,
@@ -213,6 +244,8 @@ impl<'a> Sessions<'a> {
             server_index: None,
             incarnation: 0,
             listener: listener as u32,
+            source,
+            origin: None,
             stage: Stage::Open,
             queued: false,
             half_closed: false,
@@ -224,25 +257,13 @@ impl<'a> Sessions<'a> {
         };
         let key = self.slab.insert(entry);
         let counters = &self.context.counters;
-        counters.process(Process::Accepted).add(1);
         counters.process(Process::Active).add(1);
-        counters.listener(listener, OfListener::Connections).add(1);
         counters.listener(listener, OfListener::Active).add(1);
-        let client = self.slab.get(key).expect("just inserted").client.as_raw_fd();
-        if register(registry, client, key, Side::Client).is_err() {
+        if register(registry, fd, key, Side::Client).is_err() {
             self.close(key, CloseReason::NoResources, now);
-            return;
+            return None;
         }
-        match config.target {
-            Target::Upstream(_) => {
-                let attempt = self.first_attempt(key, peer.ip(), now);
-                self.begin_connect(registry, key, attempt, now);
-            }
-            Target::Service(_) => {
-                self.set_deadline(key, now);
-                self.enqueue(key);
-            }
-        }
+        Some(key)
     }
 
     fn identity(&self, listener: usize) -> String {
@@ -272,6 +293,14 @@ impl<'a> Sessions<'a> {
                 if event.is_writable() || failed {
                     self.handle_connected(registry, key, failed, now);
                 }
+            }
+            // It waits for its turn: nobody is to hear of what it sent.
+            Stage::Waiting(ref attempt) if attempt.waits_since.is_some() && event.is_error() => {
+                self.close(key, CloseReason::ClientReset, now);
+            }
+            Stage::Header { .. } => {
+                let ended = event.is_read_closed() || event.is_error();
+                self.read_header(registry, key, ended, now);
             }
             // A client that has reset meanwhile sent something before,
             // perhaps: that is delivered first, as everywhere.
@@ -338,7 +367,7 @@ impl<'a> Sessions<'a> {
 
     /// When the next deadline is due, in milliseconds.
     pub fn next_deadline(&self) -> Option<Millis> {
-        self.deadlines.next()
+        self.deadlines.next().into_iter().chain(self.waiting.next_look()).min()
     }
 
     /// Ends or moves on what is due.
@@ -351,6 +380,7 @@ impl<'a> Sessions<'a> {
             }
         }
         self.fired = fired;
+        self.serve_waiting(registry, now);
     }
 
     fn handle_deadline(&mut self, registry: &Registry, key: Key, now: Millis) {
@@ -361,7 +391,11 @@ impl<'a> Sessions<'a> {
                 Some((due, reason)) if due <= now => self.close(key, reason, now),
                 _ => self.set_deadline(key, now),
             },
+            Stage::Header { .. } => self.refuse(key, CloseReason::ProxyTimeout, now),
             Stage::Connecting(_) => self.handle_connect_timeout(registry, key, now),
+            Stage::Waiting(attempt) if attempt.waits_since.is_some() => {
+                self.close(key, CloseReason::QueueTimeout, now);
+            }
             Stage::Waiting(attempt) if attempt.until <= now => self.close(key, CloseReason::NoResources, now),
             Stage::Waiting(_) => {
                 let Stage::Waiting(attempt) = std::mem::replace(&mut entry.stage, Stage::Open) else {
@@ -415,6 +449,7 @@ impl<'a> Sessions<'a> {
     fn remove(&mut self, key: Key, reason: CloseReason) {
         let Some(entry) = self.slab.remove(key) else { return };
         self.deadlines.clear(key.index);
+        self.waiting.look_soon();
         self.log_end(&entry, reason);
         self.context.counters.ended(entry.listener as usize, reason).add(1);
         self.count_gone(&entry);
@@ -425,6 +460,7 @@ impl<'a> Sessions<'a> {
         let counters = &self.context.counters;
         counters.process(Process::Active).less_one();
         counters.listener(entry.listener as usize, OfListener::Active).less_one();
+        self.context.handle_left(entry.listener as usize, entry.source);
         if let Some(server) = self.server_number(entry) {
             counters.server(server, OfServer::Active).less_one();
         }

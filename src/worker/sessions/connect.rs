@@ -5,7 +5,7 @@
 //! counted as such and spoils nobody's record.
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsRawFd;
 
 use mio::Registry;
@@ -13,27 +13,30 @@ use mio::Registry;
 use super::options::Lacks;
 use super::{Sessions, Stage, is_unix, millis, register};
 use crate::balance::Pick;
-use crate::config::{ServerAddress, Target};
-use crate::counters::OfServer;
+use crate::config::{SendProxy, ServerAddress, Target};
+use crate::counters::{OfListener, OfServer, Process};
+use crate::proxy_protocol::{Ends, Header, Transport};
 use crate::relay::{CloseReason, Readiness, Side};
 use crate::slab::Key;
 use crate::sys::clock::Millis;
-use crate::sys::stream::{Connecting, connect_tcp, connect_unix};
+use crate::sys::stream::{self, Connecting, connect_tcp, connect_unix};
 
 /// How long a connect waits that could not begin, in milliseconds.
 const RETRY_AFTER: Millis = 20;
 
 /// What a session remembers on its way to a server.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Attempt {
     /// Whose session it is.
-    pub client: IpAddr,
+    pub client: SocketAddr,
     /// When the present connect, or the wait for one, is given up.
     pub until: Millis,
     /// The servers that failed.
     pub tried: Vec<u32>,
     /// How the last of them did.
     pub failure: CloseReason,
+    /// Since when it waits for a place at a server, if it has to.
+    pub waits_since: Option<Millis>,
 }
 
 /// Why a connect could not begin or did not succeed.
@@ -61,22 +64,25 @@ impl Sessions<'_> {
     /// Connects to the next server that may be tried.
     pub(super) fn begin_connect(&mut self, registry: &Registry, key: Key, mut attempt: Attempt, now: Millis) {
         loop {
-            let (upstream, server) = match self.pick(key, &attempt, now) {
-                (upstream, Pick::Place(place)) => (upstream, place),
-                (_, Pick::Tried) => return self.close(key, attempt.failure, now),
-                (_, Pick::Nobody | Pick::Full) => return self.close(key, CloseReason::NoServer, now),
+            let upstream = self.upstream(key).expect("only a session with an upstream connects");
+            let server = match self.pick(upstream, &attempt, now) {
+                Pick::Place(place) if self.reserve(upstream, place) => place,
+                Pick::Place(_) | Pick::Full => return self.wait(upstream, key, attempt, now),
+                Pick::Tried => return self.close(key, attempt.failure, now),
+                Pick::Nobody => return self.close(key, CloseReason::NoServer, now),
             };
+            attempt.waits_since = None;
             let number = self.context.layout.place(upstream, server);
-            match self.connect(upstream, server) {
+            match self.connect(upstream, server, attempt.client.ip(), now) {
                 Ok(connecting) => {
                     let (stream, done) = match connecting {
                         Connecting::Done(stream) => (stream, true),
                         Connecting::UnderWay(stream) => (stream, false),
                     };
                     if register(registry, stream.as_raw_fd(), key, Side::Server).is_err() {
+                        self.give_back(number);
                         return self.close(key, CloseReason::NoResources, now);
                     }
-                    self.context.counters.server(number, OfServer::Active).add(1);
                     let incarnation = self.balancers[upstream].places()[server].incarnation;
                     let entry = self.slab.get_mut(key).expect("the caller holds it");
                     entry.server = Some(stream);
@@ -93,7 +99,7 @@ impl Sessions<'_> {
                     }
                     return;
                 }
-                Err(error) => match Refusal::of(&error) {
+                Err(error) => match self.refused(number, &error) {
                     Refusal::Later => {
                         self.deadlines.set(key.index, (now + RETRY_AFTER).min(attempt.until));
                         let entry = self.slab.get_mut(key).expect("the caller holds it");
@@ -109,6 +115,17 @@ impl Sessions<'_> {
         }
     }
 
+    /// A place that was reserved is used no more.
+    fn give_back(&mut self, number: usize) {
+        self.context.counters.server(number, OfServer::Active).less_one();
+        self.waiting.look_soon();
+    }
+
+    fn refused(&mut self, number: usize, error: &io::Error) -> Refusal {
+        self.give_back(number);
+        Refusal::of(error)
+    }
+
     /// Counts a refusal where it belongs.
     fn note(&self, refusal: Refusal, server: usize) -> CloseReason {
         match refusal {
@@ -121,9 +138,23 @@ impl Sessions<'_> {
         }
     }
 
-    fn connect(&self, upstream: usize, server: usize) -> io::Result<Connecting> {
+    fn connect(
+        &mut self,
+        upstream: usize,
+        server: usize,
+        client: IpAddr,
+        now: Millis,
+    ) -> io::Result<Connecting> {
         match self.address_at(upstream, server) {
-            Some(ServerAddress::Ip(address)) => connect_tcp(address),
+            Some(ServerAddress::Ip(address)) => {
+                let config = &self.context.config.upstreams[upstream];
+                let departures = &mut self.departures;
+                let connect = |from| connect_tcp(address, from);
+                let (shortages, result) =
+                    departures.connect((upstream, config), client, address, now, connect);
+                self.context.counters.process(Process::PortShortages).add(shortages);
+                result
+            }
             Some(ServerAddress::Unix(path)) => connect_unix(&path),
             Some(ServerAddress::Name { .. } | ServerAddress::Srv(_)) | None => {
                 Err(io::ErrorKind::Unsupported.into())
@@ -161,7 +192,7 @@ impl Sessions<'_> {
     fn try_next(&mut self, registry: &Registry, key: Key, failure: CloseReason, now: Millis) {
         let number = self.server_number(self.slab.get(key).expect("the caller found it"));
         let number = number.expect("a connecting session has a server");
-        self.context.counters.server(number, OfServer::Active).less_one();
+        self.give_back(number);
         let entry = self.slab.get_mut(key).expect("the caller found it");
         let server = entry.server_index.take().expect("a connecting session has a server");
         // Closing it also ends its registration: there is no duplicate.
@@ -172,16 +203,17 @@ impl Sessions<'_> {
         let Attempt { client, mut tried, .. } = attempt;
         tried.push(server);
         let until = now + self.connect_timeout(key);
-        self.begin_connect(registry, key, Attempt { client, until, tried, failure }, now);
+        self.begin_connect(registry, key, Attempt { client, until, tried, failure, waits_since: None }, now);
     }
 
     /// The first attempt of a new session.
-    pub(super) fn first_attempt(&self, key: Key, client: IpAddr, now: Millis) -> Attempt {
+    pub(super) fn first_attempt(&self, key: Key, client: SocketAddr, now: Millis) -> Attempt {
         let until = now + self.connect_timeout(key);
-        Attempt { client, until, tried: Vec::new(), failure: CloseReason::ConnectFailed }
+        let failure = CloseReason::ConnectFailed;
+        Attempt { client, until, tried: Vec::new(), failure, waits_since: None }
     }
 
-    fn connect_timeout(&self, key: Key) -> Millis {
+    pub(super) fn connect_timeout(&self, key: Key) -> Millis {
         let upstream = self.upstream(key).expect("only a session with an upstream connects");
         millis(self.context.config.upstreams[upstream].connect_timeout)
     }
@@ -197,12 +229,15 @@ impl Sessions<'_> {
     /// The session has its server: bytes may flow.
     fn establish(&mut self, key: Key, now: Millis) {
         let entry = self.slab.get_mut(key).expect("the caller found it");
-        entry.stage = Stage::Open;
+        let stage = std::mem::replace(&mut entry.stage, Stage::Open);
         entry.moved = now;
         if let Some(story) = &mut entry.story {
             story.established = Some(now);
         }
         entry.session.handle_ready(Side::Server, Readiness { writable: true, ..Readiness::default() });
+        if let Stage::Connecting(attempt) = stage {
+            self.introduce(key, attempt.client);
+        }
         let number = self.server_number(self.slab.get(key).expect("still there"));
         let number = number.expect("an established session has a server");
         self.context.counters.server(number, OfServer::Connections).add(1);
@@ -218,5 +253,35 @@ impl Sessions<'_> {
         }
         self.set_deadline(key, now);
         self.enqueue(key);
+    }
+
+    /// Puts a PROXY header in front of what the client sends, where its
+    /// upstream wants one.
+    fn introduce(&mut self, key: Key, client: SocketAddr) {
+        let Some(upstream) = self.upstream(key) else { return };
+        let version = self.context.config.upstreams[upstream].send_proxy;
+        if version == SendProxy::Off {
+            return;
+        }
+        let entry = self.slab.get_mut(key).expect("the caller found it");
+        let ends = entry.origin.as_deref().copied().unwrap_or_else(|| {
+            // A socket that was reset meanwhile knows its own address still.
+            let local = entry.client.local().ok().flatten();
+            let unknown = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+            Ends { source: client, destination: local.unwrap_or(unknown) }
+        });
+        let header = match version {
+            SendProxy::Off => return,
+            SendProxy::V1 => Header::version_1(&ends),
+            SendProxy::V2 => Header::version_2(&ends, Transport::Stream),
+        };
+        let count = entry.session.introduce(header.as_bytes(), &entry.client, &mut self.scratch);
+        let listener = entry.listener as usize;
+        self.context.counters.listener(listener, OfListener::BytesIn).add(count as u64);
+        if let Some(server) = entry.server.as_ref().filter(|_| count == 0) {
+            // Nagle would keep the first request until the header is
+            // acknowledged, which a server puts off by 40 ms.
+            let _ = stream::set_quick(server);
+        }
     }
 }

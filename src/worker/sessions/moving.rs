@@ -6,7 +6,7 @@
 //! the acknowledgement is out: never do two processes drive it.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use mio::Registry;
@@ -20,6 +20,7 @@ use crate::counters::{OfListener, OfServer, Process};
 use crate::handover::{self, Arrival, Record};
 use crate::relay::{Readiness, Side};
 use crate::slab::Key;
+use crate::sources::UNCOUNTED;
 use crate::sys::clock::Millis;
 use crate::sys::stream::Stream;
 
@@ -67,7 +68,9 @@ impl Sessions<'_> {
                 until: attempt.until,
                 tried: attempt.tried.iter().map(|&index| name(index)).collect(),
                 failure: attempt.failure,
+                waits_since: attempt.waits_since,
             },
+            Stage::Header { until } => handover::Stage::Header { until: *until },
             Stage::Resetting { .. } => return None,
         };
         // A server that the configuration has no more keeps its session.
@@ -77,6 +80,7 @@ impl Sessions<'_> {
             server,
             stage,
             relay,
+            origin: entry.origin.as_deref().copied(),
             born: entry.born,
             moved: entry.moved,
             story: entry.story.as_deref().cloned(),
@@ -108,7 +112,7 @@ impl Sessions<'_> {
 
     /// Takes in a session; it lies still until `activate`. `None` where its
     /// listener is not known here.
-    pub fn take(&mut self, arrival: Arrival, mut sockets: Vec<OwnedFd>) -> Option<Key> {
+    pub fn take(&mut self, arrival: Arrival, mut sockets: Vec<OwnedFd>, now: Millis) -> Option<Key> {
         let Arrival { record, session } = arrival;
         let config = self.context.config;
         let listener = config.listeners.iter().position(|listener| listener.name == record.listener)?;
@@ -127,14 +131,16 @@ impl Sessions<'_> {
         }
         let server = if sockets.len() == 2 { sockets.pop().map(Stream::from) } else { None };
         let client = Stream::from(sockets.pop()?);
+        let unknown = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+        let origin = record.origin.map(|ends| ends.source);
+        let address = || origin.or_else(|| client.peer().ok().flatten()).unwrap_or(unknown);
         let stage = match record.stage {
+            handover::Stage::Header { until } => Stage::Header { until },
             handover::Stage::Open => Stage::Open,
-            handover::Stage::Connecting { until, tried, failure } => {
+            handover::Stage::Connecting { until, tried, failure, waits_since } => {
                 upstream?;
                 let tried = tried.iter().filter_map(find).collect();
-                let unknown = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
-                let address = client.peer().ok().flatten().map_or(unknown, |peer| peer.ip());
-                let attempt = Attempt { client: address, until, tried, failure };
+                let attempt = Attempt { client: address(), until, tried, failure, waits_since };
                 // Without its server in this configuration the connect that is
                 // under way is given up for the next one.
                 if server.is_some() && server_index.is_some() {
@@ -144,6 +150,10 @@ impl Sessions<'_> {
                 }
             }
         };
+        // Who is still to say who it is was not let in yet.
+        let counted = self.context.counts_sources(listener) && !matches!(stage, Stage::Header { .. });
+        let source =
+            if counted { self.context.handle_taken(listener, address().ip(), now) } else { UNCOUNTED };
         let waiting = matches!(stage, Stage::Waiting(_));
         let half_closed = session.is_half_closed();
         let place = |index: u32| self.balancers[upstream?].places().get(index as usize);
@@ -155,6 +165,8 @@ impl Sessions<'_> {
             server_index: server_index.filter(|_| !waiting),
             incarnation,
             listener: listener as u32,
+            source,
+            origin: record.origin.map(Box::new),
             stage,
             queued: false,
             half_closed,
@@ -207,7 +219,18 @@ impl Sessions<'_> {
                 self.enqueue(key);
             }
             Stage::Connecting(attempt) => self.deadlines.set(key.index, attempt.until.max(now)),
+            // Back into the queue, at the place that is due to it.
+            Stage::Waiting(attempt) if attempt.waits_since.is_some() => {
+                let (attempt, upstream) = (attempt.clone(), self.upstream(key));
+                if let Some(upstream) = upstream {
+                    self.wait(upstream, key, attempt, now);
+                }
+            }
             Stage::Waiting(_) => self.deadlines.set(key.index, now),
+            Stage::Header { until } => {
+                self.deadlines.set(key.index, (*until).max(now));
+                self.read_header(registry, key, false, now);
+            }
             Stage::Resetting { .. } => unreachable!("what resets does not travel"),
         }
     }

@@ -1,20 +1,18 @@
 //! Which place of its upstream a session goes to, and what that place is.
 
-use mio::Registry;
-
 use super::connect::Attempt;
 use super::{Sessions, Stage};
 use crate::balance::{Ask, Pick};
 use crate::board::Health;
 use crate::config::{OnDown, ServerAddress};
 use crate::relay::CloseReason;
-use crate::slab::Key;
 use crate::sys::clock::Millis;
 
 impl Sessions<'_> {
     /// The board may have changed: sessions of servers that went down are
     /// reset where that is asked, and waiting ones may find a place.
-    pub fn handle_board(&mut self, _registry: &Registry, now: Millis) {
+    pub fn handle_board(&mut self, now: Millis) {
+        self.waiting.look_soon();
         for upstream in 0..self.seen_epochs.len() {
             let epoch = self.context.board.epoch(upstream);
             if self.seen_epochs[upstream] == epoch {
@@ -43,24 +41,27 @@ impl Sessions<'_> {
         }
     }
 
-    /// The upstream of a session and the place that it is to try.
-    pub(super) fn pick(&mut self, key: Key, attempt: &Attempt, now: Millis) -> (usize, Pick) {
-        let upstream = self.upstream(key).expect("only a session with an upstream connects");
+    /// The place that a session is to try.
+    pub(super) fn pick(&mut self, upstream: usize, attempt: &Attempt, now: Millis) -> Pick {
         let tried = &attempt.tried;
         if tried.len() as u64 > u64::from(self.context.config.upstreams[upstream].retries) {
-            return (upstream, Pick::Tried);
+            return Pick::Tried;
         }
         let context = &self.context;
         let balancer = &mut self.balancers[upstream];
         balancer.refresh(&context.board, upstream);
+        if !self.may_pass(upstream, attempt.waits_since, now) {
+            return Pick::Full;
+        }
+        let context = &self.context;
         let ask = Ask {
-            client: attempt.client,
+            client: attempt.client.ip().to_canonical(),
             now,
             table: context.board.table(upstream),
             active: &|place| context.active_at(upstream, place),
             tried: &|place| tried.contains(&(place as u32)),
         };
-        (upstream, balancer.pick(&ask))
+        self.balancers[upstream].pick(&ask)
     }
 
     /// The server of the configuration that a place belongs to.

@@ -171,8 +171,11 @@ impl Sender {
                 }
                 Ok(Some((PeerMessage::Refused, _))) => return self.fail("the receiver refuses", cargo),
                 Ok(Some(_)) => return self.fail("an answer out of turn", cargo),
-                Ok(None) => return self.fail("the receiver is gone", cargo),
-                Err(error) => return self.fail(&error.to_string(), cargo),
+                Ok(None) => {
+                    self.gone = true;
+                    return self.fail("the receiver is gone", cargo);
+                }
+                Err(error) => return self.fail_by(&error, cargo),
             }
         }
     }
@@ -193,7 +196,7 @@ impl Sender {
             }
             self.flows = None;
             if let Err(error) = control::send(&self.channel, &PeerMessage::FlowsDone, &[]) {
-                return Err(self.fail(&error.to_string(), cargo));
+                return Err(self.fail_by(&error, cargo));
             }
         }
         if !sessions_may_go && self.left > 0 {
@@ -240,7 +243,7 @@ impl Sender {
             }
             Err(error) => {
                 self.bundle = Bundle::Flows(items);
-                Err(self.fail(&error.to_string(), cargo))
+                Err(self.fail_by(&error, cargo))
             }
         }
     }
@@ -269,7 +272,7 @@ impl Sender {
         self.bundle = Bundle::Sessions(keys);
         match self.send(cargo.sessions, parcels) {
             Ok(()) => Ok(true),
-            Err(error) => Err(self.fail(&error.to_string(), cargo)),
+            Err(error) => Err(self.fail_by(&error, cargo)),
         }
     }
 
@@ -322,9 +325,30 @@ impl Sender {
         }
     }
 
-    /// Gives the hand-over up; what was not acknowledged goes on here.
+    /// The same for an error of the channel.
+    fn fail_by(&mut self, error: &io::Error, cargo: &mut Cargo) -> Progress {
+        self.gone = matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset);
+        self.fail(&error.to_string(), cargo)
+    }
+
+    /// Gives the hand-over up; what was not acknowledged goes on here. An
+    /// acknowledgement that crosses with this either lies here already, and
+    /// counts, or can be sent no more, and the receiver lets go: never do both
+    /// have a session.
     pub fn fail(&mut self, why: &str, cargo: &mut Cargo) -> Progress {
-        self.gone |= self.is_closed();
+        self.channel.shut();
+        let mut refuses = false;
+        // An error may stand in front of what was sent.
+        let mut errors = 0;
+        while errors < 2 {
+            match control::receive::<PeerMessage>(&self.channel) {
+                Ok(Some((PeerMessage::Taken { refused }, _))) => self.handle_taken(&refused, cargo),
+                Ok(Some((message, _))) => refuses |= message == PeerMessage::Refused,
+                Ok(None) => break,
+                Err(_) => errors += 1,
+            }
+        }
+        self.gone &= !refuses;
         warn!("a hand-over stopped after {} sessions and flows: {why}", self.moved);
         match std::mem::replace(&mut self.bundle, Bundle::None) {
             Bundle::None => {}
@@ -350,11 +374,6 @@ impl Sender {
             let _ = control::send(&self.channel, &PeerMessage::Done, &[]);
         }
         Progress::Done { moved: self.moved }
-    }
-
-    /// Whether the other end is closed, without its having refused.
-    fn is_closed(&self) -> bool {
-        matches!(control::receive::<PeerMessage>(&self.channel), Ok(None))
     }
 
     /// Listens no more.

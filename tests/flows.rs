@@ -25,6 +25,7 @@ fn main() {
         a_server_that_goes_from_the_file_gives_its_flows_to_another,
         a_neighbour_gives_back_the_flows_that_it_opened,
         where_nobody_can_say_what_moves_it_is_counted,
+        a_foreign_socket_that_joins_later_is_reported,
     ])
 }
 
@@ -325,4 +326,23 @@ fn where_nobody_can_say_what_moves_it_is_counted() {
     let flows = daemon.listener("front").flows.unwrap();
     assert!(flows.unsteered > 0 && flows.handed_over >= opened, "{flows:?}");
     assert!(!ports(&seen).is_empty());
+}
+
+/// Of the same user, so the kernel lets it in.
+fn a_foreign_socket_that_joins_later_is_reported() {
+    let (server, _) = mirror();
+    let daemon = Daemon::ready(&config(2, "hash", server));
+    succeed(&daemon, &["reload"]);
+    assert!(daemon.listener("front").strangers.is_empty(), "{:?}", daemon.listener("front").strangers);
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None).unwrap();
+    socket.set_reuse_port(true).unwrap();
+    socket.bind(&local(PORT).into()).unwrap();
+    succeed(&daemon, &["reload"]);
+    let strangers = daemon.listener("front").strangers;
+    let pid = format!("pid {}", std::process::id());
+    assert!(strangers.len() == 1 && strangers[0].contains(&pid), "{strangers:?}");
+    assert!(daemon.log().contains("takes a part of its clients"), "{}", daemon.log());
+    drop(socket);
+    succeed(&daemon, &["reload"]);
+    assert!(daemon.listener("front").strangers.is_empty());
 }

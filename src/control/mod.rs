@@ -8,6 +8,7 @@ pub mod client;
 pub mod sessions;
 pub mod status;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -192,6 +193,8 @@ pub enum ToSteward {
     /// All that the operator has changed about servers at run time, by upstream
     /// and server.
     Overrides(Vec<(String, String, Override)>),
+    /// By listener, sockets of other programs on its addresses.
+    Strangers(BTreeMap<String, Vec<String>>),
     /// What the workers do now.
     Workers(Vec<WorkerState>),
     /// How the listener of this name is steered from now on, and the part of

@@ -15,7 +15,7 @@ mod control_socket;
 mod report;
 pub mod servers;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
@@ -53,6 +53,8 @@ struct Knowledge {
     birth: StewardBirth,
     view: RwLock<Arc<View>>,
     workers: Mutex<Vec<WorkerState>>,
+    /// By listener, sockets of other programs on its addresses.
+    strangers: Mutex<BTreeMap<String, Vec<String>>>,
     /// By listener: the mechanism in force, and what slots should have got.
     steering: Mutex<HashMap<String, (String, Expected)>>,
     servers: Arc<Servers>,
@@ -137,6 +139,7 @@ fn serve(channel: Channel) -> Result<(), String> {
         birth,
         view: RwLock::default(),
         workers: Mutex::default(),
+        strangers: Mutex::default(),
         steering: Mutex::default(),
         servers,
         channel,
@@ -169,6 +172,9 @@ fn serve(channel: Channel) -> Result<(), String> {
 fn hear(knowledge: &Knowledge) -> Result<bool, String> {
     match control::receive(&knowledge.channel) {
         Ok(None) => return Ok(false),
+        Ok(Some((ToSteward::Strangers(found), _))) => {
+            *knowledge.strangers.lock().expect("no thread panics with it") = found;
+        }
         Ok(Some((ToSteward::Workers(workers), _))) => {
             *knowledge.workers.lock().expect("no thread panics with it") = workers;
         }

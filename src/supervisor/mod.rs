@@ -20,6 +20,7 @@ mod shift;
 mod slot;
 mod steering;
 mod steward;
+mod strangers;
 mod watch;
 
 use std::io;
@@ -51,6 +52,7 @@ use shift::Shift;
 use slot::{Role, Slot};
 use steering::Steering;
 use steward::Steward;
+use strangers::Strangers;
 
 /// What `evenkeel run` was asked to run.
 pub struct Start {
@@ -109,6 +111,7 @@ struct Supervisor {
     notify: Notify,
     reload: Option<Reload>,
     shift: Option<Shift>,
+    strangers: Strangers,
     /// Helpers, and the slots whose flows they have to give back.
     to_give_back: Vec<(usize, usize)>,
     transfers: Transfers,
@@ -165,6 +168,7 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         steering,
         reload: None,
         shift: None,
+        strangers: Strangers::default(),
         to_give_back: Vec::new(),
         transfers: Transfers::default(),
         scaled: None,
@@ -231,6 +235,10 @@ impl Supervisor {
                 self.start_steward();
             }
             self.tell_steward();
+            // Last, for it takes a while.
+            if self.look_for_strangers() {
+                self.tell_steward();
+            }
         }
         self.steward.end();
         Ok(self.end.expect("the loop's condition"))
@@ -256,7 +264,13 @@ impl Supervisor {
         let shift = self.shift.as_ref().map(Shift::deadline);
         let own = [self.supervision.next_deadline(), self.steward.due_at(), leave, reload, shift];
         let steering = [self.steering.next_deadline(clock::coarse()), self.inquiry_deadline()];
-        own.into_iter().chain(watched).chain(steering).flatten().min()
+        let strangers = self.announced.then(|| self.strangers.due_at()).filter(|_| self.leave.is_none());
+        own.into_iter()
+            .chain(strangers.filter(|_| self.reload.is_none()).map(Some))
+            .chain(watched)
+            .chain(steering)
+            .flatten()
+            .min()
     }
 
     /// Lets supervision decide, and does what it says.
@@ -594,6 +608,7 @@ impl Supervisor {
         }
         self.told.clear();
         self.steering.forget_told();
+        self.strangers.forget_told();
         self.tables_changed = true;
         self.tell_of_access_log();
         self.overrides_changed = true;
@@ -690,6 +705,7 @@ impl Supervisor {
         }
         let steward = &mut self.steward;
         self.steering.tell(|message| steward.send(message, &[]));
+        self.strangers.tell(|message| steward.send(message, &[]));
     }
 
     /// How the daemon is, for systemd.

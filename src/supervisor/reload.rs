@@ -409,6 +409,8 @@ impl Supervisor {
         let done = |reload: &mut Reload| reload.stage == Stage::Retiring && retired;
         let Some(reload) = self.reload.take_if(done) else { return };
         info!("generation {} serves with {} workers", reload.generation.number, self.slots.len());
+        self.strangers.expect();
+        self.look_for_strangers();
         let text = format!("generation {} serves", reload.generation.number);
         self.answer(reload.requester, Ok(text));
         self.finish_reload_notice();

@@ -8,14 +8,15 @@
 use std::fmt::{self, Write as _};
 use std::io;
 use std::str::FromStr;
+use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
-use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
+use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::format::Writer;
-use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, MakeWriter};
 use tracing_subscriber::registry::LookupSpan;
 
 /// Lines that may wait to be written, for each process.
@@ -33,7 +34,35 @@ pub enum Shape {
 /// Writes out what waits when it is dropped, at the end of the process.
 #[derive(Debug)]
 pub struct Log {
-    _guard: WorkerGuard,
+    guard: Option<WorkerGuard>,
+    writer: Shared,
+}
+
+/// The way to the writing thread, which `Log::flush` replaces.
+#[derive(Clone, Debug)]
+struct Shared(Arc<Mutex<NonBlocking>>);
+
+impl MakeWriter<'_> for Shared {
+    type Writer = NonBlocking;
+
+    fn make_writer(&self) -> NonBlocking {
+        self.0.lock().expect("no thread panics with it").clone()
+    }
+}
+
+impl Log {
+    /// Writes out what waits: threads do not outlive an exec.
+    pub fn flush(&mut self) {
+        self.guard = None;
+        let (writer, guard) = queue();
+        *self.writer.0.lock().expect("no thread panics with it") = writer;
+        self.guard = Some(guard);
+    }
+}
+
+fn queue() -> (NonBlocking, WorkerGuard) {
+    let builder = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(QUEUE_LINES);
+    builder.finish(io::stderr())
 }
 
 /// Starts this process's log. `level` is one of error, warn, info, debug,
@@ -41,16 +70,19 @@ pub struct Log {
 pub fn init(level: &str, shape: Shape, role: &str) -> Log {
     let asked = std::env::var("EVENKEEL_LOG").unwrap_or_else(|_| level.to_string());
     let level = LevelFilter::from_str(&asked).unwrap_or(LevelFilter::INFO);
-    let builder = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(QUEUE_LINES);
-    let (writer, guard) = builder.finish(io::stderr());
+    let (writer, guard) = queue();
+    let writer = Shared(Arc::new(Mutex::new(writer)));
     // $JOURNAL_STREAM is set where standard error is systemd's journal.
     let priorities = std::env::var_os("JOURNAL_STREAM").is_some();
     let lines = Lines { shape, priorities, role: role.to_string() };
-    let subscriber =
-        tracing_subscriber::fmt().with_max_level(level).with_writer(writer).event_format(lines).finish();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(writer.clone())
+        .event_format(lines)
+        .finish();
     // A second call, in a test, keeps the first log.
     let _ = tracing::subscriber::set_global_default(subscriber);
-    Log { _guard: guard }
+    Log { guard: Some(guard), writer }
 }
 
 struct Lines {

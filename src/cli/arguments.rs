@@ -26,7 +26,7 @@ pub enum Command {
     /// Without -c: $EVENKEEL_CONFIG, else /etc/evenkeel/evenkeel.toml if it
     /// exists, else the embedded demo. Signals: TERM and INT leave gracefully
     /// within drain_timeout (a second one: at once, exit 1), QUIT without a
-    /// limit.
+    /// limit, HUP reloads, USR2 upgrades.
     Run {
         /// The configuration file
         #[arg(short, long, value_name = "PATH")]
@@ -83,6 +83,17 @@ pub enum Command {
         /// How many workers, 1 to 64
         #[arg(value_parser = clap::value_parser!(u64).range(1..=64))]
         workers: u64,
+        /// The daemon's control socket
+        #[arg(long, value_name = "PATH")]
+        socket: Option<PathBuf>,
+    },
+    /// Replace the running program by the file now at its path
+    ///
+    /// The new program checks the configuration and shows that a worker of it
+    /// comes up; then it takes everything over, in the same process, and the
+    /// workers hand over to new ones. Waits until it serves. Where it is
+    /// refused, nothing has changed.
+    Upgrade {
         /// The daemon's control socket
         #[arg(long, value_name = "PATH")]
         socket: Option<PathBuf>,
@@ -153,6 +164,13 @@ pub enum Command {
     Worker {
         /// The slot, to be seen in ps
         slot: usize,
+    },
+    /// What an upgrade asks of the new program; started by `run` alone
+    #[command(hide = true)]
+    UpgradeProbe {
+        /// The configuration file
+        #[arg(short, long, value_name = "PATH")]
+        config: Option<PathBuf>,
     },
     /// The steward process; started by `run` alone
     #[command(hide = true)]

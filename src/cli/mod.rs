@@ -16,6 +16,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 
+use crate::control::misbehave;
 use crate::supervisor::{self, Refusal, Start};
 use crate::sys::holders::Protocol;
 use crate::{config, doctor, loadgen, steward, worker};
@@ -41,6 +42,8 @@ pub fn main() -> ExitCode {
             let request = serde_json::json!({"command": "scale", "workers": workers});
             ask::simple(&files::socket(socket.as_deref()), &request)
         }
+        Command::Upgrade { socket } => ask::command(&files::socket(socket.as_deref()), "upgrade"),
+        Command::UpgradeProbe { config } => upgrade_probe(&Source::of_run(config)),
         Command::Rebalance { socket } => ask::command(&files::socket(socket.as_deref()), "rebalance"),
         Command::Server { command } => {
             let (name, weight, socket) = command.parts();
@@ -78,7 +81,38 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// What an upgrade asks of the program that it is about to run.
+fn upgrade_probe(source: &Source) -> ExitCode {
+    match source.load_quietly() {
+        Ok(_) if misbehave::is_told("check") => {
+            eprintln!("told to by a test");
+            ExitCode::from(EXIT_CONFIG)
+        }
+        Ok(config) => {
+            println!("{}", serde_json::to_string(&supervisor::probe(&config)).expect("plain data"));
+            ExitCode::SUCCESS
+        }
+        Err(problems) => {
+            eprintln!("{problems}");
+            ExitCode::from(EXIT_CONFIG)
+        }
+    }
+}
+
+fn config_file(source: &Source) -> supervisor::File {
+    let again = source.clone();
+    let path = match source {
+        Source::File(path) => Some(path.clone()),
+        Source::Demo => None,
+    };
+    supervisor::File { path, read_again: Box::new(move || again.load_quietly()) }
+}
+
 fn run(source: &Source) -> ExitCode {
+    // In place of an image that ran before: the file is its own to judge.
+    if let Some(left) = supervisor::left() {
+        return exit(supervisor::resume(left, config_file(source)));
+    }
     let loaded = match source.load() {
         Ok(loaded) => loaded,
         Err(code) => return code,
@@ -88,15 +122,18 @@ fn run(source: &Source) -> ExitCode {
     warn_of(&loaded.warnings);
     let control_socket = files::configured_socket(&loaded.config);
     let greeting = source.is_demo().then(|| greeting(&loaded.config, &control_socket));
-    let again = source.clone();
     let start = Start {
         config: loaded.config,
         config_path: shown,
         control_socket,
         greeting,
-        read_again: Box::new(move || again.load_quietly()),
+        file: config_file(source),
     };
-    match supervisor::run(start) {
+    exit(supervisor::run(start))
+}
+
+fn exit(result: Result<ExitCode, Refusal>) -> ExitCode {
+    match result {
         Ok(code) => code,
         Err(Refusal { text, advice, exit_code }) => {
             eprintln!("evenkeel: {text}");

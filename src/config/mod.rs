@@ -10,6 +10,7 @@ mod file;
 mod health;
 mod kinds;
 mod load;
+mod older;
 mod problem;
 mod reader;
 mod show;
@@ -28,6 +29,7 @@ use serde::{Deserialize, Serialize};
 
 pub use health::{Check, Health, StatusRange};
 pub use load::{Loaded, load};
+pub use older::read_older;
 pub use problem::{Problem, Problems};
 pub use reader::{Block, Entry};
 pub use show::show;

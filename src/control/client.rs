@@ -14,6 +14,10 @@ use serde_json::Value;
 
 /// The longest answer that is read.
 const MAX_ANSWER: u64 = 64 << 20;
+/// How often a question is asked again whose answer did not come.
+const ASK_AGAIN: usize = 10;
+/// And how long after: a process that ends is gone by then, nearly always.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// The control socket where none is named: `/run` for root, the user's own
 /// run-time directory for others.
@@ -45,7 +49,18 @@ pub fn ask(socket: &Path, command: &Value, wait: Duration) -> Result<Value, Stri
         }
         _ => format!("{shown}: {error}"),
     })?;
-    let answer = exchange(&stream, command, wait).map_err(|error| match error.kind() {
+    let mut answer = exchange(&stream, command, wait);
+    // The steward that took the connection was just being replaced: its
+    // successor has the same socket. Only what changes nothing is asked twice.
+    let is_question = command.get("command").and_then(Value::as_str) == Some("status");
+    for _ in 0..ASK_AGAIN {
+        if !is_question || !answer.as_ref().is_err_and(was_cut) {
+            break;
+        }
+        std::thread::sleep(PAUSE);
+        answer = UnixStream::connect(socket).and_then(|stream| exchange(&stream, command, wait));
+    }
+    let answer = answer.map_err(|error| match error.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
             format!("the daemon at {shown} gave no answer within {} s", wait.as_secs())
         }
@@ -55,6 +70,12 @@ pub fn ask(socket: &Path, command: &Value, wait: Duration) -> Result<Value, Stri
         Some(text) => Err(text.to_string()),
         None => Ok(answer),
     }
+}
+
+/// The other side went away before it had answered.
+fn was_cut(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
 }
 
 fn exchange(mut stream: &UnixStream, command: &Value, wait: Duration) -> io::Result<Value> {

@@ -5,6 +5,7 @@
 //! be read is a bug and ends the connection.
 
 pub mod client;
+pub mod misbehave;
 pub mod sessions;
 pub mod status;
 
@@ -22,6 +23,7 @@ use crate::logging;
 use crate::steering::Route;
 use crate::sys::accounts::Account;
 use crate::sys::channel::{Channel, MAX_FDS};
+use crate::sys::clock::Millis;
 
 /// One listening socket's place: the listener's number in the configuration
 /// and the number of the address in its `bind`.
@@ -34,7 +36,7 @@ pub struct Place {
 
 /// What makes two sockets the same, whatever number a configuration gives
 /// them.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct SocketId {
     /// The address, as bound.
     pub address: SocketAddr,
@@ -62,7 +64,14 @@ pub enum ToWorker {
         account: Option<Account>,
         outliving: Vec<Place>,
         tells_load: bool,
+        /// Open nothing, say `Ready` and end: a new image is tried out.
+        #[serde(default)]
+        trial: bool,
         logs_access: bool,
+        /// So many slots' counters of the generation before, whose workers may
+        /// still have sessions: after its configuration they come before those
+        /// of all slots.
+        before: usize,
     },
     /// Sockets that its slot has already, one descriptor a place.
     Sockets(Vec<Place>),
@@ -101,6 +110,9 @@ pub enum ToWorker {
     /// That slot is filled again.
     #[allow(missing_docs)]
     Recall { slot: usize },
+    /// Other workers begin to take the places of all that there are. Their
+    /// configuration and the counters of their slots, to read.
+    Successors,
     /// Turn once: the beat of that turn is the answer.
     Ask,
     /// List, or end, the sessions that the query takes.
@@ -201,6 +213,13 @@ pub enum ToSteward {
     /// what comes that each slot is due.
     #[allow(missing_docs)]
     Steering { listener: String, active: String, shares: Vec<f64> },
+    /// How the daemon as a whole is.
+    Daemon(DaemonState),
+    /// Where it answers over HTTP from now on: one descriptor, or none.
+    #[allow(missing_docs)]
+    Admin { address: Option<SocketAddr> },
+    /// What it asked for. Descriptor: a list of `ListenerFigures` (sealed JSON).
+    Figures,
     /// The access log. Descriptors: where lines come from, then the file, or
     /// none for standard error.
     AccessLog,
@@ -224,6 +243,36 @@ pub struct StewardBirth {
     pub config_path: String,
     /// When the daemon started, seconds since 1970.
     pub started_at: u64,
+    /// The same in milliseconds of the monotonic clock.
+    pub started: Millis,
+}
+
+/// How the daemon as a whole is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DaemonState {
+    /// Every worker has accepted on every listener.
+    pub announced: bool,
+    /// It is on its way out.
+    pub leaving: bool,
+    /// The last change of the configuration that was tried.
+    pub reload: Option<status::Reload>,
+}
+
+/// What waits at a listener's sockets, for each slot.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct ListenerFigures {
+    pub listener: String,
+    pub slots: Vec<SlotFigures>,
+}
+
+/// What waits at a listener's sockets in one slot: `sys::queues::Queue`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct SlotFigures {
+    pub waiting: u64,
+    pub limit: u64,
+    pub dropped: u64,
 }
 
 /// Some of a slot's counters. What a slot has counted is the sum of its tables.
@@ -248,6 +297,8 @@ pub struct WorkerState {
     pub state: String,
     /// How often the slot's worker was replaced.
     pub restarts: u64,
+    /// Why, with how often.
+    pub restart_reasons: BTreeMap<String, u64>,
     /// The neighbour that accepts for it while it is empty.
     pub helped_by: Option<usize>,
 }
@@ -257,6 +308,8 @@ pub struct WorkerState {
 pub enum FromSteward {
     /// It answers the control socket.
     Ready,
+    /// What waits at the listeners' sockets now?
+    Figures,
     /// A caller, who was let in by the socket's mode, asks for this.
     #[allow(missing_docs)]
     Request { id: u64, request: Request },
@@ -276,6 +329,8 @@ pub enum Request {
     Scale(usize),
     /// Move sessions until the workers have equally many.
     Rebalance,
+    /// Replace the running program by the file at its path.
+    Upgrade,
     /// The sessions that this takes.
     Sessions(sessions::Query),
     /// One server of the file is to be used otherwise than the file says.

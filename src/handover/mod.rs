@@ -24,8 +24,10 @@ use crate::relay::{CloseReason, Session, Snapshot};
 pub const VERSION: u32 = 1;
 /// Sessions of one bundle: two descriptors each, and the bundle's own.
 pub const MAX_SESSIONS: usize = 100;
-/// The largest bundle: all sessions keep the most that they may, and as much
-/// again for the records.
+/// With so many kept bytes a bundle has enough sessions.
+pub const ENOUGH_BYTES: usize = 16 << 20;
+/// The largest bundle that is read: all sessions keep a full read each way, and
+/// as much again for the records and for what was in pipes.
 pub const MAX_BYTES: usize = MAX_SESSIONS * 4 * crate::relay::MAX_READ;
 
 /// What is wrong with a bundle.

@@ -128,6 +128,11 @@ impl Table {
         self.counts(slot_count).into_iter().map(|count| count as f64 / BUCKET_COUNT as f64).collect()
     }
 
+    /// A table that was written out by `bytes`.
+    pub fn from_bytes(slots: [u8; BUCKET_COUNT]) -> Table {
+        Table { slots }
+    }
+
     /// As the page has it.
     pub fn bytes(&self) -> &[u8; BUCKET_COUNT] {
         &self.slots

@@ -150,6 +150,7 @@ fn handle(request: &Value, knowledge: &Knowledge) -> Value {
             Ok(request) => done(request),
             Err(text) => json!({"error": text}),
         },
+        Some("upgrade") => done(Request::Upgrade),
         Some("sessions") => {
             let query = request.get("query").cloned().unwrap_or_else(|| json!({}));
             match serde_json::from_value(query).map_err(|error| format!("query: {error}")) {
@@ -164,7 +165,7 @@ fn handle(request: &Value, knowledge: &Knowledge) -> Value {
         Some("test-verdict") => test_verdict(request, knowledge),
         Some(other) => {
             let shown: String = other.chars().take(40).collect();
-            let known = "status, reload, scale, rebalance, server, sessions, drain, stop";
+            let known = "status, reload, scale, rebalance, server, upgrade, sessions, drain, stop";
             json!({"error": format!("unknown command {shown:?}; known are {known}")})
         }
         None => json!({"error": "a request is an object with a \"command\""}),

@@ -3,6 +3,8 @@
 //! At once the first time; then 100 ms, doubled for each further death up to
 //! 30 s; all is forgiven after 30 s of health.
 
+use serde::{Deserialize, Serialize};
+
 /// The wait after the second death in a row, in milliseconds.
 pub const FIRST_DELAY: u64 = 100;
 /// The longest wait, in milliseconds.
@@ -11,7 +13,7 @@ pub const LONGEST_DELAY: u64 = 30_000;
 pub const HEALTHY_AFTER: u64 = 30_000;
 
 /// The deaths of one place in a row.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Backoff {
     deaths: u32,
 }

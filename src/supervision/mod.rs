@@ -23,6 +23,8 @@ pub mod watch;
 
 pub use backoff::Backoff;
 
+use serde::{Deserialize, Serialize};
+
 /// How long a slot may be empty before a neighbour helps out, in milliseconds.
 pub const LEND_AFTER: u64 = 1_000;
 
@@ -72,7 +74,7 @@ pub enum Action {
 }
 
 /// What a slot is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Phase {
     /// Its first turn has not come.
     Unborn,
@@ -93,8 +95,8 @@ pub enum Phase {
     Gone,
 }
 
-/// All slots.
-#[derive(Debug)]
+/// All slots; what is written of it, another image of the supervisor reads.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Supervision {
     slots: Vec<Slot>,
     leaving: bool,
@@ -102,7 +104,7 @@ pub struct Supervision {
     finished: bool,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Slot {
     phase: Phase,
     opened: bool,

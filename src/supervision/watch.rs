@@ -112,6 +112,15 @@ impl Watch {
         self.due = Some(self.due.map_or(first, |due| due.min(first)));
     }
 
+    /// The slot's process was there before we were, past its birth.
+    pub fn resume(&mut self, slot: usize, now: u64) {
+        self.begin(slot, now);
+        if let Some(life) = &mut self.lives[slot] {
+            life.limit = self.timeout;
+            self.due = Some(self.due.map_or(now, |due| due.min(life.next_third(now))));
+        }
+    }
+
     /// Looks at every slot. Call it whenever the supervisor woke, and at
     /// `next_deadline` at the latest.
     pub fn look(&mut self, now: u64, signs: &[Sign]) -> Vec<Verdict> {
@@ -244,6 +253,15 @@ mod tests {
         assert_eq!(watch.look(5_105, &[Beat(5_005)]), [Ask(0)]);
         watch.look(5_205, &[Beat(5_005)]);
         assert_eq!(watch.look(5_305, &[Beat(5_005)]), [Hung { slot: 0, silence: 300 }]);
+    }
+
+    #[test]
+    fn an_idle_worker_that_was_there_before_is_asked_in_time() {
+        let mut watch = Watch::new(1, 300);
+        watch.resume(0, 0);
+        assert_eq!(watch.next_deadline(), Some(100));
+        assert_eq!(watch.look(100, &[Beat(0)]), [Ask(0)]);
+        assert_eq!(watch.look(150, &[Beat(102)]), [], "it has answered");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use super::Refusal;
+use super::upgrade::{AccessLogState, Packer, Unpacker};
 use crate::config::{AccessLog as Target, Config};
 use crate::sys::channel::Channel;
 
@@ -48,6 +49,24 @@ impl AccessLog {
         ours.set_nonblocking().map_err(Refusal::of_system)?;
         ours.set_send_buffer(WAITING_BYTES);
         Ok(AccessLog { workers_end: ours.into_fd(), stewards_end: theirs.into_fd(), file: open(config)? })
+    }
+
+    /// As the next image of the supervisor is to find it.
+    pub fn pack<'a>(&'a self, packer: &mut Packer<'a>) -> AccessLogState {
+        AccessLogState {
+            workers_end: packer.keep(&self.workers_end),
+            stewards_end: packer.keep(&self.stewards_end),
+            file: self.file.as_ref().map(|file| packer.keep(file)),
+        }
+    }
+
+    /// As the image before this one left it.
+    pub fn unpack(state: &AccessLogState, unpacker: &mut Unpacker) -> Result<AccessLog, String> {
+        Ok(AccessLog {
+            workers_end: unpacker.take(state.workers_end)?,
+            stewards_end: unpacker.take(state.stewards_end)?,
+            file: state.file.map(|number| unpacker.take(number).map(File::from)).transpose()?,
+        })
     }
 
     /// Goes on with what `open` opened.

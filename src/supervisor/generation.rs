@@ -5,6 +5,7 @@
 
 use std::hash::{BuildHasher, RandomState};
 use std::os::fd::OwnedFd;
+use std::rc::Weak;
 
 use super::Refusal;
 use crate::board::{self, Board, Overrides, Standing};
@@ -26,6 +27,8 @@ pub struct Generation {
     pub regions: Vec<Region>,
     /// The same, to be read alone.
     pub readable: Vec<OwnedFd>,
+    /// The one that it took the place of, as long as anybody counts in that.
+    pub before: Weak<Generation>,
     board_layout: board::Layout,
     /// How its servers stand; written by the steward.
     pub board: Region,
@@ -60,8 +63,68 @@ impl Generation {
             readable: readable.map_err(Refusal::of_system)?,
             regions,
             config,
+            before: Weak::new(),
             board_layout,
             readable_board: board.read_only_fd().map_err(Refusal::of_system)?,
+            board,
+        })
+    }
+
+    /// One for a worker of another image on trial: a single slot, its
+    /// configuration and the size of its counters as that image has them.
+    pub fn for_trial(
+        present: &Generation,
+        json: &[u8],
+        words: usize,
+        board_words: usize,
+    ) -> Result<Generation, Refusal> {
+        let board = Region::create("evenkeel-board", board_words.max(1)).map_err(Refusal::of_system)?;
+        let region = Region::create("evenkeel-trial", words.max(1)).map_err(Refusal::of_system)?;
+        Ok(Generation {
+            number: present.number + 1,
+            config: present.config.clone(),
+            layout: present.layout.clone(),
+            sealed: shared::sealed("evenkeel-config", json).map_err(Refusal::of_system)?,
+            readable: vec![region.read_only_fd().map_err(Refusal::of_system)?],
+            regions: vec![region],
+            before: Weak::new(),
+            board_layout: present.board_layout.clone(),
+            readable_board: board.read_only_fd().map_err(Refusal::of_system)?,
+            board,
+        })
+    }
+
+    /// One that the image before this one made; an error where its counters
+    /// have no room for the configuration as we read it.
+    pub fn restore(
+        number: u64,
+        config: Config,
+        regions: Vec<OwnedFd>,
+        board: OwnedFd,
+    ) -> Result<Generation, String> {
+        let board_layout = board::Layout::of(&config);
+        let board = Region::open(board).map_err(|error| error.to_string())?;
+        if Board::over(board.words(), &board_layout).is_none() {
+            return Err(format!("the board of generation {number} is too small"));
+        }
+        let layout = Layout::of(&config);
+        let regions = regions.into_iter().map(Region::open).collect::<std::io::Result<Vec<Region>>>();
+        let regions = regions.map_err(|error| error.to_string())?;
+        if regions.iter().any(|region| Counters::over(region.words(), &layout).is_none()) {
+            return Err(format!("the counters of generation {number} are too few"));
+        }
+        let readable = regions.iter().map(Region::read_only_fd).collect::<std::io::Result<Vec<OwnedFd>>>();
+        let json = serde_json::to_vec(&config).expect("a configuration is plain data");
+        Ok(Generation {
+            number,
+            layout,
+            sealed: shared::sealed("evenkeel-config", &json).map_err(|error| error.to_string())?,
+            readable: readable.map_err(|error| error.to_string())?,
+            regions,
+            config,
+            before: Weak::new(),
+            board_layout,
+            readable_board: board.read_only_fd().map_err(|error| error.to_string())?,
             board,
         })
     }

@@ -82,6 +82,12 @@ impl Supervisor {
         }
     }
 
+    /// Hands over what has come so far: another image will not know of them.
+    pub(super) fn cut_inquiries(&mut self) {
+        self.inquiries.iter_mut().for_each(|inquiry| inquiry.until = 0);
+        self.end_inquiries();
+    }
+
     /// When the first is due.
     pub(super) fn inquiry_deadline(&self) -> Option<Millis> {
         self.inquiries.iter().map(Inquiry::deadline).min()

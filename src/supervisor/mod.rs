@@ -8,6 +8,8 @@
 
 mod access_log;
 mod activation;
+mod admin;
+mod figures;
 mod generation;
 mod inquiry;
 mod leave;
@@ -16,11 +18,13 @@ mod notify;
 mod plan;
 mod prepare;
 mod reload;
+mod seen;
 mod shift;
 mod slot;
 mod steering;
 mod steward;
 mod strangers;
+mod upgrade;
 mod watch;
 
 use std::io;
@@ -38,6 +42,7 @@ use crate::board::Overrides;
 use crate::config::{Config, Workers};
 use crate::control::{FromSteward, FromWorker, Request, ToSteward, ToWorker, WorkerState};
 use crate::counters::Process;
+use crate::logging::Log;
 use crate::supervision::watch::Watch;
 use crate::supervision::{Action, Event, Phase, Supervision};
 use crate::sys::clock::{self, Millis};
@@ -48,11 +53,15 @@ use leave::Leave;
 use notify::{Facts, Notify};
 use prepare::Prepared;
 use reload::{Reload, Transfers};
+use seen::Seen;
 use shift::Shift;
 use slot::{Role, Slot};
 use steering::Steering;
 use steward::Steward;
 use strangers::Strangers;
+use upgrade::{Departure, Upgrade};
+
+pub use upgrade::{Left, left, probe, resume};
 
 /// What `evenkeel run` was asked to run.
 pub struct Start {
@@ -64,8 +73,16 @@ pub struct Start {
     pub control_socket: std::path::PathBuf,
     /// Lines for a newcomer, printed once everything serves.
     pub greeting: Option<String>,
-    /// Reads the configuration again, for a reload; an error's text tells all
-    /// that is wrong with it.
+    /// How the file is read.
+    pub file: File,
+}
+
+/// The configuration's file as `run` was told of it.
+pub struct File {
+    /// Its path; `None` where `run` finds it by itself.
+    pub path: Option<std::path::PathBuf>,
+    /// Reads it again, for a reload; an error's text tells all that is wrong
+    /// with it.
     pub read_again: Box<dyn Fn() -> Result<Config, String>>,
 }
 
@@ -126,8 +143,13 @@ struct Supervisor {
     announced: bool,
     /// No slot has a current worker any more; old ones may still finish.
     finishing: bool,
+    /// The running program is being replaced.
+    upgrade: Option<Upgrade>,
+    /// Another image is to be run as soon as this turn of the loop is over.
+    departure: Option<Departure>,
     last_token: usize,
     told: Vec<WorkerState>,
+    seen: Seen,
     tables_changed: bool,
     /// What the operator changed about servers at run time.
     overrides: Overrides,
@@ -141,7 +163,7 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
     // Before anything is started: a signal that comes early waits.
     let signals = Signals::block(&HANDLED).map_err(Refusal::of_system)?;
     let (mut prepared, generation, mut slots) = prepare::prepare(&start, passed)?;
-    let _log = crate::control::start_log(&start.config.log, "supervisor");
+    let log = crate::control::start_log(&start.config.log, "supervisor");
     prepared.notes.iter().for_each(|note| warn!("{note}"));
     crate::sys::process::set_name("ek-supervisor");
     let poll = Poll::new().map_err(Refusal::of_system)?;
@@ -178,13 +200,19 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         end: None,
         announced: false,
         finishing: false,
+        upgrade: None,
+        departure: None,
         last_token: FIRST_PROCESS,
         told: Vec::new(),
+        seen: Seen::default(),
         tables_changed: false,
         overrides: Overrides::default(),
         overrides_changed: false,
     };
-    supervisor.serve()
+    info!("evenkeel {} starts {} workers", env!("CARGO_PKG_VERSION"), supervisor.slots.len());
+    supervisor.step(Event::Begin)?;
+    supervisor.start_steward();
+    supervisor.live(log)
 }
 
 impl Refusal {
@@ -198,12 +226,24 @@ impl Refusal {
 }
 
 impl Supervisor {
-    fn serve(&mut self) -> Result<ExitCode, Refusal> {
-        info!("evenkeel {} starts {} workers", env!("CARGO_PKG_VERSION"), self.slots.len());
-        self.step(Event::Begin)?;
-        self.start_steward();
+    /// Serves until the end; another image may go on meanwhile.
+    fn live(mut self, mut log: Log) -> Result<ExitCode, Refusal> {
+        loop {
+            self.serve()?;
+            if let Some(code) = self.end {
+                self.steward.end();
+                return Ok(code);
+            }
+            // Comes back where the other image cannot be run.
+            self.depart(&mut log);
+        }
+    }
+
+    /// Until the daemon is over, or another image is to be run.
+    fn serve(&mut self) -> Result<(), Refusal> {
         let mut events = Events::with_capacity(128);
-        while self.end.is_none() {
+        // Flows that are just moving arrive first.
+        while self.end.is_none() && (self.departure.is_none() || self.shift.is_some()) {
             let timeout =
                 self.next_wake().map(|at| Duration::from_millis(at.saturating_sub(clock::coarse())));
             // The coarse clock steps by some milliseconds: never spin for it.
@@ -224,6 +264,7 @@ impl Supervisor {
             self.watch_workers()?;
             self.handle_leave_deadline();
             self.handle_reload_deadline();
+            self.handle_upgrade_deadline();
             self.handle_shift_deadline();
             self.end_inquiries();
             self.check_finished();
@@ -240,8 +281,7 @@ impl Supervisor {
                 self.tell_steward();
             }
         }
-        self.steward.end();
-        Ok(self.end.expect("the loop's condition"))
+        Ok(())
     }
 
     /// Brings the steering up to date, flows included.
@@ -261,8 +301,9 @@ impl Supervisor {
         let leave = self.leave.as_ref().and_then(Leave::kill_at);
         let reload = self.reload.as_ref().map(Reload::deadline);
         let watched = [self.watch.next_deadline(), self.notify.next_deadline()];
+        let upgrade = self.upgrade.as_ref().and_then(Upgrade::deadline);
         let shift = self.shift.as_ref().map(Shift::deadline);
-        let own = [self.supervision.next_deadline(), self.steward.due_at(), leave, reload, shift];
+        let own = [self.supervision.next_deadline(), self.steward.due_at(), leave, reload, upgrade, shift];
         let steering = [self.steering.next_deadline(clock::coarse()), self.inquiry_deadline()];
         let strangers = self.announced.then(|| self.strangers.due_at()).filter(|_| self.leave.is_none());
         own.into_iter()
@@ -382,6 +423,9 @@ impl Supervisor {
     }
 
     fn read_process(&mut self, token: Token) -> Result<(), Refusal> {
+        if self.read_trial(token) {
+            return Ok(());
+        }
         // Looked up each time: a message may change the slots.
         while let Some((index, retiring, role)) = self.locate(token) {
             let slots = if retiring { &mut self.retiring } else { &mut self.slots };
@@ -463,6 +507,14 @@ impl Supervisor {
                     self.notify_reloading();
                     if let Err(refusal) = self.reload_file(None, false) {
                         error!("not reloaded: {}", refusal.text);
+                        self.seen.note_reload(false, &refusal.text);
+                        self.finish_reload_notice();
+                    }
+                }
+                Signal::SIGUSR2 => {
+                    self.notify_reloading();
+                    if let Err(refusal) = self.upgrade(None) {
+                        error!("not upgraded: {}", refusal.text);
                         self.finish_reload_notice();
                     }
                 }
@@ -507,6 +559,7 @@ impl Supervisor {
             self.read_process(token)?;
             self.handle_ended(token, status)?;
         }
+        self.reap_upgrade();
         if self.steward.reap(self.poll.registry(), clock::coarse()) {
             self.start_steward();
         }
@@ -523,16 +576,14 @@ impl Supervisor {
         match role {
             Role::Current => {
                 slot.handed_over = false;
-                if let Some(dead) = slot.current.take() {
-                    // Nobody writes there any more: what it held is nobody's,
-                    // at once, not only when a successor says so.
-                    let generation = &dead.generation;
-                    generation.counters(slot.number).begin_life(&generation.layout);
-                }
+                // At once, not only when a successor says so.
+                slot.forget_gauges(token);
+                slot.current = None;
                 if status.success() && self.leave.is_some() {
                     info!(slot = index, "worker has left");
                 } else {
                     warn!(slot = index, "worker ended: {status}");
+                    self.count_end(index, status);
                 }
                 self.note_shift_end_of(index);
                 self.step(Event::Exited { slot: index, clean: status.success() })?;
@@ -543,6 +594,7 @@ impl Supervisor {
                 self.abort_reload(&format!("worker {index} ended: {status}"));
             }
             Role::Old => {
+                slot.forget_gauges(token);
                 slot.old.retain(|process| process.token != token);
                 if !status.success() {
                     warn!(slot = index, "an old worker ended: {status}");
@@ -565,6 +617,7 @@ impl Supervisor {
             self.kill_all();
             return Ok(());
         }
+        self.forget_upgrade("the daemon leaves");
         self.abort_reload("the daemon leaves");
         info!("leaving: nothing new is taken, what is here is finished");
         self.notify.begin_leave(clock::coarse());
@@ -607,6 +660,7 @@ impl Supervisor {
             self.steward.handle_failure(now);
         }
         self.told.clear();
+        self.seen.forget_told();
         self.steering.forget_told();
         self.strangers.forget_told();
         self.tables_changed = true;
@@ -619,6 +673,7 @@ impl Supervisor {
         while let Some(message) = self.steward.receive(self.poll.registry()) {
             match message {
                 FromSteward::Ready => info!("steward ready"),
+                FromSteward::Figures => self.tell_figures(),
                 FromSteward::Request { id, request } => self.handle_request(id, request),
             }
         }
@@ -640,10 +695,17 @@ impl Supervisor {
             Request::Reload { dry_run: true } => self.reload_file(Some(id), true),
             Request::Reload { dry_run: false } => {
                 self.notify_reloading();
-                self.reload_file(Some(id), false).inspect_err(|_| self.finish_reload_notice())
+                self.reload_file(Some(id), false).inspect_err(|refusal| {
+                    self.seen.note_reload(false, &refusal.text);
+                    self.finish_reload_notice();
+                })
             }
             Request::Scale(count) => self.scale(count, id).map(|()| None),
             Request::Rebalance => self.rebalance(id).map(|()| None),
+            Request::Upgrade => {
+                self.notify_reloading();
+                self.upgrade(Some(id)).map(|()| None).inspect_err(|_| self.finish_reload_notice())
+            }
             Request::Sessions(query) => {
                 self.ask_workers(id, &query).map(|()| None).map_err(|text| Refusal::new(1, text, ""))
             }
@@ -703,6 +765,7 @@ impl Supervisor {
         if states != self.told && self.steward.send(&ToSteward::Workers(states.clone()), &[]) {
             self.told = states;
         }
+        self.tell_seen();
         let steward = &mut self.steward;
         self.steering.tell(|message| steward.send(message, &[]));
         self.strangers.tell(|message| steward.send(message, &[]));
@@ -729,6 +792,7 @@ impl Supervisor {
             Phase::Hung { .. } => "hung",
             Phase::Draining | Phase::Gone => "draining",
         };
+        let restart_reasons = self.restart_reasons(slot);
         WorkerState {
             slot,
             pid: self.slots[slot].pid(),
@@ -737,7 +801,8 @@ impl Supervisor {
                 .as_ref()
                 .map_or(self.generation.number, |p| p.generation.number),
             state: state.into(),
-            restarts: self.supervision.restarts(slot),
+            restarts: restart_reasons.values().sum(),
+            restart_reasons,
             helped_by: self.supervision.lent_to(slot),
         }
     }

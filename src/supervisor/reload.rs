@@ -18,15 +18,17 @@
 //! generation, and an old one that cannot hand over drains.
 
 use std::collections::VecDeque;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 
 use mio::Token;
 use tracing::{info, warn};
 
+use super::admin::Admin;
 use super::generation::Generation;
 use super::slot::Slot;
 use super::steering::FlowSlots;
+use super::upgrade::Upgrade;
 use super::{Refusal, Supervisor, access_log, activation, plan, prepare};
 use crate::config::{Config, Mode, Workers};
 use crate::control::{Place, ToWorker};
@@ -49,6 +51,8 @@ pub struct Reload {
     old_slot_count: usize,
     stage: Stage,
     deadline: Millis,
+    /// The admin address where it changes, bound already.
+    admin: Option<Option<Admin>>,
     access_log: Option<std::fs::File>,
 }
 
@@ -67,7 +71,7 @@ enum Stage {
 #[derive(Debug, Default)]
 pub struct Transfers {
     waiting: VecDeque<(usize, usize, usize)>,
-    under_way: Option<usize>,
+    pub under_way: Option<usize>,
     requester: Option<u64>,
     planned: usize,
 }
@@ -111,7 +115,7 @@ impl Supervisor {
         requester: Option<u64>,
         dry_run: bool,
     ) -> Result<Option<String>, Refusal> {
-        let mut config = (self.start.read_again)().map_err(|text| Refusal::new(78, text, ""))?;
+        let mut config = (self.start.file.read_again)().map_err(|text| Refusal::new(78, text, ""))?;
         plan::check(&self.generation.config, &config)?;
         // `scale` stands until the file's own number changes.
         match self.scaled {
@@ -150,11 +154,8 @@ impl Supervisor {
         slot_count: usize,
         requester: Option<u64>,
     ) -> Result<(), Refusal> {
-        if self.leave.is_some() {
-            return Err(Refusal::new(1, "the daemon is leaving", ""));
-        }
-        if self.reload.is_some() || self.shift.is_some() || !self.retiring.is_empty() || !self.announced {
-            return Err(Refusal::new(1, "another change is under way", "try again in a moment"));
+        if !self.upgrade.as_ref().is_some_and(Upgrade::is_proving) {
+            self.check_no_change()?;
         }
         if let Some(slot) = self.slots.iter().skip(slot_count).find(|slot| slot.current.is_none()) {
             let text = format!("slot {} is to go, and its worker is just being replaced", slot.number);
@@ -167,10 +168,13 @@ impl Supervisor {
         for listener in probed {
             prepare::probe(listener, |address| !held(address))?;
         }
+        let admin = self.bind_admin(&config)?;
         let access_log = access_log::open(&config)?;
         plan::carry_over(&self.generation.config, &mut config, |name| self.has_sessions(name));
-        let generation = Rc::new(Generation::new(self.generation.number + 1, config, slot_count)?);
+        let mut generation = Generation::new(self.generation.number + 1, config, slot_count)?;
+        generation.before = Rc::downgrade(&self.generation);
         generation.fill_board(&self.overrides, Some(&self.generation));
+        let generation = Rc::new(generation);
         let old_slot_count = self.slots.len();
         for number in old_slot_count..slot_count {
             self.slots.push(Slot::new(number));
@@ -184,9 +188,25 @@ impl Supervisor {
             old_slot_count,
             stage: Stage::Proving(0),
             deadline,
+            admin,
             access_log,
         });
         self.prove(0);
+        Ok(())
+    }
+
+    /// One change of the whole at a time, and none while the daemon leaves.
+    pub(super) fn check_no_change(&self) -> Result<(), Refusal> {
+        if self.leave.is_some() {
+            return Err(Refusal::new(1, "the daemon is leaving", ""));
+        }
+        let is_under_way = self.reload.is_some()
+            || self.shift.is_some()
+            || self.upgrade.is_some()
+            || self.departure.is_some();
+        if is_under_way || !self.retiring.is_empty() || !self.announced {
+            return Err(Refusal::new(1, "another change is under way", "try again in a moment"));
+        }
         Ok(())
     }
 
@@ -247,6 +267,10 @@ impl Supervisor {
         let added = self.slots.split_off(reload.old_slot_count);
         self.retiring.extend(added.into_iter().filter(|slot| !slot.old.is_empty()));
         self.resize(reload.old_slot_count);
+        self.seen.note_reload(false, why);
+        if self.turn_back(why) {
+            return;
+        }
         self.answer(reload.requester, Err(why.to_string()));
         self.finish_reload_notice();
     }
@@ -254,12 +278,24 @@ impl Supervisor {
     fn commit(&mut self) {
         let Some(reload) = &mut self.reload else { return };
         self.generation = Rc::clone(&reload.generation);
+        let counters = self.generation.readable.iter().map(AsFd::as_fd);
+        let fds: Vec<BorrowedFd> = std::iter::once(self.generation.sealed.as_fd()).chain(counters).collect();
+        for slot in &mut self.slots {
+            if let Some(process) = &mut slot.current {
+                process.tell(&ToWorker::Successors, &fds);
+            }
+        }
+        if let Some(admin) = reload.admin.take() {
+            self.prepared.admin = admin;
+            self.seen.forget_admin();
+        }
         self.prepared.access_log.set_file(reload.access_log.take());
         self.tell_of_access_log();
         for server in self.overrides.keep_those_of(&self.generation.config) {
             warn!("server {server} is gone from the file, and with it what was changed about it");
         }
         self.overrides_changed = true;
+        self.commit_upgrade();
         self.swap(0);
     }
 
@@ -412,7 +448,10 @@ impl Supervisor {
         self.strangers.expect();
         self.look_for_strangers();
         let text = format!("generation {} serves", reload.generation.number);
-        self.answer(reload.requester, Ok(text));
+        if !self.finish_upgrade(&text) {
+            self.answer(reload.requester, Ok(text.clone()));
+        }
+        self.seen.note_reload(true, &text);
         self.finish_reload_notice();
     }
 
@@ -446,7 +485,11 @@ impl Supervisor {
 
     /// Moves sessions until every slot has as many, to within one.
     pub(super) fn rebalance(&mut self, requester: u64) -> Result<(), Refusal> {
-        if self.reload.is_some() || self.transfers.under_way.is_some() || self.leave.is_some() {
+        if self.reload.is_some()
+            || self.upgrade.is_some()
+            || self.transfers.under_way.is_some()
+            || self.leave.is_some()
+        {
             return Err(Refusal::new(1, "another change is under way", "try again in a moment"));
         }
         let active = |slot: &Slot| -> u64 {

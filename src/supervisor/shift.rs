@@ -71,7 +71,8 @@ impl Supervisor {
         // Who is still getting the flows of the worker before cannot pass them
         // on yet.
         let is_taking_over = |slot: &Slot| !slot.handed_over && !slot.old.is_empty();
-        if self.shift.is_some() || self.leave.is_some() || self.slots.iter().any(is_taking_over) {
+        let is_over = self.leave.is_some() || self.departure.is_some();
+        if self.shift.is_some() || is_over || self.slots.iter().any(is_taking_over) {
             return;
         }
         let mut pairs = self.steering.planned_pairs();

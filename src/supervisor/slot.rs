@@ -7,7 +7,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::process::{Child, ExitStatus};
+use std::process::ExitStatus;
 use std::rc::Rc;
 
 use mio::unix::SourceFd;
@@ -16,11 +16,12 @@ use tracing::warn;
 
 use super::generation::Generation;
 use super::prepare::Prepared;
+use super::upgrade::{ChildState, Packer, SlotState, Unpacker};
 use crate::control::{self, FromWorker, Place, SocketId, ToWorker};
 use crate::counters::Process as Counter;
 use crate::sys::channel::Channel;
 use crate::sys::clock::Millis;
-use crate::sys::process;
+use crate::sys::process::{self, Child, Image};
 
 /// A worker's place.
 #[derive(Debug)]
@@ -69,6 +70,45 @@ impl Slot {
         }
     }
 
+    /// As the next image of the supervisor is to find it.
+    pub fn pack<'a>(&'a self, packer: &mut Packer<'a>) -> SlotState {
+        SlotState {
+            number: self.number,
+            held: self.held.iter().map(|(id, fd)| (id.clone(), packer.keep(fd))).collect(),
+            outliving: self.outliving.clone(),
+            current: self.current.as_ref().map(|process| process.pack(packer)),
+            old: self.old.iter().chain(&self.next).map(|process| process.pack(packer)).collect(),
+            ledgers: self.ledgers.iter().map(|ledger| packer.place(ledger)).collect(),
+        }
+    }
+
+    /// As the image before this one left it.
+    pub fn unpack(
+        state: SlotState,
+        unpacker: &mut Unpacker,
+        generations: &[Rc<Generation>],
+        registry: &Registry,
+        last_token: &mut usize,
+    ) -> Result<Slot, String> {
+        let held = state.held.into_iter().map(|(id, number)| Ok((id, unpacker.take(number)?)));
+        let held = held.collect::<Result<Vec<_>, String>>()?;
+        let mut process = |state: &ChildState| {
+            *last_token += 1;
+            Process::unpack(state, unpacker, generations, registry, Token(*last_token))
+        };
+        let known = |place: &usize| generations.get(*place).cloned().ok_or("a generation is missing");
+        Ok(Slot {
+            current: state.current.as_ref().map(&mut process).transpose()?,
+            next: None,
+            old: state.old.iter().map(&mut process).collect::<Result<_, _>>()?,
+            held,
+            handed_over: true,
+            ledgers: state.ledgers.iter().map(known).collect::<Result<_, _>>()?,
+            outliving: state.outliving,
+            number: state.number,
+        })
+    }
+
     /// A socket that is held for it.
     pub fn socket(&self, id: &SocketId) -> Option<BorrowedFd<'_>> {
         self.held.iter().find(|(held, _)| held == id).map(|(_, socket)| socket.as_fd())
@@ -111,6 +151,18 @@ impl Slot {
         current.into_iter().chain(next).chain(old).find(|(_, process)| process.token == token)
     }
 
+    /// A process is dead: what it held is nobody's, unless another of the slot
+    /// counts in the same generation.
+    pub fn forget_gauges(&mut self, token: Token) {
+        let Some(generation) = self.find(token).map(|(_, process)| Rc::clone(&process.generation)) else {
+            return;
+        };
+        let is_same = |process: &&mut Process| process.generation.number == generation.number;
+        if self.processes().filter(is_same).count() == 1 && self.number < generation.slot_count() {
+            generation.counters(self.number).begin_life(&generation.layout);
+        }
+    }
+
     /// Every process of the slot.
     pub fn processes(&mut self) -> impl Iterator<Item = &mut Process> {
         self.current.iter_mut().chain(self.next.iter_mut()).chain(self.old.iter_mut())
@@ -124,15 +176,29 @@ impl Slot {
         registry: &Registry,
         token: Token,
     ) -> io::Result<Process> {
+        self.spawn_as(&prepared.image, prepared, generation, registry, token, false)
+    }
+
+    /// The same from another image. One that is on `trial` has no sockets and
+    /// opens none, says that it is ready and ends.
+    pub fn spawn_as(
+        &self,
+        image: &Image,
+        prepared: &Prepared,
+        generation: &Rc<Generation>,
+        registry: &Registry,
+        token: Token,
+        trial: bool,
+    ) -> io::Result<Process> {
         let (ours, theirs) = Channel::pair()?;
         ours.set_nonblocking()?;
         let arguments = ["worker".to_string(), self.number.to_string()];
-        let child = prepared.image.spawn(&arguments, theirs)?;
+        let child = image.spawn(&arguments, theirs)?;
         let fd = ours.as_fd().as_raw_fd();
         let mut process = Process { child, channel: Some(ours), token, generation: Rc::clone(generation) };
         let born = registry
             .register(&mut SourceFd(&fd), token, Interest::READABLE)
-            .and_then(|()| self.tell_birth(&process, prepared));
+            .and_then(|()| self.tell_birth(&process, prepared, trial));
         if let Err(error) = born {
             process.kill();
             let _ = process.child.wait();
@@ -141,10 +207,11 @@ impl Slot {
         Ok(process)
     }
 
-    fn tell_birth(&self, process: &Process, prepared: &Prepared) -> io::Result<()> {
+    fn tell_birth(&self, process: &Process, prepared: &Prepared, trial: bool) -> io::Result<()> {
         let channel = process.channel.as_ref().ok_or(io::ErrorKind::NotConnected)?;
         let generation = &process.generation;
         let log = prepared.access_log.workers_end(&generation.config);
+        let before = generation.before.upgrade();
         let birth = ToWorker::Birth {
             slot: self.number,
             slot_count: generation.slot_count(),
@@ -152,7 +219,9 @@ impl Slot {
             account: prepared.account,
             outliving: self.outliving_in(generation),
             tells_load: prepared.loads_for(generation).is_some(),
+            trial,
             logs_access: log.is_some(),
+            before: before.as_ref().map_or(0, |before| before.slot_count()),
         };
         let own = generation.regions[self.number].as_fd();
         let readable = generation.readable.iter().map(AsFd::as_fd);
@@ -164,6 +233,8 @@ impl Slot {
             .chain(board)
             .chain(loads)
             .chain(log)
+            .chain(before.iter().map(|before| before.sealed.as_fd()))
+            .chain(before.iter().flat_map(|before| before.readable.iter().map(AsFd::as_fd)))
             .chain(readable)
             .collect();
         control::send(channel, &birth, &fds)?;
@@ -270,6 +341,32 @@ impl Slot {
 }
 
 impl Process {
+    fn pack<'a>(&'a self, packer: &mut Packer<'a>) -> ChildState {
+        ChildState {
+            pid: self.pid(),
+            channel: self.channel.as_ref().map(|channel| packer.keep(channel)),
+            generation: packer.place(&self.generation),
+        }
+    }
+
+    fn unpack(
+        state: &ChildState,
+        unpacker: &mut Unpacker,
+        generations: &[Rc<Generation>],
+        registry: &Registry,
+        token: Token,
+    ) -> Result<Process, String> {
+        let channel = state.channel.map(|number| unpacker.take(number).map(Channel::from_fd)).transpose()?;
+        if let Some(channel) = &channel {
+            let fd = channel.as_fd().as_raw_fd();
+            registry
+                .register(&mut SourceFd(&fd), token, Interest::READABLE)
+                .map_err(|error| format!("a worker's channel: {error}"))?;
+        }
+        let generation = generations.get(state.generation).cloned().ok_or("a generation is missing")?;
+        Ok(Process { child: Child::of_number(state.pid), channel, token, generation })
+    }
+
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -309,6 +406,11 @@ impl Process {
     /// Ends it at once.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self) {
+        let _ = self.child.wait();
     }
 
     /// How it ended, if it has.

@@ -18,17 +18,19 @@ use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::sync::atomic::Ordering::Relaxed;
 
+use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
 use super::generation::Generation;
 use super::slot::Slot;
+use super::upgrade::{Packer, Unpacker};
 use crate::config::{Config, Listener, Mode, Steering as Asked, Word};
 use crate::control::{Routes, SocketId, ToSteward};
 use crate::steering::policy::{self, SlotView, Traffic};
-use crate::steering::{MAX_SLOTS, Pick, Route, Table, page, slowness};
+use crate::steering::{BUCKET_COUNT, MAX_SLOTS, Pick, Route, Table, page, slowness};
 use crate::supervision::{Phase, Supervision};
 use crate::sys::bpf::Page;
 use crate::sys::clock::Millis;
@@ -74,6 +76,26 @@ struct Steered {
     planned: Option<Planned>,
     /// The steward knows all this.
     is_told: bool,
+}
+
+/// What the next image of the supervisor finds of it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct State {
+    listeners: Vec<SteeredState>,
+    groups: Vec<(SocketId, groups::State)>,
+    loads: Option<RawFd>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct SteeredState {
+    name: String,
+    /// The number of its `Pick`.
+    pick: u32,
+    seed: u32,
+    weights: Vec<u32>,
+    table: Vec<u8>,
+    /// All this is in force.
+    is_applied: bool,
 }
 
 /// A change for which flows have to move.
@@ -159,6 +181,62 @@ impl Steering {
         }
         let known: Vec<&SocketId> = self.listeners.iter().flat_map(|steered| &steered.ids).collect();
         self.groups.retain(|id, _| known.contains(&id));
+    }
+
+    /// As the next image of the supervisor is to find it.
+    pub fn pack<'a>(&'a self, packer: &mut Packer<'a>) -> State {
+        let listeners = self.listeners.iter().map(|steered| SteeredState {
+            name: steered.name.clone(),
+            pick: steered.plan.pick as u32,
+            seed: steered.plan.seed,
+            weights: steered.weights.clone(),
+            table: steered.table.bytes().to_vec(),
+            is_applied: steered.is_applied,
+        });
+        State {
+            listeners: listeners.collect(),
+            groups: self.groups.iter().map(|(id, group)| (id.clone(), group.pack(packer))).collect(),
+            loads: self.loads.as_ref().map(|loads| packer.keep(loads)),
+        }
+    }
+
+    /// As the image before this one left it: the programs go on, and tables
+    /// and seeds stay, so that no flow moves.
+    pub fn unpack(
+        state: Option<State>,
+        unpacker: &mut Unpacker,
+        generation: &Generation,
+        slots: &[Slot],
+    ) -> Result<Steering, String> {
+        let Some(state) = state else { return Ok(Steering::prepare(generation)) };
+        let loads = state.loads.map(|number| groups::open_page(unpacker, number, page::LOADS_BYTES));
+        let mut steering = Steering {
+            generation: generation.number,
+            listeners: Vec::new(),
+            groups: HashMap::new(),
+            loads: loads.transpose()?,
+            away_since: Vec::new(),
+            stopped: Vec::new(),
+        };
+        steering.adopt(generation);
+        for steered in &mut steering.listeners {
+            let Some(left) = state.listeners.iter().find(|left| left.name == steered.name) else { continue };
+            let table = <[u8; BUCKET_COUNT]>::try_from(left.table.as_slice()).ok();
+            let Some(table) = table.filter(|_| left.pick == steered.plan.pick as u32) else { continue };
+            steered.plan.seed = left.seed;
+            steered.weights.clone_from(&left.weights);
+            steered.table = Table::from_bytes(table);
+            steered.is_applied = left.is_applied;
+            steered.is_due = !left.is_applied;
+        }
+        for (id, group) in state.groups {
+            let group = Group::unpack(group, unpacker, &id, slots)?;
+            for steered in steering.listeners.iter_mut().filter(|steered| steered.ids.contains(&id)) {
+                steered.active = group.active();
+            }
+            steering.groups.insert(id, group);
+        }
+        Ok(steering)
     }
 
     /// The page into which workers write their loads, where that can be.

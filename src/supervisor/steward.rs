@@ -2,7 +2,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::process::Child;
 use std::time::Duration;
 
 use mio::unix::SourceFd;
@@ -11,10 +10,12 @@ use tracing::warn;
 
 use super::generation::Generation;
 use super::prepare::Prepared;
+use super::upgrade::{ChildState, Packer, Unpacker};
 use crate::control::{self, FromSteward, StewardBirth, ToSteward};
 use crate::supervision::Backoff;
 use crate::sys::channel::Channel;
 use crate::sys::clock::{self, Millis};
+use crate::sys::process::Child;
 
 /// How long an ending steward may take, in milliseconds.
 const PATIENCE: Millis = 1_000;
@@ -23,6 +24,8 @@ const PATIENCE: Millis = 1_000;
 #[derive(Debug, Default)]
 pub struct Steward {
     process: Option<Process>,
+    /// Those that say their last words.
+    leaving: Vec<Child>,
     backoff: Backoff,
     due_at: Option<Millis>,
 }
@@ -45,6 +48,9 @@ impl Steward {
         token: Token,
     ) -> io::Result<()> {
         self.due_at = None;
+        for child in &mut self.leaving {
+            let _ = child.kill();
+        }
         let (ours, theirs) = Channel::pair()?;
         ours.set_nonblocking()?;
         let child = prepared.image.spawn(&["steward".to_string()], theirs)?;
@@ -55,10 +61,43 @@ impl Steward {
             supervisor_pid: std::process::id(),
             config_path: config_path.to_string(),
             started_at: prepared.started_at,
+            started: prepared.started,
         };
         let bells = [prepared.board_bell.as_fd(), prepared.failure_bell.as_fd()];
         let fds = [generation.sealed.as_fd(), prepared.control.as_fd(), bells[0], bells[1]];
         control::send(&process.channel, &ToSteward::Birth(birth), &fds)
+    }
+
+    /// As the next image of the supervisor is to find it.
+    pub fn pack<'a>(&'a self, packer: &mut Packer<'a>) -> Option<ChildState> {
+        let process = self.process.as_ref()?;
+        let channel = Some(packer.keep(&process.channel));
+        Some(ChildState { pid: process.child.id(), channel, generation: 0 })
+    }
+
+    /// As the image before this one left it.
+    pub fn unpack(
+        state: &ChildState,
+        unpacker: &mut Unpacker,
+        registry: &Registry,
+        token: Token,
+    ) -> Result<Steward, String> {
+        let number = state.channel.ok_or("the steward has no channel")?;
+        let channel = Channel::from_fd(unpacker.take(number)?);
+        registry
+            .register(&mut SourceFd(&channel.as_fd().as_raw_fd()), token, Interest::READABLE)
+            .map_err(|error| format!("the steward's channel: {error}"))?;
+        let process = Process { child: Child::of_number(state.pid), channel, since: clock::coarse() };
+        Ok(Steward { process: Some(process), ..Steward::default() })
+    }
+
+    /// It hears no more, says its last words and ends; when it is gone another
+    /// one is to be started: boards have one writer.
+    pub fn retire(&mut self, registry: &Registry, now: Millis) {
+        let Some(process) = self.process.take() else { return };
+        let _ = registry.deregister(&mut SourceFd(&process.channel.as_fd().as_raw_fd()));
+        self.leaving.push(process.child);
+        self.due_at = Some(now + PATIENCE);
     }
 
     /// Tells it something; false where it is not there to hear it.
@@ -90,6 +129,12 @@ impl Steward {
 
     /// Looks whether it has ended; true where a new one is to be started now.
     pub fn reap(&mut self, registry: &Registry, now: Millis) -> bool {
+        if !self.leaving.is_empty() {
+            self.leaving.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+            if self.leaving.is_empty() && self.process.is_none() {
+                return true;
+            }
+        }
         let Some(process) = &mut self.process else { return false };
         let Ok(Some(status)) = process.child.try_wait() else { return false };
         warn!("steward ended: {status}");

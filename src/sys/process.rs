@@ -3,15 +3,17 @@
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Stdio};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
 use super::channel::Channel;
@@ -30,23 +32,150 @@ impl Image {
         Ok(Image { file })
     }
 
+    /// The file that lies at a path now.
+    pub fn open(path: &Path) -> io::Result<Image> {
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path)?;
+        Ok(Image { file })
+    }
+
+    /// An image that was opened before.
+    pub fn from_fd(fd: OwnedFd) -> Image {
+        Image { file: fd.into() }
+    }
+
+    /// Whether it begins as a program of Linux does: a text would be run by a
+    /// shell. One that may be run and not read is taken at its word.
+    pub fn is_program(&self) -> io::Result<bool> {
+        let mut head = [0; 4];
+        let read = File::open(self.path()).and_then(|mut file| io::Read::read(&mut file, &mut head));
+        match read {
+            Ok(count) => Ok(count == 4 && head == *b"\x7fELF"),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A path at which the kernel finds it, for this process alone.
+    pub fn path(&self) -> String {
+        format!("/proc/self/fd/{}", self.file.as_raw_fd())
+    }
+
     /// Starts this image as a child with `arguments`; the channel becomes the
     /// child's standard input. Nothing else is inherited but standard error.
     pub fn spawn(&self, arguments: &[String], channel: Channel) -> io::Result<Child> {
-        Command::new(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
-            .arg0("evenkeel")
-            .args(arguments)
-            .env_remove("NOTIFY_SOCKET")
-            .env_remove("WATCHDOG_USEC")
-            .env_remove("WATCHDOG_PID")
-            .env_remove("LISTEN_FDS")
-            .env_remove("LISTEN_FDNAMES")
-            .env_remove("LISTEN_PID")
-            .stdin(Stdio::from(channel.into_fd()))
-            .stdout(Stdio::null())
-            .stderr(Stdio::inherit())
-            .spawn()
+        let mut command = self.command(arguments);
+        command.stdin(Stdio::from(channel.into_fd())).stdout(Stdio::null()).stderr(Stdio::inherit());
+        Child::start(&mut command)
     }
+
+    /// Starts this image to say something of itself, into these files.
+    pub fn consult(&self, arguments: &[String], out: OwnedFd, err: OwnedFd) -> io::Result<Child> {
+        let mut command = self.command(arguments);
+        command.stdin(Stdio::null()).stdout(Stdio::from(out)).stderr(Stdio::from(err));
+        Child::start(&mut command)
+    }
+
+    fn command(&self, arguments: &[String]) -> Command {
+        let mut command = Command::new(self.path());
+        command.arg0("evenkeel").args(arguments);
+        for variable in SUPERVISORS_OWN {
+            command.env_remove(variable);
+        }
+        command
+    }
+}
+
+impl AsFd for Image {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// What the environment tells the supervisor alone.
+const SUPERVISORS_OWN: [&str; 7] = [
+    "NOTIFY_SOCKET",
+    "WATCHDOG_USEC",
+    "WATCHDOG_PID",
+    "LISTEN_FDS",
+    "LISTEN_FDNAMES",
+    "LISTEN_PID",
+    super::exec::VARIABLE,
+];
+
+/// A child by its number, which is nobody else's until we reaped it: the
+/// library's own type cannot stand for a child that the image before this one
+/// started.
+#[derive(Debug)]
+pub struct Child {
+    pid: Pid,
+    /// It was reaped: the number may be somebody else's by now.
+    ended: Option<ExitStatus>,
+}
+
+impl Child {
+    /// Starts a command.
+    pub fn start(command: &mut Command) -> io::Result<Child> {
+        let child = command.spawn()?;
+        Ok(Child::of_number(child.id()))
+    }
+
+    /// A child of this process, whichever image started it.
+    pub fn of_number(pid: u32) -> Child {
+        Child { pid: Pid::from_raw(pid as i32), ended: None }
+    }
+
+    /// Its process number.
+    pub fn id(&self) -> u32 {
+        self.pid.as_raw() as u32
+    }
+
+    /// Ends it at once; nothing to do where it was reaped.
+    pub fn kill(&mut self) -> io::Result<()> {
+        if self.ended.is_none() {
+            kill(self.pid, Signal::SIGKILL)?;
+        }
+        Ok(())
+    }
+
+    /// How it ended, if it has.
+    pub fn try_wait(&mut self) -> io::Result<Option<ExitStatus>> {
+        self.reap(Some(WaitPidFlag::WNOHANG))
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self) -> io::Result<()> {
+        self.reap(None).map(drop)
+    }
+
+    fn reap(&mut self, flags: Option<WaitPidFlag>) -> io::Result<Option<ExitStatus>> {
+        if self.ended.is_none() {
+            self.ended = match waitpid(self.pid, flags)? {
+                WaitStatus::Exited(_, code) => Some(ExitStatus::from_raw(code << 8)),
+                WaitStatus::Signaled(_, signal, _) => Some(ExitStatus::from_raw(signal as i32)),
+                _ => None,
+            };
+        }
+        Ok(self.ended)
+    }
+}
+
+/// The path by which this process was started, absolute and with its symbolic
+/// links: a later upgrade follows them anew. Where the shell found it in
+/// another way, the path of the file itself.
+pub fn own_path() -> io::Result<PathBuf> {
+    let file = std::env::current_exe()?;
+    let word = std::env::args_os().next().map(PathBuf::from).unwrap_or_default();
+    let candidates: Vec<PathBuf> = if word.components().count() > 1 {
+        vec![std::path::absolute(&word)?]
+    } else {
+        let paths = std::env::var_os("PATH").unwrap_or_default();
+        std::env::split_paths(&paths).map(|folder| folder.join(&word)).collect()
+    };
+    let ours = std::fs::metadata("/proc/self/exe")?;
+    let is_ours = |path: &PathBuf| {
+        std::fs::metadata(path).is_ok_and(|it| (it.dev(), it.ino()) == (ours.dev(), ours.ino()))
+    };
+    Ok(candidates.into_iter().find(is_ours).unwrap_or(file))
 }
 
 /// The channel that `Image::spawn` gave to this process as standard input;
@@ -71,6 +200,15 @@ pub fn try_stop(pid: u32) -> Option<bool> {
         Ok(WaitStatus::Continued(_)) => Some(false),
         _ => None,
     }
+}
+
+/// The calling thread lets others go first where CPUs are short. It can never
+/// take that back without a privilege.
+pub fn yield_to_others() {
+    const NICE: libc::c_int = 10;
+    // SAFETY: needed because nix has no setpriority(2). It takes three numbers;
+    // 0 is the calling thread, and a refusal changes nothing.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
 }
 
 /// Sets the name that ps and top show, at most 15 bytes.

@@ -105,6 +105,11 @@ pub fn sealed(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
+/// An empty memfd that somebody else will write.
+pub fn unsealed(name: &str) -> io::Result<OwnedFd> {
+    Ok(memfd_create(name, MFdFlags::MFD_CLOEXEC)?)
+}
+
 /// The bytes of a sealed memfd from a process that is trusted.
 pub fn read_sealed(fd: OwnedFd) -> io::Result<Vec<u8>> {
     read_sealed_up_to(fd, usize::MAX)

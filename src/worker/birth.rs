@@ -4,7 +4,7 @@
 //! gives the supervisor a duplicate of each; whoever fills the slot later gets
 //! those, with what waits in their queues.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -12,9 +12,11 @@ use tracing::{debug, warn};
 
 use super::Failure;
 use super::access_log::AccessLog;
+use super::elsewhere::Elsewhere;
 use super::load::Load;
 use crate::board;
 use crate::config::{self, Config, Listener, Mode, Multicast};
+use crate::control::misbehave;
 use crate::control::{self, FromWorker, Place, ToWorker};
 use crate::counters::Layout;
 use crate::explain::{self, BindFailure};
@@ -51,6 +53,10 @@ pub struct Born {
     pub load: Option<Load>,
     /// Where it says which sessions ended, if that is wanted.
     pub access_log: Option<RefCell<AccessLog>>,
+    /// Those of the generation before, where it still has workers.
+    pub earlier: Option<Elsewhere>,
+    /// Those of the generation after, once it begins to take its place.
+    pub later: OnceCell<Elsewhere>,
     /// Every slot's counters, to read.
     pub all: Vec<Region>,
     pub sockets: Vec<(Place, OwnedFd)>,
@@ -58,6 +64,8 @@ pub struct Born {
     pub kept: Vec<Place>,
     /// Places whose sockets outlive the daemon.
     pub outliving: Vec<Place>,
+    /// It only shows that it could work.
+    pub on_trial: bool,
     pub _log: logging::Log,
 }
 
@@ -66,8 +74,17 @@ impl Born {
     /// where the supervisor is gone.
     pub fn be(channel: &Channel) -> Result<Option<Born>, Failure> {
         let Some((birth, fds)) = receive(channel)? else { return Ok(None) };
-        let ToWorker::Birth { slot, slot_count, generation, account, outliving, tells_load, logs_access } =
-            birth
+        let ToWorker::Birth {
+            slot,
+            slot_count,
+            generation,
+            account,
+            outliving,
+            tells_load,
+            trial,
+            logs_access,
+            before,
+        } = birth
         else {
             return Err(Failure::new("the supervisor did not begin with a birth"));
         };
@@ -87,6 +104,11 @@ impl Born {
             true => Some(RefCell::new(AccessLog::new(next()?, config.log.format))),
             false => None,
         };
+        let earlier = match before {
+            0 => None,
+            // Its configuration, and then its slots.
+            count => Some(Elsewhere::open(&config, fds.by_ref().take(1 + count)).map_err(Failure::new)?),
+        };
         let all = fds.map(Region::open_read_only).collect::<Result<Vec<_>, _>>();
         let all = all.map_err(|e| Failure::new(format!("the counters: {e}")))?;
         let log = control::start_log(&config.log, &format!("slot={slot} gen={generation}"));
@@ -104,9 +126,12 @@ impl Born {
                 Some((message, _)) => return Err(Failure::new(format!("before Begin came {message:?}"))),
             }
         }
+        if !trial && misbehave::is_told("proving") {
+            return Err(Failure::new("told to by a test"));
+        }
         let kept = given.keys().copied().collect();
         let share = Share { index: slot as u32, count: slot_count as u32 };
-        let sockets = complete(&config, given, share, channel)?;
+        let sockets = if trial { Vec::new() } else { complete(&config, given, share, channel)? };
         if config.daemon.pin_workers {
             pin(slot);
         }
@@ -126,10 +151,13 @@ impl Born {
             failure_bell,
             load,
             access_log,
+            earlier,
+            later: OnceCell::new(),
             all,
             sockets,
             kept,
             outliving,
+            on_trial: trial,
             _log: log,
         }))
     }

@@ -16,15 +16,17 @@ use tracing::{error, info, warn};
 use super::birth::Born;
 use super::complaints::Complaints;
 use super::datagrams::{self, Datagrams};
+use super::elsewhere::Elsewhere;
 use super::gate::Gate;
 use super::handover::{Cargo, Load as Freight, Passing, Progress, Receivers, Sender};
 use super::leave::{Leave, Step};
 use super::listeners::{self, Accepted, Listeners, PAUSE};
 use super::load::Load;
-use super::sessions::{Context, Sessions};
+use super::sessions::{self, Context, Sessions};
 use super::test_hook::Busy;
 use crate::board::Board;
 use crate::config::Mode;
+use crate::control::misbehave;
 use crate::control::sessions::Query;
 use crate::control::{self, FromWorker, Place, ToWorker};
 use crate::counters::{Counters, Process};
@@ -99,6 +101,13 @@ struct Loop<'a> {
 pub fn run(mut born: Born, channel: Channel) -> ExitCode {
     let sockets = std::mem::take(&mut born.sockets);
     let Some(mut state) = Loop::new(&born, sockets, channel) else { return ExitCode::from(1) };
+    if born.on_trial {
+        if misbehave::is_told("trial") {
+            std::process::abort();
+        }
+        state.tell(&FromWorker::Ready);
+        return ExitCode::SUCCESS;
+    }
     match state.serve() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -124,9 +133,14 @@ impl<'a> Loop<'a> {
             gates: born.config.listeners.iter().map(Gate::of).collect(),
             board: Board::over(born.board.words(), &born.board_layout)?,
             failure_bell: &born.failure_bell,
+            earlier: born.earlier.as_ref(),
+            later: &born.later,
         };
         debug_assert_eq!(context.all.len(), born.slot_count);
-        let reserved = RESERVED_FILES + born.slot_count as u64 + 2 * sockets.len() as u64;
+        let regions = 2 * born.slot_count + born.earlier.as_ref().map_or(0, Elsewhere::region_count);
+        let reserved = RESERVED_FILES + regions as u64 + 2 * sockets.len() as u64;
+        // Two ends a pipe.
+        let reserved = reserved + 2 * sessions::pipe_count(born.slot_count) as u64;
         let files = process::file_limit().saturating_sub(reserved);
         let modes = |mode: Mode| context.config.listeners.iter().any(|listener| listener.mode == mode);
         // Where both modes are served, flows have half of the descriptors.
@@ -386,6 +400,13 @@ impl<'a> Loop<'a> {
             ToWorker::Recall { slot } => {
                 self.listeners.give_back(self.poll.registry(), slot);
                 self.datagrams.give_back(self.poll.registry(), slot);
+            }
+            ToWorker::Successors => {
+                let context = self.sessions.context();
+                match Elsewhere::open(context.config, fds) {
+                    Ok(later) => drop(context.later.set(later)),
+                    Err(error) => warn!(%error, "the next generation's counters"),
+                }
             }
             ToWorker::Drain { limit } => self.begin_leave(now, limit),
             ToWorker::Serve => self.begin_serving(now),

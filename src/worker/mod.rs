@@ -15,6 +15,7 @@ mod birth;
 mod complaints;
 mod datagrams;
 mod departures;
+mod elsewhere;
 mod event_loop;
 mod gate;
 mod handover;

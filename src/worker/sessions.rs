@@ -20,11 +20,12 @@ mod picking;
 mod story;
 mod waiting;
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
+use std::sync::Once;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
@@ -35,6 +36,7 @@ use waiting::Waiting;
 
 use super::complaints::Complaints;
 use super::departures::Departures;
+use super::elsewhere::Elsewhere;
 use super::gate::Gate;
 use crate::balance::Balancer;
 use crate::board::Board;
@@ -43,10 +45,13 @@ use crate::counters::{Counters, Layout, OfListener, OfServer, Process};
 use crate::deadline::Deadlines;
 use crate::handover::Story;
 use crate::proxy_protocol::Ends;
-use crate::relay::{CloseReason, Drive, End, MAX_READ, Readiness, Session, Side};
+use crate::relay::{
+    self, CloseReason, Drive, End, Lent, MAX_PIPED, MAX_READ, Pipes, Readiness, Session, Side,
+};
 use crate::slab::{Key, Slab};
 use crate::sys::bell::Bell;
 use crate::sys::clock::{self, Millis};
+use crate::sys::pipe::Pipe;
 use crate::sys::stream::Stream;
 use crate::worker::access_log::AccessLog;
 pub use moving::Parcel;
@@ -60,7 +65,16 @@ const BEAT_EVERY: usize = 64;
 /// How often a session that waits for acknowledgements is looked at.
 const RESET_CHECK: Millis = 20;
 
+/// Pipes of all workers together, of a megabyte each: half of what the kernel
+/// grants a user without privileges, because in a reload there are two workers
+/// a slot.
+const PIPES_OF_DAEMON: usize = 32;
+/// And of one worker.
+const PIPES_OF_WORKER: usize = 16;
+
 impl End for Stream {
+    type Pipe = Pipe;
+
     fn receive(&self, into: &mut [u8]) -> io::Result<usize> {
         Stream::receive(self, into)
     }
@@ -69,6 +83,34 @@ impl End for Stream {
     }
     fn finish(&self) -> io::Result<()> {
         Stream::finish(self)
+    }
+    fn fill(&self, pipe: &Pipe, most: usize) -> io::Result<usize> {
+        pipe.fill(self, most)
+    }
+    fn drain(&self, pipe: &Pipe, most: usize) -> io::Result<usize> {
+        pipe.drain(self, most)
+    }
+}
+
+impl relay::Pipe for Pipe {
+    fn take(&self, into: &mut [u8]) -> io::Result<usize> {
+        Pipe::take(self, into)
+    }
+}
+
+/// How many pipes each of so many workers may have.
+pub fn pipe_count(slot_count: usize) -> usize {
+    (PIPES_OF_DAEMON / slot_count.max(1)).clamp(1, PIPES_OF_WORKER)
+}
+
+fn open_pipe() -> Option<Pipe> {
+    static SAID: Once = Once::new();
+    match Pipe::open(MAX_PIPED) {
+        Ok(pipe) => Some(pipe),
+        Err(error) => {
+            SAID.call_once(|| tracing::debug!(%error, "no pipe of 1 MiB: bulk is copied"));
+            None
+        }
     }
 }
 
@@ -90,6 +132,10 @@ pub struct Context<'a> {
     pub board: Board<'a>,
     /// To be rung when traffic fails.
     pub failure_bell: &'a Bell,
+    /// What the generation before still has.
+    pub earlier: Option<&'a Elsewhere>,
+    /// What the generation after has, once there is one.
+    pub later: &'a OnceCell<Elsewhere>,
 }
 
 impl Context<'_> {
@@ -109,7 +155,9 @@ impl Context<'_> {
     /// Sessions of a place over all slots, as far as the others have told.
     pub fn active_at(&self, upstream: usize, place: usize) -> u64 {
         let number = self.layout.place(upstream, place);
-        self.all.iter().map(|slot| slot.server(number, OfServer::Active).get()).sum()
+        let own: u64 = self.all.iter().map(|slot| slot.server(number, OfServer::Active).get()).sum();
+        let others = self.earlier.into_iter().chain(self.later.get());
+        own + others.map(|other| other.active_at(upstream, place)).sum::<u64>()
     }
 
     /// Real traffic has met a place that fails, by its number among all.
@@ -137,6 +185,7 @@ pub struct Sessions<'a> {
     seen_epochs: Vec<u64>,
     waiting: Waiting,
     scratch: Box<[u8]>,
+    pipes: Pipes<Pipe>,
     fired: Vec<u32>,
     complaints: Complaints,
     departures: Departures,
@@ -192,6 +241,7 @@ enum Stage {
 impl<'a> Sessions<'a> {
     pub fn new(context: Context<'a>, now: Millis) -> Sessions<'a> {
         let balancers = context.balancers(now);
+        let pipes = Pipes::new(pipe_count(context.all.len()), open_pipe);
         Sessions {
             complaints: Complaints::default(),
             departures: Departures::new(context.config.upstreams.len(), context.slot),
@@ -203,6 +253,7 @@ impl<'a> Sessions<'a> {
             waiting: Waiting::new(balancers.len()),
             balancers,
             scratch: vec![0; MAX_READ].into_boxed_slice(),
+            pipes,
             fired: Vec::new(),
         }
     }
@@ -332,6 +383,19 @@ impl<'a> Sessions<'a> {
             }
             self.drive(key, now);
         }
+        self.take_pipe_away(now);
+    }
+
+    /// Where a session in bulk found no pipe, one that has had its for long is
+    /// to keep its bytes in memory.
+    fn take_pipe_away(&mut self, now: Millis) {
+        let Some(holder) = self.pipes.take_wish(now) else { return };
+        let key = self.slab.key_at(holder.session).expect("a session gives its pipe back when it ends");
+        let entry = self.slab.get_mut(key).expect("just found");
+        entry.session.unpipe(usize::from(holder.half), &mut self.pipes, now);
+        if entry.session.is_broken() {
+            self.enqueue(key);
+        }
     }
 
     fn drive(&mut self, key: Key, now: Millis) {
@@ -342,7 +406,8 @@ impl<'a> Sessions<'a> {
         }
         let before = entry.session.client_bytes();
         let server = entry.server.as_ref().unwrap_or(&entry.client);
-        let result = entry.session.drive([&entry.client, server], &mut self.scratch, BUDGET);
+        let mut lent = Lent { scratch: &mut self.scratch, pipes: &mut self.pipes, session: key.index, now };
+        let result = entry.session.drive([&entry.client, server], &mut lent, BUDGET);
         let after = entry.session.client_bytes();
         let listener = entry.listener as usize;
         if before != after {
@@ -429,6 +494,7 @@ impl<'a> Sessions<'a> {
     /// an orderly end; what was sent to them before goes first.
     fn close(&mut self, key: Key, reason: CloseReason, now: Millis) {
         let Some(entry) = self.slab.get_mut(key) else { return };
+        entry.session.abandon(&mut self.pipes);
         if reason == CloseReason::Finished {
             return self.remove(key, reason);
         }
@@ -447,7 +513,8 @@ impl<'a> Sessions<'a> {
     }
 
     fn remove(&mut self, key: Key, reason: CloseReason) {
-        let Some(entry) = self.slab.remove(key) else { return };
+        let Some(mut entry) = self.slab.remove(key) else { return };
+        entry.session.abandon(&mut self.pipes);
         self.deadlines.clear(key.index);
         self.waiting.look_soon();
         self.log_end(&entry, reason);

@@ -12,11 +12,14 @@
 
 #![allow(dead_code)]
 
+pub mod browser;
 pub mod daemon;
 pub mod datagrams;
+pub mod http;
 pub mod load;
 pub mod machine;
 pub mod postgres;
+pub mod schema;
 pub mod servers;
 
 use std::io::{Read, Write};

@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::Ordering::Relaxed;
 
+use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use super::Plan;
@@ -14,6 +15,7 @@ use crate::control::SocketId;
 use crate::steering::policy::Traffic;
 use crate::steering::{MAX_SLOTS, Pick, Table, classic, page, program};
 use crate::supervisor::slot::Slot;
+use crate::supervisor::upgrade::{Packer, Unpacker};
 use crate::sys::bpf::{self, Page, Program, SocketArray};
 
 /// How a group is steered.
@@ -41,6 +43,22 @@ pub struct Kernel {
     places: Vec<Option<RawFd>>,
 }
 
+/// What the next image of the supervisor finds of a group.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum State {
+    /// Descriptors of the page, the array and the program; for each slot
+    /// whether its socket stands in the array.
+    #[allow(missing_docs)]
+    Table { page: RawFd, sockets: RawFd, program: RawFd, is_attached: bool, places: Vec<bool> },
+    #[allow(missing_docs)]
+    Classic { socket_count: usize, is_attached: bool },
+}
+
+/// A page that the image before this one made.
+pub fn open_page(unpacker: &mut Unpacker, number: RawFd, bytes: usize) -> Result<Page, String> {
+    Page::open(unpacker.take(number)?, bytes).map_err(|error| format!("a page of the kernel's: {error}"))
+}
+
 /// Whether eBPF can be used: makes and loads all that it takes, once; the page
 /// of loads.
 pub fn try_all(forbidden: Option<&str>) -> io::Result<Page> {
@@ -64,6 +82,49 @@ impl Group {
             }
             None => Group::classic(),
         }
+    }
+
+    /// As the next image of the supervisor is to find it.
+    pub fn pack<'a>(&'a self, packer: &mut Packer<'a>) -> State {
+        match self {
+            Group::Table(kernel) => State::Table {
+                page: packer.keep(&kernel.page),
+                sockets: packer.keep(&kernel.sockets),
+                program: packer.keep(&kernel.program),
+                is_attached: kernel.is_attached,
+                places: kernel.places.iter().map(Option::is_some).collect(),
+            },
+            Group::Classic { socket_count, is_attached } => {
+                State::Classic { socket_count: *socket_count, is_attached: *is_attached }
+            }
+        }
+    }
+
+    /// As the image before this one left it, with its sockets in their places.
+    pub fn unpack(
+        state: State,
+        unpacker: &mut Unpacker,
+        id: &SocketId,
+        slots: &[Slot],
+    ) -> Result<Group, String> {
+        Ok(match state {
+            State::Classic { socket_count, is_attached } => Group::Classic { socket_count, is_attached },
+            State::Table { page, sockets, program, is_attached, places } => Group::Table(Kernel {
+                page: open_page(unpacker, page, page::PAGE_BYTES)?,
+                sockets: SocketArray::from_fd(unpacker.take(sockets)?),
+                program: Program::from_fd(unpacker.take(program)?),
+                is_attached,
+                // A socket that is in an array cannot be put there again.
+                places: slots
+                    .iter()
+                    .enumerate()
+                    .map(|(at, slot)| {
+                        let was_there = places.get(at) == Some(&true);
+                        slot.socket(id).filter(|_| was_there).map(|socket| socket.as_raw_fd())
+                    })
+                    .collect(),
+            }),
+        })
     }
 
     fn classic() -> Group {

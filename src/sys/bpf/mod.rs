@@ -136,6 +136,11 @@ impl SocketArray {
         Ok(SocketArray { fd })
     }
 
+    /// One that the image before this one made.
+    pub fn from_fd(fd: OwnedFd) -> SocketArray {
+        SocketArray { fd }
+    }
+
     /// Puts a socket in its place: bound, with SO_REUSEPORT, listening if it
     /// is TCP, and in no other array.
     pub fn put(&self, place: u32, socket: impl AsFd) -> io::Result<()> {
@@ -286,6 +291,11 @@ impl Program {
         // the lengths that are told; the answer is a descriptor.
         let fd = unsafe { bpf_fd(PROG_LOAD, &attribute)? };
         Ok(Program { fd })
+    }
+
+    /// One that the image before this one loaded.
+    pub fn from_fd(fd: OwnedFd) -> Program {
+        Program { fd }
     }
 
     /// Steers the socket's whole group by this program, in place of any other.

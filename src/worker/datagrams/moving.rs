@@ -235,6 +235,8 @@ impl Datagrams<'_> {
         let address = config.listeners[listener].bind.iter().position(|bind| *bind == flow.bind)?;
         let server = match (config.listeners[listener].target, &flow.server) {
             (Target::Upstream(upstream), Some(name)) => {
+                // A place may have got its address just now.
+                self.balancers[upstream].refresh(&self.context.board, upstream);
                 let at = self.context.place_named(&self.balancers[upstream], upstream, name);
                 at.map_or(GONE_SERVER, |at| at as u32)
             }

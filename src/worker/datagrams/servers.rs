@@ -96,7 +96,6 @@ impl Datagrams<'_> {
         self.count_opened(listener);
         self.count_source(key, &name, now);
         self.count_server(listener, server, OfServer::Connections);
-        self.count_server(listener, server, OfServer::Active);
         self.put_uplink(key, socket, true);
         if self.begin_single(registry, key).is_err() {
             self.end_flow(key, CloseReason::NoResources, now);
@@ -117,13 +116,13 @@ impl Datagrams<'_> {
         };
         // Ports may have run so short that this very flow had to go.
         if self.flows.get(key).is_none() {
+            self.unreserve(listener, server);
             return Err(DropReason::Shed);
         }
         if let Some(number) = self.server_number(listener, old) {
             self.context.counters.server(number, OfServer::Active).less_one();
         }
         self.count_server(listener, server, OfServer::Connections);
-        self.count_server(listener, server, OfServer::Active);
         self.context.counters.flows(listener, OfFlows::Moved).add(1);
         self.flows.handle_moved(key, server as u32);
         if let Some(left) = self.put_uplink(key, socket, true)
@@ -199,15 +198,22 @@ impl Datagrams<'_> {
             let number = self.context.layout.place(upstream, server);
             match which {
                 OfServer::Failures => self.context.count_failure(number),
-                OfServer::Connections | OfServer::Active => {
+                OfServer::Connections | OfServer::Active | OfServer::ConnectTime | OfServer::Connects => {
                     self.context.counters.server(number, which).add(1);
                 }
             }
         }
     }
 
-    /// A socket to a server that is not the one that failed; others are tried
-    /// while the host finds no way to them.
+    /// A place that was reserved is not used.
+    fn unreserve(&self, listener: usize, server: usize) {
+        if let Some(number) = self.server_number(listener, server as u32) {
+            self.context.counters.server(number, OfServer::Active).less_one();
+        }
+    }
+
+    /// A socket to a server that is not the one that failed, and a place
+    /// there; others are tried while the host finds no way to them.
     fn connect_to_one(
         &mut self,
         listener: usize,
@@ -233,7 +239,15 @@ impl Datagrams<'_> {
                 tried: &|place| tried.contains(&place),
             });
             let Pick::Place(server) = picked else { break };
-            match self.connect_to(listener, upstream, server, client, now) {
+            let most = self.balancers[upstream].places()[server].max_connections;
+            if !self.context.reserve(upstream, server, most) {
+                break;
+            }
+            let connected = self.connect_to(listener, upstream, server, client, now);
+            if connected.is_err() {
+                self.unreserve(listener, server);
+            }
+            match connected {
                 Ok(socket) => return Ok((server, socket)),
                 Err(error) if is_out_of_ports(&error) => return Err(DropReason::NoPorts),
                 Err(error) if is_shortage(&error) => return Err(DropReason::Shed),

@@ -18,7 +18,7 @@ use super::{Entry, Sessions, Stage, is_unix, register};
 use crate::config::Target;
 use crate::counters::{OfListener, OfServer, Process};
 use crate::handover::{self, Arrival, Record};
-use crate::relay::{Readiness, Side};
+use crate::relay::{CloseReason, Readiness, Side};
 use crate::slab::Key;
 use crate::sources::UNCOUNTED;
 use crate::sys::clock::Millis;
@@ -33,14 +33,17 @@ pub struct Parcel {
 }
 
 impl Sessions<'_> {
-    /// Freezes up to so many sessions that can travel.
-    pub fn pack(&mut self, registry: &Registry, count: usize) -> Vec<Parcel> {
+    /// Freezes up to so many sessions that can travel, and no more once their
+    /// bytes make a large bundle.
+    pub fn pack(&mut self, registry: &Registry, count: usize, now: Millis) -> Vec<Parcel> {
         let mut parcels = Vec::new();
+        let mut kept = 0;
         for key in self.slab.keys() {
-            if parcels.len() == count {
+            if parcels.len() == count || kept >= handover::ENOUGH_BYTES {
                 break;
             }
-            if let Some(parcel) = self.describe(key) {
+            if let Some(parcel) = self.describe(key, now) {
+                kept += parcel.kept.len();
                 let entry = self.slab.get_mut(key).expect("just described");
                 entry.frozen = true;
                 for stream in [Some(&entry.client), entry.server.as_ref()].into_iter().flatten() {
@@ -54,9 +57,15 @@ impl Sessions<'_> {
         parcels
     }
 
-    fn describe(&self, key: Key) -> Option<Parcel> {
-        let entry = self.slab.get(key).filter(|entry| entry.is_movable())?;
-        let (relay, kept) = entry.session.snapshot()?;
+    fn describe(&mut self, key: Key, now: Millis) -> Option<Parcel> {
+        let entry = self.slab.get_mut(key).filter(|entry| entry.is_movable())?;
+        entry.session.unpipe_all(&mut self.pipes, now);
+        let Some((relay, kept)) = entry.session.snapshot() else {
+            // A pipe failed: the next turn ends it.
+            self.enqueue(key);
+            return None;
+        };
+        let entry = self.slab.get(key).expect("just found");
         let listener = &self.context.config.listeners[entry.listener as usize];
         let name = |index: u32| match listener.target {
             Target::Upstream(upstream) => self.place_name(upstream, index as usize),
@@ -96,7 +105,8 @@ impl Sessions<'_> {
 
     /// The receiver has it: nothing of it is left here.
     pub fn forget(&mut self, key: Key) {
-        if let Some(entry) = self.slab.remove(key) {
+        if let Some(mut entry) = self.slab.remove(key) {
+            entry.session.abandon(&mut self.pipes);
             self.deadlines.clear(key.index);
             self.count_gone(&entry);
         }
@@ -140,7 +150,7 @@ impl Sessions<'_> {
             handover::Stage::Connecting { until, tried, failure, waits_since } => {
                 upstream?;
                 let tried = tried.iter().filter_map(find).collect();
-                let attempt = Attempt { client: address(), until, tried, failure, waits_since };
+                let attempt = Attempt { client: address(), until, began: None, tried, failure, waits_since };
                 // Without its server in this configuration the connect that is
                 // under way is given up for the next one.
                 if server.is_some() && server_index.is_some() {
@@ -202,7 +212,7 @@ impl Sessions<'_> {
         }
         if let Err(error) = register_both(registry, entry, key) {
             tracing::warn!(%error, "a session that was handed over cannot be polled");
-            return self.close(key, crate::relay::CloseReason::NoResources, now);
+            return self.close(key, CloseReason::NoResources, now);
         }
         let is_unix = self.server_is_unix(key);
         let entry = self.slab.get_mut(key).expect("still there");
@@ -214,6 +224,7 @@ impl Sessions<'_> {
         }
         let entry = self.slab.get(key).expect("still there");
         match &entry.stage {
+            Stage::Open if self.is_to_be_reset(key) => self.close(key, CloseReason::ServerDown, now),
             Stage::Open => {
                 self.set_deadline(key, now);
                 self.enqueue(key);

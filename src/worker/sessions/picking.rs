@@ -1,11 +1,12 @@
 //! Which place of its upstream a session goes to, and what that place is.
 
 use super::connect::Attempt;
-use super::{Sessions, Stage};
+use super::{Entry, Sessions, Stage};
 use crate::balance::{Ask, Pick};
 use crate::board::Health;
 use crate::config::{OnDown, ServerAddress};
 use crate::relay::CloseReason;
+use crate::slab::Key;
 use crate::sys::clock::Millis;
 
 impl Sessions<'_> {
@@ -29,16 +30,25 @@ impl Sessions<'_> {
     /// A look at every session: servers go down seldom.
     fn reset_down(&mut self, upstream: usize, now: Millis) {
         for key in self.slab.keys() {
-            let Some(entry) = self.slab.get(key) else { continue };
-            let is_open = matches!(entry.stage, Stage::Open) && !entry.frozen;
-            let place = entry.server_index.filter(|_| is_open && self.upstream(key) == Some(upstream));
-            let place = place.and_then(|place| self.balancers[upstream].places().get(place as usize));
-            let is_down =
-                place.is_some_and(|p| p.health == Health::Down && p.incarnation == entry.incarnation);
-            if is_down {
+            let is_open = |entry: &Entry| matches!(entry.stage, Stage::Open) && !entry.frozen;
+            if self.upstream(key) == Some(upstream)
+                && self.slab.get(key).is_some_and(is_open)
+                && self.is_to_be_reset(key)
+            {
                 self.close(key, CloseReason::ServerDown, now);
             }
         }
+    }
+
+    /// Whether its server is down, and its upstream keeps no session there.
+    pub(super) fn is_to_be_reset(&self, key: Key) -> bool {
+        let (Some(upstream), Some(entry)) = (self.upstream(key), self.slab.get(key)) else { return false };
+        let place = |place: u32| self.balancers[upstream].places().get(place as usize);
+        let is_down = entry
+            .server_index
+            .and_then(place)
+            .is_some_and(|place| place.health == Health::Down && place.incarnation == entry.incarnation);
+        is_down && self.context.config.upstreams[upstream].on_down == OnDown::Reset
     }
 
     /// The place that a session is to try.

@@ -13,13 +13,12 @@
 //! somebody waits, and never else. Bounded by the worker's sessions.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{Ordering::SeqCst, fence};
 
 use mio::Registry;
 
 use super::connect::Attempt;
 use super::{Sessions, Stage, millis};
-use crate::counters::{Counters, OfServer, OfUpstream};
+use crate::counters::{Counters, OfUpstream};
 use crate::relay::CloseReason;
 use crate::slab::Key;
 use crate::sys::clock::Millis;
@@ -80,24 +79,10 @@ impl Sessions<'_> {
         !self.context.all.iter().enumerate().any(waits_longer)
     }
 
-    /// Counts a session at a place before it is there; false, and nothing is
-    /// counted, where other workers were faster and it is full.
+    /// Counts a session at a place before it is there; false where it is full.
     pub(super) fn reserve(&self, upstream: usize, place: usize) -> bool {
-        let number = self.context.layout.place(upstream, place);
-        let active = self.context.counters.server(number, OfServer::Active);
-        active.add(1);
         let most = self.balancers[upstream].places()[place].max_connections;
-        if most == 0 {
-            return true;
-        }
-        // Each worker counts itself first and looks at the others then: of
-        // those that come at once, the last to look sees all of them.
-        fence(SeqCst);
-        let has_room = self.context.active_at(upstream, place) <= most;
-        if !has_room {
-            active.less_one();
-        }
-        has_room
+        self.context.reserve(upstream, place, most)
     }
 
     /// Puts a session into the queue, at the place that is due to it.

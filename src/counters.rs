@@ -272,8 +272,8 @@ impl<'a> Counters<'a> {
     }
 
     /// Adds what another region has counted, listener by listener and server by
-    /// server of the same name. Gauges stay out: what a process held when it
-    /// ended is in nobody's hands.
+    /// server of the same name. Of the gauges only what a process still held
+    /// when it ended: that is lost with it.
     pub fn add_all(&self, own: &Config, from: &Counters, other: &Config) {
         for which in [Process::Accepted, Process::AcceptPauses, Process::PortShortages] {
             self.process(which).add(from.process(which).get());
@@ -287,6 +287,8 @@ impl<'a> Counters<'a> {
             for reason in CloseReason::ALL {
                 self.ended(index, reason).add(from.ended(old, reason).get());
             }
+            let held = from.listener(old, OfListener::Active).get();
+            self.ended(index, CloseReason::WorkerLost).add(held);
             // Not the kernel's drops: those are the sockets' own, and the
             // sockets live on.
             use OfFlows::{

@@ -18,6 +18,14 @@ fn main() {
     support::run(tests![
         five_hundred_flows_keep_their_ports_over_twenty_reloads_and_scales needs ["ebpf"],
         without_ebpf_they_keep_them_as_well,
+        a_receiver_that_dies_before_it_says_taken_costs_no_flow,
+        a_receiver_that_dies_afterwards_costs_what_it_had,
+        a_sender_that_dies_costs_what_it_had_not_passed,
+        a_listener_steered_in_another_way_keeps_its_flows,
+        a_server_that_goes_from_the_file_gives_its_flows_to_another,
+        a_neighbour_gives_back_the_flows_that_it_opened,
+        where_nobody_can_say_what_moves_it_is_counted,
+        a_foreign_socket_that_joins_later_is_reported,
     ])
 }
 
@@ -170,4 +178,171 @@ fn five_hundred_flows_keep_their_ports_over_twenty_reloads_and_scales() {
 
 fn without_ebpf_they_keep_them_as_well() {
     keep_their_ports("hash", "cbpf", Some(("EVENKEEL_NO_EBPF", "1")));
+}
+
+/// How often a killed worker is asked for, in the two ways that flows move.
+fn deaths(
+    moment: &str,
+    check: impl Fn(&Daemon, &BTreeMap<u32, Vec<SocketAddr>>, &dyn Fn() -> BTreeMap<u32, Vec<SocketAddr>>),
+) {
+    evenkeel::sys::process::raise_file_limit().unwrap();
+    for arguments in [&["reload"][..], &["scale", "4"], &["scale", "1"]] {
+        let (server, seen) = mirror();
+        let order = tempfile::tempdir().unwrap();
+        let file = order.path().join("die");
+        let mut daemon = Daemon::start_with(&config(2, "hash", server), |command| {
+            command.env("EVENKEEL_TEST_DIE", &file);
+        });
+        daemon.wait_ready();
+        let clients: Vec<UdpSocket> = (0..1000).map(|_| client("127.0.0.1:0")).collect();
+        let ask_all = || {
+            for (id, socket) in clients.iter().enumerate() {
+                ask(socket, local(PORT), &(id as u32).to_be_bytes());
+            }
+            ports(&seen)
+        };
+        let first = ask_all();
+        std::fs::write(&file, moment).unwrap();
+        let socket = daemon.socket();
+        let _ = evenkeel(&[arguments, &["--socket", socket.to_str().unwrap()]].concat());
+        eventually("somebody has died", || !file.exists());
+        eventually("all serve again", || {
+            let status = daemon.status();
+            status.workers.iter().all(|worker| worker.state == "ready" && worker.pid != 0)
+        });
+        check(&daemon, &first, &ask_all);
+        let listener = daemon.listener("front");
+        let ended: u64 = listener.ended.values().sum();
+        assert_eq!(listener.connections, listener.active + ended, "{arguments:?} {listener:?}");
+    }
+}
+
+fn a_receiver_that_dies_before_it_says_taken_costs_no_flow() {
+    deaths("received", |daemon, first, ask_all| {
+        let now = ask_all();
+        let changed = first.iter().filter(|(id, own)| now.get(*id) != Some(*own)).count();
+        assert_eq!(changed, 0, "{}", daemon.log());
+        assert_eq!(daemon.listener("front").connections, 1000);
+    });
+}
+
+fn a_receiver_that_dies_afterwards_costs_what_it_had() {
+    deaths("taken", |daemon, first, ask_all| {
+        let now = ask_all();
+        let changed = first.iter().filter(|(id, own)| now.get(*id) != Some(*own)).count() as u64;
+        assert!((1..=1000).contains(&changed));
+        let lost = daemon.listener("front").ended.get("worker_lost").copied();
+        assert_eq!(lost, Some(changed), "{}", daemon.log());
+    });
+}
+
+fn a_sender_that_dies_costs_what_it_had_not_passed() {
+    deaths("sent", |daemon, first, ask_all| {
+        let now = ask_all();
+        let changed = first.iter().filter(|(id, own)| now.get(*id) != Some(*own)).count() as u64;
+        let lost = daemon.listener("front").ended.get("worker_lost").copied().unwrap_or(0);
+        // The bundle that it had sent is counted where it was, and lives on
+        // where it came.
+        assert!(changed > 0 && changed <= lost && lost <= changed + 250, "{changed} {lost}");
+    });
+}
+
+/// Writes another configuration for the next reload.
+fn rewrite(daemon: &Daemon, text: &str) {
+    let line = format!("[daemon]\ncontrol_socket = {:?}\n", daemon.socket());
+    std::fs::write(daemon.folder().join("evenkeel.toml"), text.replace("[daemon]\n", &line)).unwrap();
+}
+
+fn a_listener_steered_in_another_way_keeps_its_flows() {
+    let (server, seen) = mirror();
+    let daemon = Daemon::ready(&config(3, "hash", server));
+    let clients: Vec<UdpSocket> = (1..=100).map(|last| client(&format!("127.0.5.{last}:0"))).collect();
+    let ask_all = || {
+        for (id, socket) in clients.iter().enumerate() {
+            ask(socket, local(PORT), &(id as u32).to_be_bytes());
+        }
+        ports(&seen)
+    };
+    let first = ask_all();
+    for steering in ["source", "load-aware", "hash"] {
+        rewrite(&daemon, &config(3, steering, server));
+        succeed(&daemon, &["reload"]);
+        assert!(ask_all() == first, "{steering}");
+    }
+}
+
+fn a_server_that_goes_from_the_file_gives_its_flows_to_another() {
+    let ((one, seen), (two, other)) = (mirror(), mirror());
+    let daemon = Daemon::ready(&config(2, "hash", one));
+    let socket = client("127.0.0.1:0");
+    ask(&socket, local(PORT), &[0; 4]);
+    rewrite(&daemon, &config(2, "hash", two));
+    succeed(&daemon, &["reload"]);
+    ask(&socket, local(PORT), &[0; 4]);
+    assert_eq!((ports(&seen).len(), ports(&other).len()), (1, 1));
+    let listener = daemon.listener("front");
+    assert_eq!((listener.connections, listener.active), (1, 1));
+    let servers = &daemon.status().upstreams[0].servers;
+    assert_eq!((servers.len(), servers[0].active), (1, 1));
+}
+
+fn a_neighbour_gives_back_the_flows_that_it_opened() {
+    let (server, seen) = mirror();
+    let daemon = Daemon::ready(&config(2, "hash", server));
+    // A worker that was stopped and killed comes late enough for a neighbour.
+    let clients: Vec<UdpSocket> = (0..60).map(|_| client("127.0.0.1:0")).collect();
+    let ask_all = || {
+        for (id, socket) in clients.iter().enumerate() {
+            ask(socket, local(PORT), &(id as u32).to_be_bytes());
+        }
+        ports(&seen)
+    };
+    let helped = || daemon.status().workers.iter().any(|worker| worker.helped_by.is_some());
+    support::within(Duration::from_secs(60), "a neighbour helps", || {
+        if !helped() && daemon.worker(0).state == "ready" {
+            daemon.kill_worker(0);
+        }
+        helped()
+    });
+    let opened = ask_all();
+    support::within(Duration::from_secs(60), "it is given back", || {
+        !helped() && daemon.log().contains("went where")
+    });
+    assert!(ask_all() == opened, "{}", daemon.log());
+}
+
+/// By CPU it is not the client that decides.
+fn where_nobody_can_say_what_moves_it_is_counted() {
+    let (server, seen) = mirror();
+    let daemon = Daemon::ready(&config(2, "cpu", server));
+    let clients: Vec<UdpSocket> = (0..50).map(|_| client("127.0.0.1:0")).collect();
+    let ask_all = || clients.iter().for_each(|socket| drop(ask(socket, local(PORT), &[0; 4])));
+    ask_all();
+    let opened = daemon.listener("front").connections;
+    succeed(&daemon, &["reload"]);
+    assert_eq!(daemon.listener("front").flows.unwrap().unsteered, 0);
+    succeed(&daemon, &["scale", "4"]);
+    ask_all();
+    let flows = daemon.listener("front").flows.unwrap();
+    assert!(flows.unsteered > 0 && flows.handed_over >= opened, "{flows:?}");
+    assert!(!ports(&seen).is_empty());
+}
+
+/// Of the same user, so the kernel lets it in.
+fn a_foreign_socket_that_joins_later_is_reported() {
+    let (server, _) = mirror();
+    let daemon = Daemon::ready(&config(2, "hash", server));
+    succeed(&daemon, &["reload"]);
+    assert!(daemon.listener("front").strangers.is_empty(), "{:?}", daemon.listener("front").strangers);
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None).unwrap();
+    socket.set_reuse_port(true).unwrap();
+    socket.bind(&local(PORT).into()).unwrap();
+    succeed(&daemon, &["reload"]);
+    let strangers = daemon.listener("front").strangers;
+    let pid = format!("pid {}", std::process::id());
+    assert!(strangers.len() == 1 && strangers[0].contains(&pid), "{strangers:?}");
+    assert!(daemon.log().contains("takes a part of its clients"), "{}", daemon.log());
+    drop(socket);
+    succeed(&daemon, &["reload"]);
+    assert!(daemon.listener("front").strangers.is_empty());
 }

@@ -144,9 +144,10 @@ pub enum FromWorker {
     Ready,
     /// The listeners that it was to close are closed, their queues served.
     QueuesClosed,
-    /// What could move has moved to another worker.
+    /// What could move has moved to another worker; `gone` = that one ended
+    /// meanwhile, and the next may have the rest.
     #[allow(missing_docs)]
-    HandedOver { moved: usize, left: usize },
+    HandedOver { moved: usize, left: usize, gone: bool },
     /// It has read what was parked for it.
     Unparked,
     /// It reads no client's datagram.
@@ -183,6 +184,8 @@ pub enum PeerMessage {
     /// The bundle was taken but for these, by their place in it.
     #[allow(missing_docs)]
     Taken { refused: Vec<usize> },
+    /// The last bundle was not understood, and nothing more is wanted.
+    Refused,
     /// Nothing more will come.
     Done,
 }
@@ -213,6 +216,8 @@ pub enum ToSteward {
     /// All that the operator has changed about servers at run time, by upstream
     /// and server.
     Overrides(Vec<(String, String, Override)>),
+    /// By listener, sockets of other programs on its addresses.
+    Strangers(BTreeMap<String, Vec<String>>),
     /// What the workers do now.
     Workers(Vec<WorkerState>),
     /// How the listener of this name is steered from now on, and the part of

@@ -93,6 +93,9 @@ pub struct Listener {
     pub steering: String,
     /// The mechanism in force.
     pub steering_active: String,
+    /// Sockets of other programs that take a part of its clients.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub strangers: Vec<String>,
     pub connections: u64,
     pub active: u64,
     pub bytes_in: u64,

@@ -19,7 +19,7 @@ pub mod names;
 mod report;
 pub mod servers;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
@@ -61,6 +61,8 @@ struct Knowledge {
     birth: StewardBirth,
     view: RwLock<Arc<View>>,
     workers: Mutex<Vec<WorkerState>>,
+    /// By listener, sockets of other programs on its addresses.
+    strangers: Mutex<BTreeMap<String, Vec<String>>>,
     /// By listener: the mechanism in force, and what slots should have got.
     steering: Mutex<HashMap<String, (String, Expected)>>,
     daemon: Mutex<DaemonState>,
@@ -147,6 +149,7 @@ fn serve(channel: Channel) -> Result<(), String> {
         birth,
         view: RwLock::default(),
         workers: Mutex::default(),
+        strangers: Mutex::default(),
         steering: Mutex::default(),
         daemon: Mutex::default(),
         figures: Figures::default(),
@@ -184,6 +187,9 @@ fn serve(channel: Channel) -> Result<(), String> {
 fn hear(knowledge: &Arc<Knowledge>, admin: &mut Admin) -> Result<bool, String> {
     match control::receive(&knowledge.channel) {
         Ok(None) => return Ok(false),
+        Ok(Some((ToSteward::Strangers(found), _))) => {
+            *knowledge.strangers.lock().expect("no thread panics with it") = found;
+        }
         Ok(Some((ToSteward::Workers(workers), _))) => {
             *knowledge.workers.lock().expect("no thread panics with it") = workers;
         }

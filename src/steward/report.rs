@@ -204,6 +204,8 @@ fn listener(
     // Where nothing was told yet, as the kernel's hash would.
     let even = || Expected::new(vec![1.0 / connections.len() as f64; connections.len()]);
     let (active, expected) = steering.unwrap_or_else(|| ("hash".to_string(), even()));
+    let strangers = knowledge.strangers.lock().expect("no thread panics with it");
+    let strangers = strangers.get(&config.name).cloned().unwrap_or_default();
     let expected_per_slot = expected.at(connections.iter().sum());
     let is_udp = config.mode == Mode::Udp;
     let total = |cell: &dyn Fn(&Counters, usize) -> u64| per_slot(cell).iter().sum::<u64>();
@@ -224,6 +226,7 @@ fn listener(
         bind: config.bind.iter().map(ToString::to_string).collect(),
         steering: config.steering.word().into(),
         steering_active: active,
+        strangers,
         connections: sum(OfListener::Connections),
         active: sum(OfListener::Active),
         bytes_in: sum(OfListener::BytesIn),

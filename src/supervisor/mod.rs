@@ -25,6 +25,7 @@ mod slot;
 mod steering;
 mod steward;
 mod store;
+mod strangers;
 mod upgrade;
 mod watch;
 
@@ -61,6 +62,7 @@ use slot::{Role, Slot};
 use steering::Steering;
 use steward::Steward;
 use store::Store;
+use strangers::Strangers;
 use upgrade::{Departure, Upgrade};
 
 pub use park::pending_job;
@@ -131,6 +133,7 @@ struct Supervisor {
     notify: Notify,
     reload: Option<Reload>,
     shift: Option<Shift>,
+    strangers: Strangers,
     /// Helpers, and the slots whose flows they have to give back.
     to_give_back: Vec<(usize, usize)>,
     transfers: Transfers,
@@ -204,6 +207,7 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         steering,
         reload: None,
         shift: None,
+        strangers: Strangers::default(),
         to_give_back: Vec::new(),
         transfers: Transfers::default(),
         scaled: None,
@@ -296,6 +300,10 @@ impl Supervisor {
                 self.start_steward();
             }
             self.tell_steward();
+            // Last, for it takes a while.
+            if self.look_for_strangers() {
+                self.tell_steward();
+            }
         }
         Ok(())
     }
@@ -325,7 +333,13 @@ impl Supervisor {
             self.inquiry_deadline(),
             self.store.next_deadline(),
         ];
-        own.into_iter().chain(watched).chain(steering).flatten().min()
+        let strangers = self.announced.then(|| self.strangers.due_at()).filter(|_| self.leave.is_none());
+        own.into_iter()
+            .chain(strangers.filter(|_| self.reload.is_none()).map(Some))
+            .chain(watched)
+            .chain(steering)
+            .flatten()
+            .min()
     }
 
     /// Lets supervision decide, and does what it says.
@@ -365,7 +379,7 @@ impl Supervisor {
         match self.slots[slot].spawn(&self.prepared, &generation, self.poll.registry(), token) {
             Ok(process) => {
                 self.slots[slot].current = Some(process);
-                if self.shift.as_ref().is_some_and(|shift| shift.gives_to(slot)) {
+                if self.owes_flows_to(slot) {
                     self.slots[slot].tell(&ToWorker::Hold);
                 }
                 self.hand_over_again(slot);
@@ -487,9 +501,12 @@ impl Supervisor {
                 self.slots[slot].release_all_but(&generation);
             }
             FromWorker::QueuesClosed => self.slots[slot].release_sockets(),
-            FromWorker::HandedOver { moved, left } => {
+            FromWorker::HandedOver { moved, left, gone } => {
                 info!(slot, "{moved} sessions handed over, {left} left");
-                if role == Role::Old {
+                if role == Role::Old && gone && !retiring {
+                    // The rest goes to whoever comes next in that place.
+                    info!(slot, "the worker that was to have them is being replaced");
+                } else if role == Role::Old {
                     self.slot_mut(slot, retiring).handed_over = true;
                     self.handle_handed_over(slot, retiring);
                 } else {
@@ -595,6 +612,7 @@ impl Supervisor {
         }
         match role {
             Role::Current => {
+                slot.handed_over = false;
                 // At once, not only when a successor says so.
                 slot.forget_gauges(token);
                 slot.current = None;
@@ -688,6 +706,7 @@ impl Supervisor {
         self.told.clear();
         self.seen.forget_told();
         self.steering.forget_told();
+        self.strangers.forget_told();
         self.tables_changed = true;
         self.tell_of_access_log();
         self.overrides_changed = true;
@@ -797,6 +816,7 @@ impl Supervisor {
         self.tell_seen();
         let steward = &mut self.steward;
         self.steering.tell(|message| steward.send(message, &[]));
+        self.strangers.tell(|message| steward.send(message, &[]));
     }
 
     /// How the daemon is, for systemd.

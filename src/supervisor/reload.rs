@@ -104,7 +104,7 @@ impl Supervisor {
     /// Goes on once the flows are where they belong.
     pub(super) fn check_shifted(&mut self) {
         let shifts = self.reload.as_ref().is_some_and(|reload| reload.stage == Stage::Shifting);
-        if shifts && self.shift.is_none() && !self.steering.has_planned() {
+        if shifts && self.shift.is_none() && self.to_give_back.is_empty() && !self.steering.has_planned() {
             self.retire();
         }
     }
@@ -349,7 +349,8 @@ impl Supervisor {
     /// the next one, before that reads any datagram.
     pub(super) fn hand_over_again(&mut self, slot: usize) {
         let limit = Some(self.generation.config.daemon.drain_timeout.as_millis() as u64);
-        let Slot { current: Some(new), old, .. } = &mut self.slots[slot] else { return };
+        let Slot { current: Some(new), old, handed_over, .. } = &mut self.slots[slot] else { return };
+        *handed_over = false;
         for old in old {
             let Ok((ours, theirs)) = Channel::pair() else { continue };
             old.tell(&ToWorker::HandOver { removed: Vec::new(), limit, park: false }, &[ours.as_fd()]);
@@ -445,6 +446,8 @@ impl Supervisor {
         let done = |reload: &mut Reload| reload.stage == Stage::Retiring && retired;
         let Some(reload) = self.reload.take_if(done) else { return };
         info!("generation {} serves with {} workers", reload.generation.number, self.slots.len());
+        self.strangers.expect();
+        self.look_for_strangers();
         let text = format!("generation {} serves", reload.generation.number);
         if !self.finish_upgrade(&text) {
             self.answer(reload.requester, Ok(text.clone()));
@@ -462,10 +465,15 @@ impl Supervisor {
             Stage::Proving(slot) => self.abort_reload(&format!("worker {slot} did not open its sockets")),
             Stage::Swapping(slot) => {
                 warn!(slot, "the old worker takes long to hand over: it is left to drain");
+                self.slots[slot].handed_over = true;
                 self.swap(slot + 1);
             }
-            // It has a deadline of its own, so this is never reached.
-            Stage::Shifting => self.retire(),
+            Stage::Shifting => {
+                warn!("flows take long to move: those of slots that go follow their slot's successor");
+                self.to_give_back.clear();
+                self.slots.iter_mut().for_each(|slot| slot.handed_over = true);
+                self.retire();
+            }
             Stage::Retiring => {
                 warn!("retired workers take long to hand over: they are left to drain");
                 for slot in &mut self.retiring {

@@ -22,6 +22,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use tracing::{info, warn};
 
 use super::Supervisor;
+use super::slot::Slot;
 use crate::control::ToWorker;
 use crate::sys::channel::Channel;
 use crate::sys::clock::{self, Millis};
@@ -58,7 +59,7 @@ impl Shift {
     }
 
     /// Whether this slot gets flows by it.
-    pub fn gives_to(&self, slot: usize) -> bool {
+    fn gives_to(&self, slot: usize) -> bool {
         self.pairs.iter().any(|(_, to)| *to == slot)
     }
 }
@@ -67,16 +68,26 @@ impl Supervisor {
     /// Begins what the steering has planned, or what a neighbour that helped
     /// out has to give back.
     pub(super) fn begin_shift(&mut self) {
-        if self.shift.is_some() || self.leave.is_some() || self.departure.is_some() {
+        // Who is still getting the flows of the worker before cannot pass them
+        // on yet.
+        let is_taking_over = |slot: &Slot| !slot.handed_over && !slot.old.is_empty();
+        let is_over = self.leave.is_some() || self.departure.is_some();
+        if self.shift.is_some() || is_over || self.slots.iter().any(is_taking_over) {
             return;
         }
         let mut pairs = self.steering.planned_pairs();
+        let lives = |slot: usize| self.slots.get(slot).is_some_and(|slot| slot.current.is_some());
         if !self.reload_holds_flows() {
-            pairs.append(&mut self.to_give_back);
+            // Who is to get something may just be being replaced.
+            let (now, later): (Vec<_>, Vec<_>) = std::mem::take(&mut self.to_give_back)
+                .into_iter()
+                .filter(|(from, _)| lives(*from))
+                .partition(|(_, to)| lives(*to));
+            pairs.extend(now);
+            self.to_give_back = later;
         }
         pairs.sort_unstable();
         pairs.dedup();
-        let lives = |slot: usize| self.slots.get(slot).is_some_and(|slot| slot.current.is_some());
         pairs.retain(|(from, to)| from != to && lives(*from) && lives(*to));
         if pairs.is_empty() {
             return self.steering.commit_planned(&self.slots);
@@ -116,7 +127,16 @@ impl Supervisor {
     pub(super) fn note_shift_end_of(&mut self, slot: usize) {
         let Some(shift) = &mut self.shift else { return };
         shift.awaited.retain(|(awaited, _)| *awaited != slot);
+        // What it was to get is with the givers still, and waits for the next.
+        self.to_give_back.extend(shift.pairs.iter().filter(|(_, to)| *to == slot));
         self.advance_shift();
+    }
+
+    /// Whether the next worker of a slot is to get flows before it reads any
+    /// datagram.
+    pub(super) fn owes_flows_to(&self, slot: usize) -> bool {
+        let in_shift = self.shift.as_ref().is_some_and(|shift| shift.gives_to(slot));
+        in_shift || self.to_give_back.iter().any(|(_, to)| *to == slot)
     }
 
     fn advance_shift(&mut self) {

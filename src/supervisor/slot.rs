@@ -263,6 +263,11 @@ impl Slot {
         places.filter(|(_, id)| self.outliving.contains(id)).map(|(place, _)| place).collect()
     }
 
+    /// Its sockets by inode, as the kernel's tables name them.
+    pub fn inodes(&self) -> impl Iterator<Item = u64> {
+        self.held.iter().filter_map(|(_, fd)| nix::sys::stat::fstat(fd).ok()).map(|stat| stat.st_ino)
+    }
+
     /// All its sockets.
     pub fn held(&self) -> &[(SocketId, OwnedFd)] {
         &self.held

@@ -59,6 +59,12 @@ impl Channel {
         socket2::SockRef::from(&self.socket).set_nonblocking(true)
     }
 
+    /// Ends both directions: the other end can send nothing from now on. What
+    /// it has sent before can still be received.
+    pub fn shut(&self) {
+        let _ = socket2::SockRef::from(&self.socket).shutdown(std::net::Shutdown::Both);
+    }
+
     /// Sends one message. The descriptors stay the caller's.
     ///
     /// Errors: would-block when the receiver does not read and the end is
@@ -164,6 +170,16 @@ mod tests {
         drop(a);
         assert_eq!(b.receive().unwrap().unwrap().bytes, b"last words");
         assert!(b.receive().unwrap().is_none());
+    }
+
+    #[test]
+    fn what_was_sent_before_the_end_arrives_and_nothing_later() {
+        let (a, b) = Channel::pair().unwrap();
+        b.send(b"in time", &[]).unwrap();
+        a.shut();
+        assert!(b.send(b"too late", &[]).is_err());
+        assert_eq!(a.receive().unwrap().unwrap().bytes, b"in time");
+        assert!(a.receive().unwrap().is_none());
     }
 
     #[test]

@@ -167,6 +167,20 @@ pub fn find(address: SocketAddr, protocol: Protocol, interface: Option<&str>) ->
     fold(protocol, rows(address, protocol, interface))
 }
 
+/// The sockets there that take connections or datagrams and are not ours, who
+/// are named by inode.
+pub fn strangers(
+    address: SocketAddr,
+    protocol: Protocol,
+    interface: Option<&str>,
+    ours: &std::collections::HashSet<u64>,
+) -> Vec<Holder> {
+    let mut rows = rows(address, protocol, interface);
+    let takes = if protocol == Protocol::Tcp { State::Listening } else { State::Bound };
+    rows.retain(|row| row.state == takes && !ours.contains(&row.inode));
+    if rows.is_empty() { Vec::new() } else { fold(protocol, rows) }
+}
+
 /// The states of the sockets there, without a look at their owners.
 pub fn states(address: SocketAddr, protocol: Protocol) -> Vec<State> {
     rows(address, protocol, None).into_iter().map(|row| row.state).collect()

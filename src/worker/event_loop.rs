@@ -592,8 +592,11 @@ impl<'a> Loop<'a> {
             None | Some(Progress::Waiting) => return,
             Some(Progress::Done { moved } | Progress::Failed { moved }) => moved,
         };
-        let then_leave = self.sender.take().and_then(|outgoing| outgoing.then_leave);
-        self.tell(&FromWorker::HandedOver { moved, left: self.sessions.len() + self.datagrams.len() });
+        let outgoing = self.sender.take();
+        let gone = outgoing.as_ref().is_some_and(|outgoing| outgoing.sender.is_receiver_gone());
+        let then_leave = outgoing.and_then(|outgoing| outgoing.then_leave);
+        let left = self.sessions.len() + self.datagrams.len();
+        self.tell(&FromWorker::HandedOver { moved, left, gone });
         if let Some(limit) = then_leave {
             self.datagrams.linger(now);
             self.leave = Some(Leave::finishing(now, limit));

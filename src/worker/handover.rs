@@ -14,6 +14,7 @@
 //! bundle is under way at a time. Flows go first: their clients' datagrams
 //! wait unread at the receiver until then.
 
+mod death;
 mod passing;
 mod receiver;
 
@@ -91,6 +92,7 @@ pub struct Sender {
     flows_refused: usize,
     /// Nobody answers: what the channel holds is as good as taken.
     is_parking: bool,
+    gone: bool,
 }
 
 /// What a sender takes from.
@@ -129,6 +131,7 @@ impl Sender {
             refused: false,
             flows_refused: 0,
             is_parking: false,
+            gone: false,
         })
     }
 
@@ -147,13 +150,18 @@ impl Sender {
         self.flows_refused + self.flows.as_ref().map_or(0, Vec::len)
     }
 
+    /// Whether it failed because the receiver ended.
+    pub fn is_receiver_gone(&self) -> bool {
+        self.gone
+    }
+
     /// Takes in what the receiver said, and sends on; sessions only where they
     /// may go.
     pub fn step(&mut self, cargo: &mut Cargo, sessions_may_go: bool) -> Progress {
         loop {
             if matches!(self.bundle, Bundle::None) {
                 match self.next_bundle(cargo, sessions_may_go) {
-                    Ok(true) => {}
+                    Ok(true) => death::die_if_told(death::SENT),
                     Ok(false) => return Progress::Waiting,
                     Err(progress) => return progress,
                 }
@@ -163,16 +171,23 @@ impl Sender {
                 }
             }
             match control::receive::<PeerMessage>(&self.channel) {
-                Ok(Some((PeerMessage::Taken { refused }, _))) => self.handle_taken(&refused, cargo),
+                Ok(Some((PeerMessage::Taken { refused }, _))) => {
+                    death::die_if_told(death::ACKNOWLEDGED);
+                    self.handle_taken(&refused, cargo);
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if cargo.now.saturating_sub(self.since) > PATIENCE {
                         return self.fail("no answer", cargo);
                     }
                     return Progress::Waiting;
                 }
+                Ok(Some((PeerMessage::Refused, _))) => return self.fail("the receiver refuses", cargo),
                 Ok(Some(_)) => return self.fail("an answer out of turn", cargo),
-                Ok(None) => return self.fail("the receiver is gone", cargo),
-                Err(error) => return self.fail(&error.to_string(), cargo),
+                Ok(None) => {
+                    self.gone = true;
+                    return self.fail("the receiver is gone", cargo);
+                }
+                Err(error) => return self.fail_by(&error, cargo),
             }
         }
     }
@@ -193,7 +208,7 @@ impl Sender {
             }
             self.flows = None;
             if let Err(error) = control::send(&self.channel, &PeerMessage::FlowsDone, &[]) {
-                return Err(self.fail(&error.to_string(), cargo));
+                return Err(self.fail_by(&error, cargo));
             }
         }
         if !sessions_may_go && self.left > 0 {
@@ -241,7 +256,7 @@ impl Sender {
             }
             Err(error) => {
                 self.bundle = Bundle::Flows(items);
-                Err(self.fail(&error.to_string(), cargo))
+                Err(self.fail_by(&error, cargo))
             }
         }
     }
@@ -270,7 +285,7 @@ impl Sender {
         self.bundle = Bundle::Sessions(keys);
         match self.send(cargo.sessions, parcels) {
             Ok(()) => Ok(true),
-            Err(error) => Err(self.fail(&error.to_string(), cargo)),
+            Err(error) => Err(self.fail_by(&error, cargo)),
         }
     }
 
@@ -323,8 +338,30 @@ impl Sender {
         }
     }
 
-    /// Gives the hand-over up; what was not acknowledged goes on here.
+    /// The same for an error of the channel.
+    fn fail_by(&mut self, error: &io::Error, cargo: &mut Cargo) -> Progress {
+        self.gone = matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset);
+        self.fail(&error.to_string(), cargo)
+    }
+
+    /// Gives the hand-over up; what was not acknowledged goes on here. An
+    /// acknowledgement that crosses with this either lies here already, and
+    /// counts, or can be sent no more, and the receiver lets go: never do both
+    /// have a session.
     pub fn fail(&mut self, why: &str, cargo: &mut Cargo) -> Progress {
+        self.channel.shut();
+        let mut refuses = false;
+        // An error may stand in front of what was sent.
+        let mut errors = 0;
+        while errors < 2 {
+            match control::receive::<PeerMessage>(&self.channel) {
+                Ok(Some((PeerMessage::Taken { refused }, _))) => self.handle_taken(&refused, cargo),
+                Ok(Some((message, _))) => refuses |= message == PeerMessage::Refused,
+                Ok(None) => break,
+                Err(_) => errors += 1,
+            }
+        }
+        self.gone &= !refuses;
         warn!("a hand-over stopped after {} sessions and flows: {why}", self.moved);
         match std::mem::replace(&mut self.bundle, Bundle::None) {
             Bundle::None => {}

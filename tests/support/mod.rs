@@ -17,7 +17,9 @@ pub mod daemon;
 pub mod datagrams;
 pub mod health;
 pub mod http;
+pub mod load;
 pub mod machine;
+pub mod postgres;
 pub mod resolver;
 pub mod schema;
 pub mod servers;
@@ -73,7 +75,7 @@ pub fn run(tests: Vec<Test>) {
                 Trial::test(format!("{name} SKIPPED: {reason}"), || Ok(())).with_ignored_flag(true)
             }
             None if is_bench => Trial::bench(name, move |_| in_own_process(name, BENCH_LIMIT).map(Some)),
-            None => Trial::test(name, move || in_own_process(name, TEST_LIMIT).map(drop)),
+            None => Trial::test(name, move || in_own_process(name, TEST_LIMIT * soak() as u32).map(drop)),
         }
     });
     libtest_mimic::run(&arguments, trials.collect()).exit();
@@ -156,6 +158,12 @@ fn in_own_process(name: &str, limit: Duration) -> Result<Measurement, Failed> {
     } else {
         Err(format!("{status}\n{printed}{text}").into())
     }
+}
+
+/// How many times longer than usual tests of endurance are to take:
+/// `$EVENKEEL_SOAK`, else 1.
+pub fn soak() -> usize {
+    std::env::var("EVENKEEL_SOAK").ok().and_then(|text| text.parse().ok()).unwrap_or(1).max(1)
 }
 
 /// Waits until something holds; fails where it does not within ten seconds.

@@ -236,6 +236,7 @@ fn build(
         overrides: Overrides::from_list(state.overrides),
         overrides_changed: true,
         shift: None,
+        strangers: Default::default(),
         to_give_back: state.to_give_back,
         inquiries: Vec::new(),
         store: Store::of_environment(&Returned::default()),

@@ -257,6 +257,13 @@ impl Datagrams<'_> {
         if let Some(socket) = socket {
             self.put_uplink(key, socket, flow.can_cut);
         }
+        Some(key)
+    }
+
+    /// What was taken in is about to be acknowledged.
+    pub fn count_taken(&self, key: Key) {
+        let Some(flow) = self.flows.get(key) else { return };
+        let (listener, server) = (usize::from(flow.key.listener), flow.server);
         let counters = &self.context.counters;
         counters.process(Process::Active).add(1);
         counters.listener(listener, OfListener::Active).add(1);
@@ -264,7 +271,6 @@ impl Datagrams<'_> {
         if let Some(number) = self.server_number(listener, server) {
             counters.server(number, OfServer::Active).add(1);
         }
-        Some(key)
     }
 
     /// Takes back what was taken in, for its sender will go on with it.

@@ -12,7 +12,7 @@ use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use tracing::warn;
 
-use super::{Cargo, PATIENCE};
+use super::{Cargo, PATIENCE, death};
 use crate::control::{self, PeerMessage};
 use crate::handover::{self, MAX_BYTES, flows};
 use crate::sys::channel::Channel;
@@ -129,11 +129,12 @@ impl Receiver {
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return true,
                 Ok(Some((PeerMessage::Done, _)) | None) => return false,
-                Ok(Some((PeerMessage::Taken { .. }, _))) => return false,
+                Ok(Some((PeerMessage::Taken { .. } | PeerMessage::Refused, _))) => return false,
                 Err(error) => Err(error.to_string()),
             };
             if let Err(why) = taken {
                 warn!("a hand-over was refused: {why}");
+                let _ = control::send(&self.channel, &PeerMessage::Refused, &[]);
                 return false;
             }
             if self.awaited_until.is_some() {
@@ -190,11 +191,15 @@ impl Receiver {
                 }
             }
         }
+        death::die_if_told(death::RECEIVED);
+        // Counted as late as can be: who dies before counts none of them lost.
+        taken.iter().for_each(|&key| cargo.sessions.count_taken(key));
         if let Err(error) = control::send(&self.channel, &PeerMessage::Taken { refused }, &[]) {
             // The sender will go on with them: here they never were.
             taken.into_iter().for_each(|key| cargo.sessions.forget(key));
             return Err(error.to_string());
         }
+        death::die_if_told(death::TAKEN);
         for key in taken {
             cargo.sessions.activate(cargo.registry, key, cargo.now);
         }
@@ -217,10 +222,13 @@ impl Receiver {
                 refused.push(index);
             }
         }
+        death::die_if_told(death::RECEIVED);
+        taken.iter().for_each(|&key| cargo.datagrams.count_taken(key));
         if let Err(error) = control::send(&self.channel, &PeerMessage::Taken { refused }, &[]) {
             taken.into_iter().for_each(|key| cargo.datagrams.untake(key));
             return Err(error.to_string());
         }
+        death::die_if_told(death::TAKEN);
         taken.into_iter().for_each(|key| cargo.datagrams.activate(cargo.registry, key, cargo.now));
         Ok(())
     }

@@ -186,13 +186,18 @@ impl Sessions<'_> {
             moved: record.moved,
             story: record.story.filter(|_| self.context.access_log.is_some()).map(Box::new),
         };
+        Some(self.slab.insert(entry))
+    }
+
+    /// What was taken in is about to be acknowledged.
+    pub fn count_taken(&self, key: Key) {
+        let Some(entry) = self.slab.get(key) else { return };
         let counters = &self.context.counters;
         counters.process(Process::Active).add(1);
-        counters.listener(listener, OfListener::Active).add(1);
-        if let Some(server) = self.server_number(&entry) {
+        counters.listener(entry.listener as usize, OfListener::Active).add(1);
+        if let Some(server) = self.server_number(entry) {
             counters.server(server, OfServer::Active).add(1);
         }
-        Some(self.slab.insert(entry))
     }
 
     /// Lets a session that lay still go on: everything is tried once, because

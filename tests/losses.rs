@@ -1,0 +1,244 @@
+//! What is lost when something is done to the daemon: nothing, for everything
+//! that is planned; and for a crash what the dead worker held, counted.
+//!
+//! Each event happens twenty times under `support::load`, so for about ten
+//! seconds; `EVENKEEL_SOAK=10` makes it ten times as many (and the limit of a
+//! test ten times as long).
+
+mod support;
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use support::daemon::{Daemon, evenkeel, signal};
+use support::load::{Load, Servers};
+use support::servers::{connect, echo, exchange, local, tcp_server};
+use support::{eventually, pattern, postgres, within};
+
+fn main() {
+    support::run(tests![
+        reloads_lose_nothing,
+        reloads_of_the_upstream_alone_lose_nothing,
+        scaling_up_and_down_loses_nothing,
+        rebalancing_loses_nothing,
+        killed_stewards_lose_nothing,
+        a_killed_worker_loses_what_it_held_and_no_more,
+        a_hanging_worker_loses_what_it_held_and_no_more,
+        pgbench_and_a_hundred_sessions_see_no_change needs ["pgbench", "setpriv"],
+    ])
+}
+
+/// How often each event happens.
+fn rounds() -> usize {
+    20 * support::soak()
+}
+
+/// Writes another configuration for the next reload.
+fn rewrite(daemon: &Daemon, text: &str) {
+    let line = format!("[daemon]\ncontrol_socket = {:?}\n", daemon.socket());
+    std::fs::write(daemon.folder().join("evenkeel.toml"), text.replace("[daemon]\n", &line)).unwrap();
+}
+
+/// A command that succeeds, once no other change is under way.
+#[track_caller]
+fn succeed(daemon: &Daemon, arguments: &[&str]) {
+    let socket = daemon.socket();
+    let all = [arguments, &["--socket", socket.to_str().unwrap()]].concat();
+    within(Duration::from_secs(60), "no other change is under way", || {
+        let done = evenkeel(&all);
+        let text = String::from_utf8_lossy(&done.stderr).into_owned();
+        let busy = text.contains("another change is under way");
+        assert!(busy || done.status.success(), "{arguments:?}: {text}\n{}", daemon.log());
+        !busy
+    });
+    daemon.notified();
+}
+
+/// Does something twenty times under load; nothing is lost.
+fn under_load(workers: usize, event: impl Fn(&Daemon, &Servers, usize)) {
+    times_under_load(rounds(), workers, event);
+}
+
+fn times_under_load(count: usize, workers: usize, event: impl Fn(&Daemon, &Servers, usize)) {
+    let servers = Servers::start();
+    let daemon = Daemon::ready(&servers.config(workers, ""));
+    let load = Load::begin();
+    for round in 0..count {
+        event(&daemon, &servers, round);
+    }
+    let questions = load.tally.questions.load(Relaxed);
+    eventually("the load goes on", || load.tally.questions.load(Relaxed) > questions + 20);
+    let tally = load.end();
+    println!("{tally:?}");
+    assert_eq!(tally.losses(), 0, "{tally:?}\n{}", daemon.log());
+    // None of them had to be left behind, either.
+    for trouble in ["a hand-over stopped", "a hand-over was", "left to drain", "come, "] {
+        assert!(!daemon.log().contains(trouble), "{}", daemon.log());
+    }
+    assert!(daemon.status().workers.iter().all(|worker| worker.restarts == 0), "{}", daemon.log());
+    for listener in daemon.status().listeners {
+        assert!(listener.dropped.is_empty(), "{:?}", listener.dropped);
+        let lost: Vec<&String> = listener.ended.keys().filter(|reason| *reason != "finished").collect();
+        assert!(lost.is_empty(), "{listener:?}");
+    }
+}
+
+fn reloads_lose_nothing() {
+    under_load(3, |daemon, servers, round| {
+        // Another value that workers act upon.
+        rewrite(
+            daemon,
+            &servers
+                .config(3, "")
+                .replace("[[upstream]]", &format!("backlog = {}\n[[upstream]]", 1000 + round)),
+        );
+        succeed(daemon, &["reload"]);
+    });
+}
+
+fn reloads_of_the_upstream_alone_lose_nothing() {
+    under_load(3, |daemon, servers, round| {
+        let balance = ["round-robin", "least-connections"][round % 2];
+        let text = servers
+            .config(3, "")
+            .replace("[[upstream.server]]", &format!("balance = \"{balance}\"\n[[upstream.server]]"));
+        rewrite(daemon, &text);
+        succeed(daemon, &["reload"]);
+    });
+}
+
+fn scaling_up_and_down_loses_nothing() {
+    // Twenty times up and twenty times down.
+    under_load(1, |daemon, _, round| {
+        succeed(daemon, &["scale", ["4", "3", "6"][round % 3]]);
+        succeed(daemon, &["scale", ["1", "2"][round % 2]]);
+    });
+}
+
+fn rebalancing_loses_nothing() {
+    under_load(4, |daemon, _, _| succeed(daemon, &["rebalance"]));
+}
+
+/// Eight times: after that it is started anew only every half minute.
+fn killed_stewards_lose_nothing() {
+    times_under_load(8, 2, |daemon, _, _| {
+        let workers: Vec<u32> = daemon.status().workers.iter().map(|worker| worker.pid).collect();
+        let steward = *daemon.children().iter().find(|pid| !workers.contains(pid)).expect("a steward");
+        signal(steward, Signal::SIGKILL);
+        within(Duration::from_secs(60), "another steward answers", || {
+            daemon.children().iter().all(|pid| *pid != steward) && daemon.ask("status").is_ok()
+        });
+    });
+}
+
+/// Long sessions that exchange something now and then; how many were lost.
+fn broken(sessions: &mut Vec<TcpStream>) -> u64 {
+    let before = sessions.len();
+    sessions.retain_mut(|session| {
+        exchange(session, &pattern(9, 300)).is_ok_and(|answer| answer == pattern(9, 300))
+    });
+    (before - sessions.len()) as u64
+}
+
+/// What status says was lost is what clients lost, exactly.
+fn crashes(count: usize, more: &str, environment: &std::path::Path, crash: impl Fn(&Daemon, usize)) {
+    let (server, _) = tcp_server("127.0.0.1:0", echo);
+    let text = format!(
+        "[daemon]\nworkers = 3\n{more}\n[[listener]]\nname = \"front\"\nmode = \"tcp\"\nbind = \"127.0.0.1:8080\"\n\
+         upstream = \"back\"\n[[upstream]]\nname = \"back\"\n[[upstream.server]]\naddress = \"{server}\"\n"
+    );
+    let mut daemon = Daemon::start_with(&text, |command| {
+        command.env("EVENKEEL_TEST_HANG", environment);
+    });
+    daemon.wait_ready();
+    let mut sessions = Vec::new();
+    let mut lost = 0;
+    for round in 0..count {
+        while sessions.len() < 60 {
+            let mut session = connect(local(8080));
+            exchange(&mut session, b"begin").expect("a new session");
+            sessions.push(session);
+        }
+        let held = daemon.listener("front").active_per_slot[round % 3];
+        let restarts = daemon.worker(round % 3).restarts;
+        crash(&daemon, round % 3);
+        within(Duration::from_secs(60), "it is replaced", || {
+            let worker = daemon.worker(round % 3);
+            worker.restarts > restarts && worker.state == "ready"
+        });
+        let now = broken(&mut sessions);
+        assert_eq!(now, held, "round {round}: {:?}", daemon.listener("front"));
+        lost += now;
+        assert_eq!(daemon.listener("front").ended.get("worker_lost").copied().unwrap_or(0), lost);
+    }
+    assert!(lost > 0);
+    let listener = daemon.listener("front");
+    assert_eq!(listener.connections, listener.active + listener.ended.values().sum::<u64>());
+    println!("{lost} sessions lost in {count} crashes, each counted");
+}
+
+fn a_killed_worker_loses_what_it_held_and_no_more() {
+    crashes(rounds(), "", std::path::Path::new("/nonexistent"), |daemon, slot| {
+        daemon.kill_worker(slot);
+    });
+}
+
+fn a_hanging_worker_loses_what_it_held_and_no_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("hang");
+    let count = 5 * support::soak();
+    crashes(count, "hang_timeout = \"300ms\"", &file, |_, slot| {
+        std::fs::write(&file, slot.to_string()).unwrap()
+    });
+}
+
+fn pgbench_and_a_hundred_sessions_see_no_change() {
+    let Some(programs) = postgres::programs() else {
+        eprintln!("SKIPPED: the PostgreSQL server is not installed");
+        return;
+    };
+    let database = postgres::Postgres::start(9001, programs);
+    let (server, _) = tcp_server("127.0.0.1:0", echo);
+    let text = |workers: usize| {
+        let mut text = format!("[daemon]\nworkers = {workers}\n");
+        for (name, port, server) in [("db", 8432, database.address), ("echo", 8080, server)] {
+            text += &format!(
+                "[[listener]]\nname = \"{name}\"\nmode = \"tcp\"\nbind = \"127.0.0.1:{port}\"\nupstream = \"{name}\"\n\
+                 [[upstream]]\nname = \"{name}\"\n[[upstream.server]]\naddress = \"{server}\"\n"
+            );
+        }
+        text
+    };
+    let daemon = Daemon::ready(&text(4));
+    let mut sessions: Vec<TcpStream> = (0..100).map(|_| connect(local(8080))).collect();
+    // -C: a connection for each transaction.
+    let seconds = (12 * support::soak()).to_string();
+    let bench =
+        postgres::pgbench(local(8432), &["-S", "-n", "-C", "-c", "4", "-T", &seconds]).spawn().unwrap();
+    let steps: Vec<Vec<&str>> =
+        (0..10).map(|_| vec!["reload"]).chain([vec!["scale", "1"], vec!["scale", "6"]]).collect();
+    for (step, arguments) in steps.iter().enumerate() {
+        succeed(&daemon, arguments);
+        for (number, session) in sessions.iter_mut().enumerate() {
+            let bytes = pattern(step * 1000 + number, 1000);
+            session.write_all(&bytes).unwrap();
+            let mut answer = vec![0; bytes.len()];
+            session
+                .read_exact(&mut answer)
+                .unwrap_or_else(|e| panic!("{arguments:?}: {e}\n{}", daemon.log()));
+            assert!(answer == bytes);
+        }
+    }
+    let done = bench.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success() && !text.contains("abort") && !text.contains("error"), "{text}");
+    println!("{text}");
+    assert!(
+        daemon.listener("db").ended.keys().all(|reason| reason == "finished"),
+        "{:?}",
+        daemon.listener("db").ended
+    );
+}

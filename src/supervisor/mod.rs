@@ -276,6 +276,7 @@ impl Supervisor {
             self.handle_leave_deadline();
             self.handle_reload_deadline();
             self.handle_upgrade_deadline();
+            self.end_stuck_old();
             if self.leave.is_none() {
                 self.store.update(clock::coarse(), &self.slots);
             }
@@ -318,6 +319,7 @@ impl Supervisor {
             self.steering.next_deadline(clock::coarse()),
             self.inquiry_deadline(),
             self.store.next_deadline(),
+            self.old_deadline(),
         ];
         own.into_iter().chain(watched).chain(steering).flatten().min()
     }

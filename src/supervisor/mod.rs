@@ -286,6 +286,7 @@ impl Supervisor {
             self.handle_leave_deadline();
             self.handle_reload_deadline();
             self.handle_upgrade_deadline();
+            self.end_stuck_old();
             if self.leave.is_none() {
                 self.store.update(clock::coarse(), &self.slots);
             }
@@ -332,6 +333,7 @@ impl Supervisor {
             self.steering.next_deadline(clock::coarse()),
             self.inquiry_deadline(),
             self.store.next_deadline(),
+            self.old_deadline(),
         ];
         let strangers = self.announced.then(|| self.strangers.due_at()).filter(|_| self.leave.is_none());
         own.into_iter()

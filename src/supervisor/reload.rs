@@ -386,13 +386,34 @@ impl Supervisor {
         }
     }
 
+    /// When the first old worker is past its bound.
+    pub(super) fn old_deadline(&self) -> Option<Millis> {
+        let slots = self.slots.iter().chain(&self.retiring);
+        slots.flat_map(|slot| &slot.old).filter_map(|process| process.kill_at).min()
+    }
+
+    /// Ends old workers that have not ended by themselves.
+    pub(super) fn end_stuck_old(&mut self) {
+        let now = clock::coarse();
+        for slot in self.slots.iter_mut().chain(&mut self.retiring) {
+            for process in &mut slot.old {
+                if process.kill_at.take_if(|at| *at <= now).is_some() {
+                    warn!(slot = slot.number, pid = process.pid(), "an old worker does not end: killed");
+                    process.kill();
+                }
+            }
+        }
+    }
+
     /// Joins the last old process of a slot with the current one of another;
     /// false where nobody will tell the end.
     fn hand_over(&mut self, from: usize, retiring: bool, to: usize, removed: Vec<Place>) -> bool {
-        let limit = Some(self.generation.config.daemon.drain_timeout.as_millis() as u64);
+        let longest = self.generation.config.daemon.drain_timeout.as_millis() as u64;
+        let limit = Some(longest);
         let pair = Channel::pair();
         let source = if retiring { &mut self.retiring[from] } else { &mut self.slots[from] };
         let Some(old) = source.old.last_mut() else { return false };
+        old.set_bound(longest);
         match pair {
             Ok((ours, theirs)) => {
                 old.tell(&ToWorker::HandOver { removed, limit, park: false }, &[ours.as_fd()]);

@@ -20,8 +20,12 @@ use super::upgrade::{ChildState, Packer, SlotState, Unpacker};
 use crate::control::{self, FromWorker, Place, SocketId, ToWorker};
 use crate::counters::Process as Counter;
 use crate::sys::channel::Channel;
-use crate::sys::clock::Millis;
+use crate::sys::clock::{self, Millis};
 use crate::sys::process::{self, Child, Image};
+
+/// How long an old worker may live past its limit, in milliseconds: the grace
+/// for removed listeners and the sessions' move come before it.
+const STUCK_AFTER: Millis = 30_000;
 
 /// A worker's place.
 #[derive(Debug)]
@@ -46,6 +50,8 @@ pub struct Process {
     channel: Option<Channel>,
     pub token: Token,
     pub generation: Rc<Generation>,
+    /// An old one that lives then is stuck.
+    pub kill_at: Option<Millis>,
 }
 
 /// Which of a slot's processes.
@@ -97,10 +103,16 @@ impl Slot {
             Process::unpack(state, unpacker, generations, registry, Token(*last_token))
         };
         let known = |place: &usize| generations.get(*place).cloned().ok_or("a generation is missing");
+        let current = state.current.as_ref().map(&mut process).transpose()?;
+        let mut old = state.old.iter().map(&mut process).collect::<Result<Vec<Process>, _>>()?;
+        for process in &mut old {
+            let limit = process.generation.config.daemon.drain_timeout;
+            process.set_bound(limit.as_millis() as u64);
+        }
         Ok(Slot {
-            current: state.current.as_ref().map(&mut process).transpose()?,
+            current,
             next: None,
-            old: state.old.iter().map(&mut process).collect::<Result<_, _>>()?,
+            old,
             held,
             handed_over: true,
             ledgers: state.ledgers.iter().map(known).collect::<Result<_, _>>()?,
@@ -200,7 +212,8 @@ impl Slot {
         let arguments = ["worker".to_string(), self.number.to_string()];
         let child = image.spawn(&arguments, theirs)?;
         let fd = ours.as_fd().as_raw_fd();
-        let mut process = Process { child, channel: Some(ours), token, generation: Rc::clone(generation) };
+        let mut process =
+            Process { child, channel: Some(ours), token, generation: Rc::clone(generation), kill_at: None };
         let born = registry
             .register(&mut SourceFd(&fd), token, Interest::READABLE)
             .and_then(|()| self.tell_birth(&process, prepared, trial));
@@ -369,7 +382,7 @@ impl Process {
                 .map_err(|error| format!("a worker's channel: {error}"))?;
         }
         let generation = generations.get(state.generation).cloned().ok_or("a generation is missing")?;
-        Ok(Process { child: Child::of_number(state.pid), channel, token, generation })
+        Ok(Process { child: Child::of_number(state.pid), channel, token, generation, kill_at: None })
     }
 
     pub fn pid(&self) -> u32 {
@@ -406,6 +419,12 @@ impl Process {
         if let Some(channel) = self.channel.take() {
             let _ = registry.deregister(&mut SourceFd(&channel.as_fd().as_raw_fd()));
         }
+    }
+
+    /// It is an old one from here on: it finishes within the limit, and one
+    /// that does not is stuck, since nobody asks it for a sign of life.
+    pub fn set_bound(&mut self, limit: Millis) {
+        self.kill_at = Some(clock::coarse().saturating_add(limit).saturating_add(STUCK_AFTER));
     }
 
     /// Ends it at once.

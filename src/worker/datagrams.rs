@@ -314,7 +314,7 @@ impl<'a> Datagrams<'a> {
     /// still come.
     fn remove_flow(&mut self, key: Key, reason: CloseReason) -> Option<(usize, Option<OwnedFd>)> {
         let flow = self.flows.end(key)?;
-        let listener = usize::from(flow.key.listener);
+        let listener = usize::from(flow.key().listener);
         self.count_gone(&flow);
         self.log_end(key, &flow, reason);
         self.context.counters.ended(listener, reason).add(1);
@@ -325,7 +325,7 @@ impl<'a> Datagrams<'a> {
 
     /// It is not here any more.
     fn count_gone(&self, flow: &Flow) {
-        let listener = usize::from(flow.key.listener);
+        let listener = usize::from(flow.key().listener);
         let counters = &self.context.counters;
         counters.process(Process::Active).less_one();
         counters.listener(listener, OfListener::Active).less_one();

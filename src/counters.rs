@@ -6,7 +6,7 @@
 //! process held: `begin_life` turns them into losses.
 //!
 //! ```text
-//! [ process | listener 0 | listener 1 | ... | place 0 | place 1 | ... | upstream 0 | ... ]
+//! [ process | listener 0 | ... | place 0 | ... | upstream 0 | ... | sources of a listener | ... ]
 //! ```
 //! Places of servers are numbered as on the upstream board. All cells are
 //! 64-bit words; one writer, so a plain load and store, no locked add.
@@ -15,9 +15,10 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::board::Numbering;
-use crate::config::Config;
+use crate::config::{Config, Listener};
 use crate::flow::DropReason;
 use crate::relay::CloseReason;
+use crate::sources::{self, TABLE_WORDS};
 
 const PROCESS_WORDS: usize = 16;
 const LISTENER_WORDS: usize = 64;
@@ -42,6 +43,11 @@ pub enum Process {
     /// clock. What the worker says of itself, and so never trusted further
     /// than to judge that worker.
     Beat,
+    /// The secret of the sources' hash, the same in all slots; set by the
+    /// supervisor.
+    SourceSeed,
+    /// Times that an address to connect from had no port left.
+    PortShortages,
 }
 
 /// Counters of one listener in this slot.
@@ -121,20 +127,34 @@ pub enum OfUpstream {
 pub struct Layout {
     listener_count: usize,
     numbering: Numbering,
+    /// Which listeners count their sources.
+    counts_sources: Vec<bool>,
 }
 
 impl Layout {
     /// The layout that every process of a generation computes alike.
     pub fn of(config: &Config) -> Layout {
-        Layout { listener_count: config.listeners.len(), numbering: Numbering::of(config) }
+        let counts =
+            |listener: &Listener| listener.limits.per_source > 0 || listener.limits.rate_per_source > 0;
+        let counts_sources = config.listeners.iter().map(counts).collect();
+        Layout { listener_count: config.listeners.len(), numbering: Numbering::of(config), counts_sources }
     }
 
     /// The size of a region.
     pub fn word_count(&self) -> usize {
+        self.first_table() + self.counts_sources.iter().filter(|counts| **counts).count() * TABLE_WORDS
+    }
+
+    fn first_table(&self) -> usize {
         PROCESS_WORDS
             + self.listener_count * LISTENER_WORDS
             + self.numbering.place_count() * SERVER_WORDS
             + self.numbering.upstream_count() * UPSTREAM_WORDS
+    }
+
+    fn table(&self, listener: usize) -> Option<usize> {
+        let before = self.counts_sources.get(..listener)?.iter().filter(|counts| **counts).count();
+        self.counts_sources.get(listener)?.then_some(self.first_table() + before * TABLE_WORDS)
     }
 
     /// How the places of servers are numbered.
@@ -216,11 +236,16 @@ impl<'a> Counters<'a> {
         Cell(&self.words[PROCESS_WORDS + places + upstream * UPSTREAM_WORDS + which as usize])
     }
 
+    /// What each client address has at a listener, where that is limited.
+    pub fn sources(&self, layout: &Layout, listener: usize) -> Option<sources::Table<'a>> {
+        sources::Table::over(self.words.get(layout.table(listener)?..)?)
+    }
+
     /// Adds what another region has counted, listener by listener and server by
     /// server of the same name. Gauges stay out: what a process held when it
     /// ended is in nobody's hands.
     pub fn add_all(&self, own: &Config, from: &Counters, other: &Config) {
-        for which in [Process::Accepted, Process::AcceptPauses] {
+        for which in [Process::Accepted, Process::AcceptPauses, Process::PortShortages] {
             self.process(which).add(from.process(which).get());
         }
         for (index, listener) in own.listeners.iter().enumerate() {
@@ -262,6 +287,9 @@ impl<'a> Counters<'a> {
     /// so that accepted = active + ended by some reason, always.
     pub fn begin_life(&self, layout: &Layout) {
         for listener in 0..self.listener_count {
+            if let Some(table) = self.sources(layout, listener) {
+                table.begin_life();
+            }
             let active = self.listener(listener, OfListener::Active);
             self.ended(listener, CloseReason::WorkerLost).add(active.get());
             active.set(0);
@@ -325,11 +353,15 @@ impl Cell<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
+    use crate::sources::Source;
 
     fn layout(listener_count: usize, servers: &[usize]) -> Layout {
         let numbering = Numbering::from_counts(servers.iter().map(|&count| vec![1; count]));
-        Layout { listener_count, numbering }
+        let counts_sources = (0..listener_count).map(|listener| listener % 2 == 0).collect();
+        Layout { listener_count, numbering, counts_sources }
     }
 
     #[test]
@@ -343,6 +375,8 @@ mod tests {
             counters.process(Process::LoopLag),
             counters.process(Process::AcceptPauses),
             counters.process(Process::Beat),
+            counters.process(Process::SourceSeed),
+            counters.process(Process::PortShortages),
         ];
         for listener in 0..3 {
             use OfListener::{Active, BytesIn, BytesOut, Connections};
@@ -368,6 +402,15 @@ mod tests {
         for cell in &cells {
             cell.add(1);
         }
+        // Listeners 0 and 2 have tables.
+        let source = Source::of(Ipv4Addr::LOCALHOST.into(), 0);
+        let table = |listener| counters.sources(&layout, listener);
+        assert!(table(1).is_none() && table(3).is_none());
+        table(0).unwrap().add(source, 0);
+        let limits = sources::Limits { live: 1, per_second: 0 };
+        assert_eq!(sources::check(table(0).into_iter(), source, limits, 0), Err(sources::Full::Live));
+        assert_eq!(sources::check(table(2).into_iter(), source, limits, 0), Ok(()));
+        table(2).unwrap().add(source, 0);
         assert!(cells.iter().all(|cell| cell.get() == 1));
     }
 

@@ -14,6 +14,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod access;
 pub mod access_log;
 pub mod balance;
 pub mod board;
@@ -28,8 +29,10 @@ pub mod flow;
 pub mod handover;
 pub mod loadgen;
 pub mod logging;
+pub mod proxy_protocol;
 pub mod relay;
 pub mod slab;
+pub mod sources;
 pub mod spread;
 pub mod steering;
 pub mod steward;

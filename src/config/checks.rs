@@ -45,6 +45,7 @@ pub(super) fn check(file: &File, source: &Source) -> Found {
         servers(upstream, &users, source, &mut found);
         told_of_clients(upstream, &users, source, &mut found);
         checked(upstream, &users, source, &mut found);
+        leaving_from(upstream, source, &mut found);
         if users.is_empty() {
             let message = format!("{} is used by no listener", called("upstream", &upstream.upstream.name));
             found.warnings.push(source.problem(
@@ -278,6 +279,16 @@ fn servers(read: &ReadUpstream, users: &[&Listener], source: &Source, found: &mu
             let help = format!("it is in line {line} already: for a larger share give it a weight");
             found.errors.push(source.problem(read.server_at[index], message, help));
         }
+    }
+}
+
+/// One address to leave from, not two.
+fn leaving_from(read: &ReadUpstream, source: &Source, found: &mut Found) {
+    let upstream = called("upstream", &read.upstream.name);
+    if read.upstream.transparent && !read.upstream.source.is_empty() {
+        let message = format!("{upstream} has both transparent = true and source");
+        let help = "connections leave from the client's own address or from these: keep one of the two";
+        found.errors.push(source.problem(read.at, message, help));
     }
 }
 

@@ -45,6 +45,9 @@ pub struct Worker {
     pub loop_lag_us: u64,
     /// How often it paused accepting for want of descriptors or memory.
     pub accept_pauses: u64,
+    /// How often an address to connect to servers from had no port left.
+    #[serde(default)]
+    pub port_shortages: u64,
     /// Lines of the access log that were dropped because nobody took them.
     #[serde(default)]
     pub access_log_dropped: u64,

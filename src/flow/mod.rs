@@ -18,7 +18,6 @@
 mod index;
 mod moving;
 mod name;
-mod proxy;
 mod quarantine;
 #[cfg(test)]
 mod tests;
@@ -31,7 +30,6 @@ use index::Index;
 use name::Name;
 
 pub use moving::Snapshot;
-pub use proxy::ProxyHeader;
 pub use quarantine::Quarantine;
 
 /// Whose datagrams a flow takes.
@@ -139,11 +137,21 @@ pub enum DropReason {
     ToClient,
     /// A reply to a flow that had ended by then.
     Late,
+    /// Its sender is not allowed, or denied, by the listener's `access`.
+    Denied,
+    /// It would begin a flow, and its sender has as many as it may.
+    PerSource,
+    /// It would begin a flow, and its sender began as many within a second as it may.
+    RatePerSource,
+    /// It would begin a flow, and the listener has as many as it may.
+    MaxConnections,
+    /// It would begin a flow, and no local port is left to connect from.
+    NoPorts,
 }
 
 impl DropReason {
     /// All of them, in the order of the counters.
-    pub const ALL: [DropReason; 9] = [
+    pub const ALL: [DropReason; 14] = [
         DropReason::Shed,
         DropReason::Leaving,
         DropReason::NoServer,
@@ -153,6 +161,11 @@ impl DropReason {
         DropReason::ToServer,
         DropReason::ToClient,
         DropReason::Late,
+        DropReason::Denied,
+        DropReason::PerSource,
+        DropReason::RatePerSource,
+        DropReason::MaxConnections,
+        DropReason::NoPorts,
     ];
 
     /// Its name in `status` and metrics.
@@ -167,6 +180,11 @@ impl DropReason {
             DropReason::ToServer => "to_server",
             DropReason::ToClient => "to_client",
             DropReason::Late => "late",
+            DropReason::Denied => "denied",
+            DropReason::PerSource => "per_source",
+            DropReason::RatePerSource => "rate_per_source",
+            DropReason::MaxConnections => "max_connections",
+            DropReason::NoPorts => "no_ports",
         }
     }
 }

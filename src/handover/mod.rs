@@ -17,14 +17,17 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::proxy_protocol::Ends;
 use crate::relay::{CloseReason, Session, Snapshot};
 
 /// The version of this format; another one is refused, and the sender drains.
 pub const VERSION: u32 = 1;
 /// Sessions of one bundle: two descriptors each, and the bundle's own.
 pub const MAX_SESSIONS: usize = 100;
-/// The largest bundle: all sessions keep the most that they may, and as much
-/// again for the records.
+/// With so many kept bytes a bundle has enough sessions.
+pub const ENOUGH_BYTES: usize = 16 << 20;
+/// The largest bundle that is read: all sessions keep a full read each way, and
+/// as much again for the records and for what was in pipes.
 pub const MAX_BYTES: usize = MAX_SESSIONS * 4 * crate::relay::MAX_READ;
 
 /// What is wrong with a bundle.
@@ -65,6 +68,9 @@ pub struct Record {
     pub stage: Stage,
     /// The relay's state.
     pub relay: Snapshot,
+    /// What a PROXY header said of its client.
+    #[serde(default)]
+    pub origin: Option<Ends>,
     /// When it was accepted.
     pub born: u64,
     /// When the last byte moved.
@@ -91,6 +97,9 @@ pub struct Story {
 /// How far a session is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Stage {
+    /// Its PROXY header is awaited; what has come of it lies in the socket.
+    #[allow(missing_docs)]
+    Header { until: u64 },
     /// On its way to a server.
     #[allow(missing_docs)]
     Connecting {
@@ -151,6 +160,9 @@ pub fn decode(bytes: &[u8], socket_count: usize) -> Result<Vec<Arrival>, BundleE
         if matches!(record.stage, Stage::Connecting { .. }) && !record.relay.is_relay() {
             return Err(BundleError::State(index));
         }
+        if matches!(record.stage, Stage::Header { .. }) && record.server.is_some() {
+            return Err(BundleError::State(index));
+        }
         arrivals.push(Arrival { record, session });
     }
     if kept.is_empty() { Ok(arrivals) } else { Err(BundleError::Lengths) }
@@ -176,6 +188,7 @@ mod tests {
             server,
             stage: Stage::Open,
             relay,
+            origin: None,
             born: 5,
             moved: 9,
             story: None,
@@ -191,24 +204,35 @@ mod tests {
             failure: CloseReason::ConnectFailed,
             waits_since: Some(5),
         };
-        vec![record(&Session::relay(), true), record(&Session::echo(b"kept bytes"), false), connecting]
+        connecting.0.origin = Some(Ends {
+            source: "[2001:db8::1]:4711".parse().unwrap(),
+            destination: "[2001:db8::2]:80".parse().unwrap(),
+        });
+        let mut unknown = record(&Session::relay(), false);
+        unknown.0.stage = Stage::Header { until: 78 };
+        vec![
+            record(&Session::relay(), true),
+            record(&Session::echo(b"kept bytes"), false),
+            connecting,
+            unknown,
+        ]
     }
 
     #[test]
     fn what_is_written_is_read_again() {
         let sessions = bundle();
-        let arrivals = decode(&encode(&sessions), 5).expect("a sane bundle");
+        let arrivals = decode(&encode(&sessions), 6).expect("a sane bundle");
         for ((record, kept), arrival) in sessions.iter().zip(&arrivals) {
             assert_eq!(*record, arrival.record);
             assert_eq!(arrival.session.snapshot().unwrap(), (record.relay.clone(), kept.clone()));
         }
-        assert_eq!(arrivals.len(), 3);
+        assert_eq!(arrivals.len(), 4);
     }
 
     #[test]
     fn another_version_and_missing_sockets_are_named() {
         let bytes = encode(&bundle());
-        assert_eq!(decode(&bytes, 4).unwrap_err(), BundleError::Sockets(4, 5));
+        assert_eq!(decode(&bytes, 5).unwrap_err(), BundleError::Sockets(5, 6));
         let text = br#"{"version":9,"sessions":[{"new":"shape"}]}"#;
         let mut newer = (text.len() as u32).to_le_bytes().to_vec();
         newer.extend(text);
@@ -219,7 +243,7 @@ mod tests {
     fn a_bundle_that_is_cut_anywhere_is_an_error() {
         let bytes = encode(&bundle());
         for end in 0..bytes.len() {
-            assert!(decode(&bytes[..end], 5).is_err(), "cut at {end}");
+            assert!(decode(&bytes[..end], 6).is_err(), "cut at {end}");
         }
     }
 
@@ -234,7 +258,7 @@ mod tests {
             let mut bytes = encode(&bundle());
             let at = at.index(bytes.len());
             bytes[at] = value;
-            let _ = decode(&bytes, 5);
+            let _ = decode(&bytes, 6);
         }
     }
 }

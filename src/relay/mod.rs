@@ -10,9 +10,13 @@
 //! Owned by `worker::tcp`. Holds no socket and reads no clock: the caller
 //! lends the two ends and says which became ready. Never waits: `drive` stops
 //! at would-block or at its budget. An idle session owns no buffer: bytes pass
-//! through the caller's scratch, and only what the other side would not take
-//! is kept, at most one read of `MAX_READ` bytes a direction.
+//! through the caller's scratch, or in bulk through its pipes, and only what the
+//! other side would not take is kept: at most one read, of `MAX_READ` bytes, or
+//! one filling of a pipe, of `MAX_PIPED`, a direction.
 
+mod bulk;
+mod pipes;
+mod preface;
 mod reason;
 mod snapshot;
 #[cfg(test)]
@@ -22,6 +26,8 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
+pub use bulk::MAX_PIPED;
+pub use pipes::{Holder, Pipe, Pipes};
 pub use reason::CloseReason;
 pub use snapshot::Snapshot;
 
@@ -35,12 +41,32 @@ const MIN_READ_BITS: u8 = 14;
 
 /// A byte stream that never waits.
 pub trait End {
+    /// What can carry its bytes to another one without a copy.
+    type Pipe: Pipe;
     /// Receives; 0 = the other side has finished.
     fn receive(&self, into: &mut [u8]) -> io::Result<usize>;
     /// Sends what can be taken.
     fn send(&self, bytes: &[u8]) -> io::Result<usize>;
     /// Says that nothing more will come.
     fn finish(&self) -> io::Result<()>;
+    /// Moves at most so many bytes into an empty pipe; 0 = only `receive` can
+    /// tell what comes next.
+    fn fill(&self, pipe: &Self::Pipe, most: usize) -> io::Result<usize>;
+    /// Moves at most so many bytes, which are there, out of a pipe.
+    fn drain(&self, pipe: &Self::Pipe, most: usize) -> io::Result<usize>;
+}
+
+/// What a session borrows for one call of `drive`.
+#[derive(Debug)]
+pub struct Lent<'a, P> {
+    /// A buffer of at least one byte.
+    pub scratch: &'a mut [u8],
+    /// Pipes for bulk.
+    pub pipes: &'a mut Pipes<P>,
+    /// The session's number, under which it holds a pipe.
+    pub session: u32,
+    /// In milliseconds.
+    pub now: u64,
 }
 
 /// The two sides of a session.
@@ -115,6 +141,14 @@ struct Half {
     /// and are taken whole, and shrinks when the other side blocks, so that a
     /// slow reader costs little memory.
     read_bits: u8,
+    /// Its bytes are never spliced.
+    copies: bool,
+    /// The pipe that it has borrowed, by number.
+    pipe: Option<u8>,
+    /// Bytes in that pipe.
+    piped: u32,
+    /// Bytes that came in large reads in a row.
+    streak: u32,
     residue: Option<Box<Residue>>,
     received: u64,
     sent: u64,
@@ -171,6 +205,9 @@ impl Session {
         state.readable |= readiness.readable | readiness.probe;
         state.writable |= readiness.writable;
         state.probe |= readiness.probe;
+        if readiness.probe {
+            self.handle_probe(side);
+        }
     }
 
     /// From now on this side is read until it would block: a short read from
@@ -180,17 +217,16 @@ impl Session {
     }
 
     /// Moves bytes both ways, at most about `budget` of them each way (an
-    /// upload must not starve its own answers), through `scratch`, which is
-    /// at least one byte long.
-    pub fn drive<E: End>(&mut self, ends: [&E; 2], scratch: &mut [u8], budget: usize) -> Drive {
+    /// upload must not starve its own answers).
+    pub fn drive<E: End>(&mut self, ends: [&E; 2], lent: &mut Lent<'_, E::Pipe>, budget: usize) -> Drive {
         let mut spent = false;
         for half in 0..2 {
-            spent |= self.pump(half, ends, scratch, budget) == Stop::Spent;
+            spent |= self.pump(half, ends, lent, budget) == Stop::Spent;
         }
         // The second direction may have found the side broken that the first
         // one sends to or still has to read from.
         if self.broken.is_some() {
-            spent |= self.pump(0, ends, scratch, budget) == Stop::Spent;
+            spent |= self.pump(0, ends, lent, budget) == Stop::Spent;
         }
         match self.verdict() {
             Some(reason) => Drive::Done(reason),
@@ -210,7 +246,25 @@ impl Session {
     }
 
     /// Moves bytes in one direction until something stops it.
-    fn pump<E: End>(&mut self, half: usize, ends: [&E; 2], scratch: &mut [u8], budget: usize) -> Stop {
+    fn pump<E: End>(
+        &mut self,
+        half: usize,
+        ends: [&E; 2],
+        lent: &mut Lent<'_, E::Pipe>,
+        budget: usize,
+    ) -> Stop {
+        let stop = self.move_on(half, ends, lent, budget);
+        self.put_back(half, lent.pipes, lent.now);
+        stop
+    }
+
+    fn move_on<E: End>(
+        &mut self,
+        half: usize,
+        ends: [&E; 2],
+        lent: &mut Lent<'_, E::Pipe>,
+        budget: usize,
+    ) -> Stop {
         let mut left = budget;
         loop {
             let (from, to, state) = {
@@ -226,12 +280,14 @@ impl Session {
             }
             if to.is_some_and(|to| !self.sides[to as usize].writable) {
                 // With nothing to send there may still be an end to pass on.
-                if self.halves[half].residue.is_some() || state == HalfState::Open {
+                if self.halves[half].keeps_any() || state == HalfState::Open {
                     return Stop::Blocked;
                 }
             }
             if self.halves[half].residue.is_some() {
                 self.send_residue(half, ends);
+            } else if self.halves[half].piped > 0 {
+                self.drain(half, ends, lent);
             } else if state == HalfState::Finishing {
                 self.finish(half, ends);
             } else if !self.sides[from as usize].readable {
@@ -239,7 +295,9 @@ impl Session {
             } else if left == 0 {
                 return Stop::Spent;
             } else {
-                left = left.saturating_sub(self.transfer(half, ends, scratch));
+                let moved = if self.halves[half].is_bulk() { self.fill(half, ends, lent) } else { None };
+                let moved = moved.unwrap_or_else(|| self.transfer(half, ends, lent.scratch));
+                left = left.saturating_sub(moved);
             }
         }
     }
@@ -300,6 +358,7 @@ impl Session {
             }
         };
         self.halves[half].received += count as u64;
+        self.halves[half].handle_read(count, count == size);
         if count < size && !self.sides[from as usize].probe {
             self.sides[from as usize].readable = false;
         }
@@ -360,7 +419,9 @@ impl Session {
 
     /// Bytes that were received and not yet sent.
     pub fn kept_bytes(&self) -> usize {
-        self.halves.iter().filter_map(|half| half.residue.as_ref()).map(|r| r.bytes.len() - r.sent).sum()
+        let residue =
+            |half: &Half| half.residue.as_ref().map_or(0, |residue| residue.bytes.len() - residue.sent);
+        self.halves.iter().map(|half| residue(half) + half.piped as usize).sum()
     }
 }
 
@@ -371,6 +432,10 @@ impl Half {
             to,
             state: HalfState::Open,
             read_bits: FIRST_READ_BITS,
+            copies: false,
+            pipe: None,
+            piped: 0,
+            streak: 0,
             residue: None,
             received: 0,
             sent: 0,
@@ -388,6 +453,11 @@ impl Half {
         }
     }
 
+    fn keeps_any(&self) -> bool {
+        self.residue.is_some() || self.piped > 0
+    }
+
+    /// What it keeps nobody waits for; its pipe goes back at the next turn.
     fn end(&mut self) {
         self.state = HalfState::Ended;
         self.residue = None;

@@ -48,11 +48,23 @@ pub enum CloseReason {
     QueueTimeout,
     /// Its server went down, and `on_down` is reset.
     ServerDown,
+    /// The client is not allowed, or denied, by the listener's `access`.
+    Denied,
+    /// The client's address has as many as it may.
+    PerSource,
+    /// The client's address began as many within a second as it may.
+    RatePerSource,
+    /// A PROXY header is required, and who came is not trusted to send one.
+    ProxyUntrusted,
+    /// What came is no PROXY header, or one that is not taken.
+    ProxyMalformed,
+    /// The PROXY header did not come in time.
+    ProxyTimeout,
 }
 
 impl CloseReason {
     /// All of them, in the order of the counters.
-    pub const ALL: [CloseReason; 19] = [
+    pub const ALL: [CloseReason; 25] = [
         CloseReason::Finished,
         CloseReason::ClientReset,
         CloseReason::ServerReset,
@@ -72,6 +84,12 @@ impl CloseReason {
         CloseReason::NoServer,
         CloseReason::QueueTimeout,
         CloseReason::ServerDown,
+        CloseReason::Denied,
+        CloseReason::PerSource,
+        CloseReason::RatePerSource,
+        CloseReason::ProxyUntrusted,
+        CloseReason::ProxyMalformed,
+        CloseReason::ProxyTimeout,
     ];
 
     /// Its name in `status` and metrics.
@@ -96,6 +114,12 @@ impl CloseReason {
             CloseReason::NoServer => "no_server",
             CloseReason::QueueTimeout => "queue_timeout",
             CloseReason::ServerDown => "server_down",
+            CloseReason::Denied => "denied",
+            CloseReason::PerSource => "per_source",
+            CloseReason::RatePerSource => "rate_per_source",
+            CloseReason::ProxyUntrusted => "proxy_untrusted",
+            CloseReason::ProxyMalformed => "proxy_malformed",
+            CloseReason::ProxyTimeout => "proxy_timeout",
         }
     }
 
@@ -111,6 +135,19 @@ impl CloseReason {
             (Side::Server, true) => CloseReason::ServerReset,
             (Side::Server, false) => CloseReason::ServerLost,
         }
+    }
+
+    /// Whether the client was turned away before anything was done for it.
+    pub fn is_refusal(self) -> bool {
+        matches!(
+            self,
+            CloseReason::Denied
+                | CloseReason::PerSource
+                | CloseReason::RatePerSource
+                | CloseReason::ProxyUntrusted
+                | CloseReason::ProxyMalformed
+                | CloseReason::ProxyTimeout
+        )
     }
 
     /// The side whose end caused it, where one did: that socket is dead
@@ -133,7 +170,13 @@ impl CloseReason {
             | CloseReason::Killed
             | CloseReason::NoServer
             | CloseReason::QueueTimeout
-            | CloseReason::ServerDown => None,
+            | CloseReason::ServerDown
+            | CloseReason::Denied
+            | CloseReason::PerSource
+            | CloseReason::RatePerSource
+            | CloseReason::ProxyUntrusted
+            | CloseReason::ProxyMalformed
+            | CloseReason::ProxyTimeout => None,
         }
     }
 }

@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Half, HalfState, MAX_READ, MAX_READ_BITS, MIN_READ_BITS, Residue, Session, Side, SideState};
+use super::{Half, HalfState, MAX_PIPED, MAX_READ_BITS, MIN_READ_BITS, Residue, Session, Side, SideState};
 
 /// One direction of a `Snapshot`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,8 +32,10 @@ pub struct Snapshot {
 
 impl Session {
     /// The state, with the bytes kept for the server and for the client; `None`
-    /// where a side has broken.
+    /// where a side has broken. What is in pipes has to be out of them
+    /// (`unpipe_all`).
     pub fn snapshot(&self) -> Option<(Snapshot, Vec<u8>)> {
+        debug_assert!(self.halves.iter().all(|half| half.piped == 0), "a pipe does not travel");
         if self.broken.is_some() {
             return None;
         }
@@ -60,7 +62,9 @@ impl Session {
         let mut halves = Vec::with_capacity(2);
         for half in &snapshot.halves {
             let kept = bytes.split_off(..half.kept as usize)?;
-            halves.push(restore_half(half, kept)?);
+            // What made the sender probe, urgent data perhaps, still waits.
+            let copies = snapshot.probe[half.from as usize];
+            halves.push(Half { copies, ..restore_half(half, kept)? });
         }
         let [up, down] = <[Half; 2]>::try_from(halves).ok()?;
         if !bytes.is_empty() || up.from != Side::Client || down.from != Side::Server {
@@ -86,13 +90,17 @@ impl Snapshot {
 fn restore_half(half: &HalfSnapshot, kept: &[u8]) -> Option<Half> {
     let nobody_waits = half.to.is_none() || half.state == HalfState::Ended;
     let sane = (MIN_READ_BITS..=MAX_READ_BITS).contains(&half.read_bits)
-        && kept.len() <= MAX_READ
+        && kept.len() <= MAX_PIPED
         && (kept.is_empty() || !nobody_waits);
     sane.then(|| Half {
         from: half.from,
         to: half.to,
         state: half.state,
         read_bits: half.read_bits,
+        copies: false,
+        pipe: None,
+        piped: 0,
+        streak: 0,
         residue: (!kept.is_empty()).then(|| Box::new(Residue { bytes: kept.into(), sent: 0 })),
         received: half.received,
         sent: half.sent,

@@ -24,6 +24,33 @@ struct State {
     finished: bool,
     receives: usize,
     sends: usize,
+    fills: usize,
+    /// An urgent byte: reads stop before it once, splices cannot pass it.
+    urgent: Option<usize>,
+    /// It refuses pipes.
+    copies: bool,
+}
+
+/// A pretend pipe.
+struct FakePipe {
+    bytes: RefCell<VecDeque<u8>>,
+}
+
+/// Small enough that some fillings are short.
+const PIPE_ROOM: usize = 150_000;
+
+impl Pipe for FakePipe {
+    fn take(&self, into: &mut [u8]) -> io::Result<usize> {
+        let mut bytes = self.bytes.borrow_mut();
+        // In pieces, as a pipe of pages may.
+        let count = into.len().min(bytes.len()).min(40_000);
+        into[..count].iter_mut().for_each(|byte| *byte = bytes.pop_front().expect("counted"));
+        Ok(count)
+    }
+}
+
+fn pipes(most: usize) -> Pipes<FakePipe> {
+    Pipes::new(most, || Some(FakePipe { bytes: RefCell::default() }))
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -53,6 +80,40 @@ impl Fake {
 }
 
 impl End for Fake {
+    type Pipe = FakePipe;
+
+    fn fill(&self, pipe: &FakePipe, most: usize) -> io::Result<usize> {
+        let mut bytes = pipe.bytes.borrow_mut();
+        assert!(bytes.is_empty(), "filled twice");
+        let before_urgent = {
+            let mut state = self.state.borrow_mut();
+            state.fills += 1;
+            if state.copies {
+                return Err(io::ErrorKind::InvalidInput.into());
+            }
+            let urgent = state.urgent.unwrap_or(usize::MAX);
+            if urgent == 0 {
+                return if state.ending.is_some() { Ok(0) } else { Err(io::ErrorKind::WouldBlock.into()) };
+            }
+            urgent
+        };
+        let mut buffer = vec![0; most.min(PIPE_ROOM).min(before_urgent)];
+        let count = self.receive(&mut buffer)?;
+        bytes.extend(&buffer[..count]);
+        Ok(count)
+    }
+
+    fn drain(&self, pipe: &FakePipe, most: usize) -> io::Result<usize> {
+        let mut bytes = pipe.bytes.borrow_mut();
+        assert_eq!(bytes.len(), most, "the session knows what is in its pipe");
+        if self.state.borrow().copies {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let count = self.send(bytes.make_contiguous())?;
+        bytes.drain(..count);
+        Ok(count)
+    }
+
     fn receive(&self, into: &mut [u8]) -> io::Result<usize> {
         let mut state = self.state.borrow_mut();
         state.receives += 1;
@@ -66,7 +127,15 @@ impl End for Fake {
                 }
             };
         }
-        let count = into.len().min(state.incoming.len());
+        let mut count = into.len().min(state.incoming.len());
+        match state.urgent {
+            Some(0) => state.urgent = None,
+            Some(before) => {
+                count = count.min(before);
+                state.urgent = Some(before - count);
+            }
+            None => {}
+        }
         for byte in &mut into[..count] {
             *byte = state.incoming.pop_front().expect("counted");
         }
@@ -107,7 +176,29 @@ const WRITE: Readiness = Readiness { readable: false, writable: true, probe: fal
 const END: Readiness = Readiness { readable: true, writable: false, probe: true };
 
 fn drive(session: &mut Session, client: &Fake, server: &Fake) -> Drive {
-    session.drive([client, server], &mut [0; 64 * 1024], 1 << 20)
+    drive_with(session, [client, server], &mut pipes(0), 0, 1 << 20)
+}
+
+fn drive_with(
+    session: &mut Session,
+    ends: [&Fake; 2],
+    pipes: &mut Pipes<FakePipe>,
+    now: u64,
+    budget: usize,
+) -> Drive {
+    session.drive(ends, &mut Lent { scratch: &mut [0; 64 * 1024], pipes, session: 1, now }, budget)
+}
+
+/// A session whose client has sent enough to be in bulk.
+fn in_bulk(client: &Fake, server: &Fake, pipes: &mut Pipes<FakePipe>) -> Session {
+    let mut session = Session::relay();
+    client.push(&[9; 1_000_000]);
+    session.handle_ready(Side::Client, READ);
+    server.state.borrow_mut().room = 1_000_000;
+    while drive_with(&mut session, [client, server], pipes, 0, 1 << 20) == Drive::Again {}
+    assert!(client.state.borrow().fills > 0 && server.taken().len() == 1_000_000);
+    server.state.borrow_mut().taken.clear();
+    session
 }
 
 #[test]
@@ -197,7 +288,8 @@ fn a_session_over_its_budget_asks_to_be_driven_again() {
     client.push(&[1; 300_000]);
     session.handle_ready(Side::Client, READ);
     let mut turns = 0;
-    while session.drive([&client, &server], &mut [0; 64 * 1024], 100_000) == Drive::Again {
+    let mut none = pipes(0);
+    while drive_with(&mut session, [&client, &server], &mut none, 0, 100_000) == Drive::Again {
         turns += 1;
     }
     assert_eq!((turns, server.taken().len()), (2, 300_000));
@@ -245,6 +337,97 @@ fn a_finish_reaches_a_side_that_takes_no_bytes() {
     assert!(server.state.borrow().finished);
 }
 
+#[test]
+fn bulk_goes_through_a_pipe_that_is_lent_only_while_it_holds_bytes() {
+    let (client, server) = (Fake::with_room(0), Fake::with_room(0));
+    let mut pipes = pipes(1);
+    let mut session = in_bulk(&client, &server, &mut pipes);
+    assert_eq!(pipes.lent_count(), 0);
+    client.push(&[1; 100_000]);
+    session.handle_ready(Side::Client, READ);
+    session.handle_ready(Side::Server, WRITE);
+    server.state.borrow_mut().room = 40_000;
+    assert_eq!(drive_with(&mut session, [&client, &server], &mut pipes, 0, 1 << 20), Drive::Idle);
+    assert_eq!((pipes.lent_count(), session.kept_bytes()), (1, 60_000));
+    server.state.borrow_mut().room = 60_000;
+    session.handle_ready(Side::Server, WRITE);
+    assert_eq!(drive_with(&mut session, [&client, &server], &mut pipes, 0, 1 << 20), Drive::Idle);
+    assert_eq!((pipes.lent_count(), server.taken().len()), (0, 100_000));
+}
+
+#[test]
+fn small_messages_end_the_splicing() {
+    let (client, server) = (Fake::with_room(0), Fake::with_room(usize::MAX / 2));
+    let mut pipes = pipes(1);
+    let mut session = in_bulk(&client, &server, &mut pipes);
+    server.state.borrow_mut().room = usize::MAX / 2;
+    for round in 0..10 {
+        let before = client.state.borrow().fills;
+        client.push(&[1; 100]);
+        session.handle_ready(Side::Client, READ);
+        drive_with(&mut session, [&client, &server], &mut pipes, 0, 1 << 20);
+        assert!(round < 4 || client.state.borrow().fills == before, "still spliced after {round}");
+    }
+    assert_eq!(server.taken().len(), 1000);
+}
+
+#[test]
+fn without_a_free_pipe_bulk_is_copied_and_a_slow_holder_has_to_give_its_up() {
+    let ends = [Fake::with_room(0), Fake::with_room(0)];
+    let others = [Fake::with_room(0), Fake::with_room(0)];
+    let mut pipes = pipes(1);
+    let mut slow = in_bulk(&ends[0], &ends[1], &mut pipes);
+    let mut other = in_bulk(&others[0], &others[1], &mut pipes);
+    ends[0].push(&[1; 100_000]);
+    slow.handle_ready(Side::Client, READ);
+    slow.handle_ready(Side::Server, WRITE);
+    drive_with(&mut slow, [&ends[0], &ends[1]], &mut pipes, 1_000, 1 << 20);
+    others[0].push(&[1; 100_000]);
+    others[1].state.borrow_mut().room = 100_000;
+    other.handle_ready(Side::Client, READ);
+    drive_with(&mut other, [&others[0], &others[1]], &mut pipes, 1_000, 1 << 20);
+    assert_eq!(others[1].taken().len(), 100_000, "copied");
+    assert_eq!(pipes.take_wish(1_000), None, "nobody is slow yet");
+    others[0].push(&[1; 100_000]);
+    other.handle_ready(Side::Client, READ);
+    drive_with(&mut other, [&others[0], &others[1]], &mut pipes, 2_000, 1 << 20);
+    let holder = pipes.take_wish(2_000).expect("one is");
+    slow.unpipe(usize::from(holder.half), &mut pipes, 2_000);
+    assert_eq!((pipes.lent_count(), slow.kept_bytes()), (0, 100_000));
+    ends[1].state.borrow_mut().room = 100_000;
+    slow.handle_ready(Side::Server, WRITE);
+    drive_with(&mut slow, [&ends[0], &ends[1]], &mut pipes, 2_000, 1 << 20);
+    assert_eq!(ends[1].taken(), [1; 100_000]);
+}
+
+#[test]
+fn a_side_that_takes_no_pipe_is_copied_to() {
+    let (client, server) = (Fake::with_room(0), Fake::with_room(0));
+    let mut pipes = pipes(1);
+    let mut session = in_bulk(&client, &server, &mut pipes);
+    server.state.borrow_mut().copies = true;
+    server.state.borrow_mut().room = 100_000;
+    client.push(&[1; 100_000]);
+    session.handle_ready(Side::Client, READ);
+    drive_with(&mut session, [&client, &server], &mut pipes, 0, 1 << 20);
+    assert_eq!((server.taken().len(), pipes.lent_count()), (100_000, 0));
+}
+
+#[test]
+fn what_a_pipe_holds_when_its_session_ends_goes_to_nobody() {
+    let (client, server) = (Fake::with_room(0), Fake::with_room(0));
+    let mut pipes = pipes(1);
+    let mut session = in_bulk(&client, &server, &mut pipes);
+    client.push(&[1; 100_000]);
+    session.handle_ready(Side::Client, READ);
+    session.handle_ready(Side::Server, WRITE);
+    drive_with(&mut session, [&client, &server], &mut pipes, 0, 1 << 20);
+    assert_eq!(pipes.lent_count(), 1);
+    session.abandon(&mut pipes);
+    assert_eq!(pipes.lent_count(), 0);
+    in_bulk(&Fake::with_room(0), &Fake::with_room(0), &mut pipes);
+}
+
 /// One step of a schedule.
 #[derive(Clone, Debug)]
 enum Step {
@@ -254,6 +437,10 @@ enum Step {
     Drive(usize),
     /// The session goes to another process.
     Move,
+    /// The next byte of a side is urgent.
+    Urgent(Side),
+    /// Somebody else waits for a pipe.
+    TakeAway,
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -261,10 +448,13 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let ending = prop_oneof![3 => Just(Ending::Finish), 1 => Just(Ending::Reset)];
     let step = prop_oneof![
         4 => (side.clone(), 1usize..100_000).prop_map(|(side, n)| Step::Push(side, n)),
-        4 => (side.clone(), 1usize..200_000).prop_map(|(side, n)| Step::Room(side, n)),
+        4 => (side.clone(), 100_000usize..600_000).prop_map(|(side, n)| Step::Push(side, n)),
+        6 => (side.clone(), 1usize..500_000).prop_map(|(side, n)| Step::Room(side, n)),
+        1 => side.clone().prop_map(Step::Urgent),
+        1 => Just(Step::TakeAway),
         1 => (side, ending).prop_map(|(side, ending)| Step::End(side, ending)),
         6 => (1usize..300_000).prop_map(Step::Drive),
-        2 => Just(Step::Move),
+        1 => Just(Step::Move),
     ];
     prop::collection::vec(step, 1..60)
 }
@@ -274,7 +464,8 @@ proptest! {
     /// beginning, in order; ends and resets arrive after all of it; nothing
     /// is left undone once both sides have room.
     #[test]
-    fn every_schedule_keeps_every_byte(steps in steps()) {
+    fn every_schedule_keeps_every_byte(steps in steps(), pipe_count in 0usize..3) {
+        let mut pipes = pipes(pipe_count);
         let fakes = [Fake::with_room(0), Fake::with_room(0)];
         let mut session = Session::relay();
         let mut sent: [Vec<u8>; 2] = Default::default();
@@ -304,7 +495,19 @@ proptest! {
                         session.handle_ready(side, END);
                     }
                 }
+                Step::Urgent(side) => {
+                    let mut state = fakes[side as usize].state.borrow_mut();
+                    if state.ending.is_none() && state.urgent.is_none() {
+                        state.urgent = Some(state.incoming.len());
+                        state.incoming.push_back(0xFF);
+                        sent[side as usize].push(0xFF);
+                        session.handle_ready(side, END);
+                    }
+                }
+                Step::TakeAway => (0..2).for_each(|half| session.unpipe(half, &mut pipes, 0)),
                 Step::Move => {
+                    session.unpipe_all(&mut pipes, 0);
+                    prop_assert_eq!(pipes.lent_count(), 0);
                     if let Some((snapshot, bytes)) = session.snapshot() {
                         prop_assert_eq!(snapshot.kept(), bytes.len());
                         let json = serde_json::to_string(&snapshot).unwrap();
@@ -315,7 +518,7 @@ proptest! {
                 Step::Drive(budget) => {
                     let mut turns = 0;
                     while done.is_none() {
-                        match session.drive([&fakes[0], &fakes[1]], &mut [0; 64 * 1024], budget) {
+                        match drive_with(&mut session, [&fakes[0], &fakes[1]], &mut pipes, 0, budget) {
                             Drive::Done(reason) => done = Some(reason),
                             Drive::Idle => break,
                             Drive::Again => {}
@@ -345,5 +548,7 @@ proptest! {
             Some(_) => prop_assert!(reset),
             None => prop_assert!(!reset && endings.iter().any(Option::is_none)),
         }
+        session.abandon(&mut pipes);
+        prop_assert_eq!(pipes.lent_count(), 0);
     }
 }

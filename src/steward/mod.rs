@@ -125,10 +125,11 @@ fn serve(channel: Channel) -> Result<(), String> {
     let listener = UnixListener::from(next()?);
     let servers = Servers::new(next()?, next()?);
     if let Some(account) = birth.account {
-        accounts::become_account(account).map_err(|e| format!("cannot become uid {}: {e}", account.uid))?;
+        accounts::become_account(account, accounts::Keep::Nothing)
+            .map_err(|e| format!("cannot become uid {}: {e}", account.uid))?;
     }
     if accounts::current_uid() != 0 {
-        accounts::drop_capabilities().map_err(|e| format!("capabilities: {e}"))?;
+        accounts::drop_capabilities(accounts::Keep::Nothing).map_err(|e| format!("capabilities: {e}"))?;
     }
     process::set_no_new_privileges().map_err(|e| e.to_string())?;
     let _log = control::start_log(&config.log, "steward");

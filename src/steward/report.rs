@@ -70,6 +70,7 @@ fn worker(state: &WorkerState, sources: &[Source]) -> Worker {
         active: sum(Process::Active),
         loop_lag_us: lag.unwrap_or(0),
         accept_pauses: sum(Process::AcceptPauses),
+        port_shortages: sum(Process::PortShortages),
         access_log_dropped: sum(Process::AccessDropped),
         helped_by: state.helped_by,
     }
@@ -146,7 +147,7 @@ fn listener(
         bytes_in: sum(OfListener::BytesIn),
         bytes_out: sum(OfListener::BytesOut),
         flows: is_udp.then(|| flows(&total)),
-        dropped: if is_udp { dropped(&total) } else { BTreeMap::new() },
+        dropped: if is_udp { dropped(&total) } else { refused(&ended) },
         flows_per_slot: (0..udp_slots).map(slot_flows).collect(),
         ended,
         active_per_slot: of(OfListener::Active),
@@ -180,6 +181,13 @@ fn flows(sum: &Sum) -> Flows {
         unsteered: of_flows(OfFlows::Unsteered),
         passed_on: of_flows(OfFlows::PassedOn),
     }
+}
+
+/// Connections that were turned away, by reason.
+fn refused(ended: &BTreeMap<String, u64>) -> BTreeMap<String, u64> {
+    let refusals = CloseReason::ALL.into_iter().filter(|reason| reason.is_refusal());
+    let counts = refusals.filter_map(|reason| ended.get_key_value(reason.name()));
+    counts.map(|(name, count)| (name.clone(), *count)).collect()
 }
 
 /// By reason, with the kernel's own.

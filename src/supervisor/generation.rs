@@ -3,13 +3,14 @@
 //! Shared by the slots and processes that belong to it, and gone with the last
 //! of them. A reload makes the next one.
 
+use std::hash::{BuildHasher, RandomState};
 use std::os::fd::OwnedFd;
 
 use super::Refusal;
 use crate::board::{self, Board, Overrides, Standing};
 use crate::config::{Config, Mode};
 use crate::control::{Place, SocketId};
-use crate::counters::{Counters, Layout};
+use crate::counters::{Counters, Layout, Process, process_cell};
 use crate::sys::shared::{self, Region};
 
 /// A configuration with its number and its counters.
@@ -40,6 +41,13 @@ impl Generation {
             .map(|_| Region::create("evenkeel-counters", layout.word_count()))
             .collect::<std::io::Result<Vec<Region>>>()
             .map_err(Refusal::of_system)?;
+        // Whoever knew it could choose addresses that are counted together.
+        let seed = RandomState::new().hash_one(number);
+        for region in &regions {
+            if let Some(cell) = process_cell(region.words(), Process::SourceSeed) {
+                cell.set(seed);
+            }
+        }
         let readable = regions.iter().map(Region::read_only_fd).collect::<std::io::Result<Vec<OwnedFd>>>();
         let board_layout = board::Layout::of(&config);
         let board =

@@ -3,6 +3,7 @@
 
 use std::io;
 
+use nix::sys::prctl;
 use nix::unistd::{Gid, Group, Uid, User, getegid, geteuid, setgroups, setresgid, setresuid};
 use serde::{Deserialize, Serialize};
 
@@ -58,12 +59,24 @@ pub fn current_uid() -> u32 {
     geteuid().as_raw()
 }
 
+/// What a process keeps of its capabilities.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// Nothing.
+    Nothing,
+    /// That to leave from addresses which are not this host's: CAP_NET_RAW,
+    /// or CAP_NET_ADMIN where it has only that (ip(7), IP_TRANSPARENT).
+    ForeignAddresses,
+}
+
 /// Gives up this process's user and groups for the account's, for good.
-/// Nothing is done where it is that account already.
-pub fn become_account(account: Account) -> io::Result<()> {
+/// Nothing is done where it is that account already. What is to be kept is
+/// permitted afterwards, and in force after `drop_capabilities`.
+pub fn become_account(account: Account, keep: Keep) -> io::Result<()> {
     if is_current(account) {
         return Ok(());
     }
+    prctl::set_keepcaps(keep == Keep::ForeignAddresses)?;
     let (uid, gid) = (Uid::from_raw(account.uid), Gid::from_raw(account.gid));
     // Groups first: without the user's privilege they could not be changed.
     setgroups(&[gid])?;
@@ -72,29 +85,56 @@ pub fn become_account(account: Account) -> io::Result<()> {
     Ok(())
 }
 
-/// Gives up every capability that this process has, for good together with
-/// `process::set_no_new_privileges`. Root keeps what its uid is worth: files.
-pub fn drop_capabilities() -> io::Result<()> {
-    // linux/capability.h: _LINUX_CAPABILITY_VERSION_3, two words of each set.
-    const VERSION: u32 = 0x2008_0522;
-    #[repr(C)]
-    struct Header {
-        version: u32,
-        pid: i32,
+/// Gives up the capabilities that this process has, but for those to keep,
+/// for good together with `process::set_no_new_privileges`. Root keeps what
+/// its uid is worth: files.
+pub fn drop_capabilities(keep: Keep) -> io::Result<()> {
+    const NET_ADMIN: u32 = 1 << 12;
+    const NET_RAW: u32 = 1 << 13;
+    let mut sets = [Capabilities::default(); 2];
+    if keep == Keep::ForeignAddresses {
+        let permitted = capget()?[0].permitted;
+        let kept = if permitted & NET_RAW != 0 { NET_RAW } else { permitted & NET_ADMIN };
+        sets[0] = Capabilities { effective: kept, permitted: kept, inheritable: 0 };
     }
-    #[repr(C)]
-    #[derive(Clone, Copy, Default)]
-    struct Data {
-        effective: u32,
-        permitted: u32,
-        inheritable: u32,
-    }
+    capset(&sets)
+}
+
+/// linux/capability.h: _LINUX_CAPABILITY_VERSION_3, two words of each set.
+const VERSION: u32 = 0x2008_0522;
+
+#[repr(C)]
+struct Header {
+    version: u32,
+    pid: i32,
+}
+
+/// Half of the sets; the first half has the capabilities 0 to 31.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Capabilities {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+fn capget() -> io::Result<[Capabilities; 2]> {
+    let mut header = Header { version: VERSION, pid: 0 };
+    let mut sets = [Capabilities::default(); 2];
+    // SAFETY: needed because no library here wraps capget(2). The kernel reads
+    // and writes one header and, for this version, writes two data records; all
+    // have the layout of linux/capability.h and live through the call.
+    let result = unsafe { libc::syscall(libc::SYS_capget, &raw mut header, sets.as_mut_ptr()) };
+    super::check(result as libc::c_int)?;
+    Ok(sets)
+}
+
+fn capset(sets: &[Capabilities; 2]) -> io::Result<()> {
     let header = Header { version: VERSION, pid: 0 };
-    let none = [Data::default(); 2];
     // SAFETY: needed because no library here wraps capset(2). The kernel reads
     // one header and, for this version, two data records; both have the layout
     // of linux/capability.h and live through the call. Ambient capabilities go
     // with the permitted ones (capabilities(7)).
-    let result = unsafe { libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()) };
+    let result = unsafe { libc::syscall(libc::SYS_capset, &raw const header, sets.as_ptr()) };
     super::check(result as libc::c_int).map(drop)
 }

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::time::Duration;
 
+use super::local_end::LocalEnd;
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 
 /// One side of a session.
@@ -93,9 +94,10 @@ pub fn accept(listener: impl AsFd) -> io::Result<(Stream, SocketAddr)> {
 
 /// Begins a TCP connection. Of its options it has only the one that cannot
 /// wait: the shortest connections need no other (`TcpOptions::settle`).
-pub fn connect_tcp(address: SocketAddr) -> io::Result<Connecting> {
+pub fn connect_tcp(address: SocketAddr, from: LocalEnd) -> io::Result<Connecting> {
     let socket = Socket::new(Domain::for_address(address), nonblocking_stream(), Some(Protocol::TCP))?;
     set_inline(&SockRef::from(&socket))?;
+    from.bind(&socket)?;
     begin(socket, &SockAddr::from(address))
 }
 
@@ -125,6 +127,16 @@ impl Stream {
     pub fn receive(&self, into: &mut [u8]) -> io::Result<usize> {
         loop {
             match nix::sys::socket::recv(self.raw(), into, nix::sys::socket::MsgFlags::empty()) {
+                Err(nix::errno::Errno::EINTR) => {}
+                result => return Ok(result?),
+            }
+        }
+    }
+
+    /// Looks at what `receive` would give, and leaves it there.
+    pub fn peek(&self, into: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match nix::sys::socket::recv(self.raw(), into, nix::sys::socket::MsgFlags::MSG_PEEK) {
                 Err(nix::errno::Errno::EINTR) => {}
                 result => return Ok(result?),
             }
@@ -169,6 +181,11 @@ impl Stream {
     /// The other side's address, as long as it is connected.
     pub fn peer(&self) -> io::Result<Option<SocketAddr>> {
         Ok(SockRef::from(&self.fd).peer_addr()?.as_socket())
+    }
+
+    /// Our own address of the connection.
+    pub fn local(&self) -> io::Result<Option<SocketAddr>> {
+        Ok(SockRef::from(&self.fd).local_addr()?.as_socket())
     }
 
     fn raw(&self) -> RawFd {

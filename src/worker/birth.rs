@@ -19,12 +19,13 @@ use crate::control::{self, FromWorker, Place, ToWorker};
 use crate::counters::Layout;
 use crate::explain::{self, BindFailure};
 use crate::logging;
-use crate::sys::accounts::{self, Account};
+use crate::sys::accounts::{self, Account, Keep};
 use crate::sys::bell::Bell;
 use crate::sys::channel::Channel;
 use crate::sys::filter;
 use crate::sys::holders::{self, Protocol};
 use crate::sys::listen::{self, MulticastInterface, Options, Share};
+use crate::sys::local_end;
 use crate::sys::process;
 use crate::sys::shared::{self, Region};
 use crate::sys::stream::TcpOptions;
@@ -109,7 +110,7 @@ impl Born {
         if config.daemon.pin_workers {
             pin(slot);
         }
-        give_up_privileges(account)?;
+        give_up_privileges(account, &config)?;
         let layout = Layout::of(&config);
         let board_layout = board::Layout::of(&config);
         Ok(Some(Born {
@@ -267,9 +268,11 @@ pub fn listen_options(listener: &Listener) -> Options {
     }
 }
 
-fn give_up_privileges(account: Option<Account>) -> Result<(), Failure> {
+fn give_up_privileges(account: Option<Account>, config: &Config) -> Result<(), Failure> {
+    let transparent = config.upstreams.iter().find(|upstream| upstream.transparent);
+    let keep = if transparent.is_some() { Keep::ForeignAddresses } else { Keep::Nothing };
     if let Some(account) = account {
-        accounts::become_account(account).map_err(|e| Failure {
+        accounts::become_account(account, keep).map_err(|e| Failure {
             text: format!("cannot become uid {} gid {}: {e}", account.uid, account.gid),
             advice: "start evenkeel as root, or leave out user and group".into(),
             exit_code: 77,
@@ -278,7 +281,21 @@ fn give_up_privileges(account: Option<Account>) -> Result<(), Failure> {
     // What a unit's AmbientCapabilities= gave for binding. Root without `user`
     // stays what it is: the operator asked for no change.
     if accounts::current_uid() != 0 {
-        accounts::drop_capabilities().map_err(|e| Failure::new(format!("capabilities: {e}")))?;
+        accounts::drop_capabilities(keep).map_err(|e| Failure::new(format!("capabilities: {e}")))?;
+    }
+    if let Some(upstream) = transparent
+        && let Err(error) = local_end::may_be_foreign()
+    {
+        return Err(Failure {
+            text: format!(
+                "upstream \"{}\" has transparent = true, and this process may not leave from the addresses of \
+                 its clients: {error}",
+                upstream.name
+            ),
+            advice: "AmbientCapabilities=CAP_NET_RAW in the unit, or start as root, or leave transparent out"
+                .into(),
+            exit_code: 77,
+        });
     }
     process::set_no_new_privileges().map_err(|e| Failure::new(format!("no_new_privs: {e}")))
 }

@@ -27,6 +27,8 @@ use std::os::fd::OwnedFd;
 use mio::{Registry, Token};
 use tracing::{info, warn};
 
+use super::complaints::Complaints;
+use super::departures::Departures;
 use super::event_loop::SPECIAL;
 use super::sessions::Context;
 use crate::balance::Balancer;
@@ -37,6 +39,7 @@ use crate::flow::{DropReason, Flow, Flows, GONE_SERVER, Limits, Quarantine};
 use crate::handover::flows::Story;
 use crate::relay::CloseReason;
 use crate::slab::Key;
+use crate::sources::UNCOUNTED;
 use crate::steering::Route;
 use crate::sys::clock::Millis;
 use crate::sys::datagram::{self, Arena};
@@ -107,6 +110,11 @@ pub struct Datagrams<'a> {
     look_at: Option<Millis>,
     offload_told: bool,
     quarantine_changed: bool,
+    /// Where a flow's client is counted among the listener's sources, by the
+    /// flow's place.
+    source_places: Vec<u32>,
+    complaints: Complaints,
+    departures: Departures,
     /// Which slot each listener's clients come to, as far as that was said.
     routes: Vec<Route>,
     /// Ways to other slots' workers, while flows move there.
@@ -118,7 +126,7 @@ impl<'a> Datagrams<'a> {
     pub fn new(context: Context<'a>, descriptors: usize, now: Millis) -> Datagrams<'a> {
         let config = context.config;
         let is_used = config.listeners.iter().any(|listener| listener.mode == Mode::Udp);
-        let limit = socket_limit(descriptors, context.all.len());
+        let limit = socket_limit(config, descriptors, context.all.len());
         let limits: Vec<Limits> = config.listeners.iter().map(limits_of).collect();
         if context.slot == 0 {
             tell_clamped(config, limit);
@@ -126,6 +134,7 @@ impl<'a> Datagrams<'a> {
         let places = if is_used { PLACES } else { 0 };
         let seed = (u64::from(std::process::id()) << 32) ^ crate::sys::clock::precise_micros();
         let quarantine = config.listeners.iter().map(|listener| millis(listener.udp.quarantine));
+        let departures = Departures::new(config.upstreams.len(), context.slot);
         let balancers = if is_used { context.balancers(now) } else { Vec::new() };
         Datagrams {
             seen_epochs: vec![0; balancers.len()],
@@ -149,6 +158,9 @@ impl<'a> Datagrams<'a> {
             look_at: None,
             offload_told: false,
             quarantine_changed: false,
+            source_places: Vec::new(),
+            complaints: Complaints::default(),
+            departures,
             routes: Vec::new(),
             passages: Vec::new(),
         }
@@ -315,7 +327,7 @@ impl<'a> Datagrams<'a> {
     fn remove_flow(&mut self, key: Key, reason: CloseReason) -> Option<(usize, Option<OwnedFd>)> {
         let flow = self.flows.end(key)?;
         let listener = usize::from(flow.key().listener);
-        self.count_gone(&flow);
+        self.count_gone(key, &flow);
         self.log_end(key, &flow, reason);
         self.context.counters.ended(listener, reason).add(1);
         let uplink = self.uplinks.get_mut(key.index as usize).and_then(Option::take);
@@ -324,8 +336,11 @@ impl<'a> Datagrams<'a> {
     }
 
     /// It is not here any more.
-    fn count_gone(&self, flow: &Flow) {
+    fn count_gone(&mut self, key: Key, flow: &Flow) {
         let listener = usize::from(flow.key().listener);
+        if let Some(place) = self.source_places.get_mut(key.index as usize) {
+            self.context.handle_left(listener, std::mem::replace(place, UNCOUNTED));
+        }
         let counters = &self.context.counters;
         counters.process(Process::Active).less_one();
         counters.listener(listener, OfListener::Active).less_one();
@@ -363,11 +378,26 @@ impl<'a> Datagrams<'a> {
 }
 
 /// Every flow takes a descriptor and a local port, and so does one that rests.
-/// A tenth of the ports stays for the host's other programs.
-fn socket_limit(descriptors: usize, slots: usize) -> u32 {
+/// A tenth of the ports stays for the host's other programs. Each address that
+/// all upstreams may leave from has as many ports of its own.
+fn socket_limit(config: &Config, descriptors: usize, slots: usize) -> u32 {
+    let upstream = |listener: &Listener| match listener.target {
+        Target::Upstream(upstream) if listener.mode == Mode::Udp => Some(&config.upstreams[upstream]),
+        _ => None,
+    };
+    let addresses = config.listeners.iter().filter_map(upstream).map(|upstream| {
+        let of_family = |v4: bool| upstream.source.iter().filter(|address| address.is_ipv4() == v4).count();
+        match upstream.transparent {
+            // As many as there are clients: descriptors are the bound then.
+            true => usize::MAX / (1 << 20),
+            false => of_family(true).max(1).min(of_family(false).max(1)),
+        }
+    });
+    let addresses = addresses.min().unwrap_or(1);
     let range = datagram::local_ports().unwrap_or((32_768, 60_999));
     let ports = usize::from(range.1.saturating_sub(range.0)) + 1;
-    descriptors.min(ports * 9 / 10 / slots.max(1)).max(1) as u32
+    descriptors.min(addresses.saturating_mul(ports * 9 / 10) / slots.max(1)).clamp(1, u32::MAX as usize)
+        as u32
 }
 
 fn tell_clamped(config: &Config, limit: u32) {

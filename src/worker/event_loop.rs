@@ -14,12 +14,14 @@ use mio::{Events, Interest, Poll, Token};
 use tracing::{error, info, warn};
 
 use super::birth::Born;
+use super::complaints::Complaints;
 use super::datagrams::{self, Datagrams};
+use super::gate::Gate;
 use super::handover::{Cargo, Load as Freight, Passing, Progress, Receivers, Sender};
 use super::leave::{Leave, Step};
 use super::listeners::{self, Accepted, Listeners, PAUSE};
 use super::load::Load;
-use super::sessions::{Context, Sessions};
+use super::sessions::{self, Context, Sessions};
 use super::test_hook::Busy;
 use crate::board::Board;
 use crate::config::Mode;
@@ -88,6 +90,7 @@ struct Loop<'a> {
     orphaned_until: Option<Millis>,
     is_orphan: bool,
     paused_before: bool,
+    complaints: Complaints,
     #[cfg(debug_assertions)]
     hang: super::hang::Hang,
 }
@@ -118,11 +121,14 @@ impl<'a> Loop<'a> {
             counters,
             access_log: born.access_log.as_ref(),
             all: born.all.iter().map(over).collect::<Option<Vec<_>>>()?,
+            gates: born.config.listeners.iter().map(Gate::of).collect(),
             board: Board::over(born.board.words(), &born.board_layout)?,
             failure_bell: &born.failure_bell,
         };
         debug_assert_eq!(context.all.len(), born.slot_count);
         let reserved = RESERVED_FILES + born.slot_count as u64 + 2 * sockets.len() as u64;
+        // Two ends a pipe.
+        let reserved = reserved + 2 * sessions::pipe_count(born.slot_count) as u64;
         let files = process::file_limit().saturating_sub(reserved);
         let modes = |mode: Mode| context.config.listeners.iter().any(|listener| listener.mode == mode);
         // Where both modes are served, flows have half of the descriptors.
@@ -153,6 +159,7 @@ impl<'a> Loop<'a> {
             orphaned_until: None,
             is_orphan: false,
             paused_before: false,
+            complaints: Complaints::default(),
             #[cfg(debug_assertions)]
             hang: super::hang::Hang::of_environment(born.slot),
         };
@@ -301,6 +308,10 @@ impl<'a> Loop<'a> {
                 if self.is_full() {
                     return self.pause(now, None);
                 }
+                if self.is_listener_full(index) {
+                    self.hold(index, now);
+                    break;
+                }
                 match self.listeners.accept(index) {
                     Accepted::Connection(listener, stream, peer) => {
                         self.sessions.open(self.poll.registry(), listener, stream, peer, now);
@@ -317,6 +328,27 @@ impl<'a> Loop<'a> {
     fn is_full(&self) -> bool {
         let limit = self.sessions.context().config.daemon.max_connections;
         self.sessions.len() >= self.session_limit || (limit > 0 && self.sessions.len_of_daemon() >= limit)
+    }
+
+    fn is_listener_full(&self, index: usize) -> bool {
+        let listener = self.listeners.listener_of(index);
+        listener.is_some_and(|listener| self.sessions.context().is_listener_full(listener))
+    }
+
+    /// The same for one socket, whose listener has all the sessions it may.
+    fn hold(&mut self, index: usize, now: Millis) {
+        self.listeners.hold(self.poll.registry(), index, now + PAUSE);
+        let context = self.sessions.context();
+        context.counters.process(Process::AcceptPauses).add(1);
+        let Some(listener) = self.listeners.listener_of(index) else { return };
+        if let Some(untold) = self.complaints.note(listener, "max_connections", now) {
+            let config = &context.config.listeners[listener];
+            warn!(
+                "listener {} has all of its max_connections = {}: new clients wait in the queue; counted as \
+                 accept_pauses, {untold} more since the last such line",
+                config.name, config.limits.max_connections
+            );
+        }
     }
 
     /// What waits in the queues stays there, and is accepted later.

@@ -246,7 +246,7 @@ impl Sender {
     fn send_sessions(&mut self, cargo: &mut Cargo) -> Result<bool, Progress> {
         let parcels = match self.left.min(MAX_SESSIONS) {
             0 => Vec::new(),
-            count => cargo.sessions.pack(cargo.registry, count),
+            count => cargo.sessions.pack(cargo.registry, count, cargo.now),
         };
         let keys: Vec<Key> = parcels.iter().map(|parcel| parcel.key).collect();
         if keys.is_empty() || self.refused {

@@ -52,6 +52,8 @@ struct Entry {
     filled: bool,
     /// No new handshakes: what is accepted has to be made welcome.
     closed: bool,
+    /// Its listener has all the sessions that it may: accepting waits.
+    held_until: Option<Millis>,
 }
 
 /// What one try to accept brought.
@@ -80,9 +82,18 @@ impl Listeners {
         level::watch(registry, &socket, listener_token(index).0)?;
         // A predecessor may have died while it left.
         let closed = filter::is_closed(&socket);
-        let (ready, watched) = (true, true);
-        let entry =
-            Some(Entry { place, socket, lent_by, ready, watched, batch: 1, taken: 0, filled: false, closed });
+        let entry = Some(Entry {
+            place,
+            socket,
+            lent_by,
+            ready: true,
+            watched: true,
+            batch: 1,
+            taken: 0,
+            filled: false,
+            closed,
+            held_until: None,
+        });
         if index == self.entries.len() {
             self.entries.push(entry);
         } else {
@@ -140,7 +151,24 @@ impl Listeners {
 
     /// Whether there is anything to accept right now.
     pub fn has_ready(&self, now: Millis) -> bool {
-        self.paused_until.is_none_or(|until| now >= until) && self.entries.iter().flatten().any(|e| e.ready)
+        self.paused_until.is_none_or(|until| now >= until)
+            && self.entries.iter().flatten().any(|entry| entry.ready)
+    }
+
+    /// The listener of a socket.
+    pub fn listener_of(&self, index: usize) -> Option<usize> {
+        self.entries.get(index)?.as_ref().map(|entry| entry.place.listener)
+    }
+
+    /// Accepts nothing at one socket until then, as `pause` does at all.
+    pub fn hold(&mut self, registry: &Registry, index: usize, until: Millis) {
+        if let Some(Some(entry)) = self.entries.get_mut(index) {
+            entry.held_until = Some(until);
+            entry.ready = false;
+            if std::mem::take(&mut entry.watched) {
+                let _ = registry.deregister(&mut SourceFd(&entry.socket.as_raw_fd()));
+            }
+        }
     }
 
     /// Whether there is more to accept at one socket in this turn.
@@ -187,11 +215,10 @@ impl Listeners {
 
     /// A descriptor or a place became free, or the pause is over.
     pub fn end_pause(&mut self, registry: &Registry, now: Millis) {
-        if self.paused_until.take().is_none() {
-            return;
-        }
+        self.paused_until = None;
         for (index, entry) in self.entries.iter_mut().enumerate() {
             let Some(entry) = entry.as_mut().filter(|entry| !entry.watched) else { continue };
+            entry.held_until = None;
             match level::watch(registry, &entry.socket, listener_token(index).0) {
                 Ok(()) => (entry.watched, entry.ready) = (true, true),
                 // Out of memory: not polled, it would never be served again.
@@ -200,9 +227,10 @@ impl Listeners {
         }
     }
 
-    /// When the pause ends.
+    /// When the pause ends, of all or of one.
     pub fn pause_end(&self) -> Option<Millis> {
-        self.paused_until.filter(|_| !self.is_empty())
+        let of_all = self.paused_until.filter(|_| !self.is_empty());
+        self.entries.iter().flatten().filter_map(|entry| entry.held_until).chain(of_all).min()
     }
 
     /// Every socket, with the listener's number.

@@ -12,8 +12,11 @@
 
 mod access_log;
 mod birth;
+mod complaints;
 mod datagrams;
+mod departures;
 mod event_loop;
+mod gate;
 mod handover;
 #[cfg(debug_assertions)]
 mod hang;

@@ -1,10 +1,10 @@
 //! The TCP sessions of a worker: sockets around `relay::Session`.
 //!
 //! ```text
-//!   accept --> Connecting --connected--> Open --Done--> (Resetting) --> gone
-//!                 |   ^                    |                 ^
-//!                 |   +-- next server      +---- timeouts ---+
-//!                 +--> Waiting (no descriptor, server's queue full) --> Connecting
+//!   accept --> (Header) --> Connecting --connected--> Open --Done--> (Resetting) --> gone
+//!                              |   ^                    |                 ^
+//!                              |   +-- next server      +---- timeouts ---+
+//!                              +--> Waiting (no descriptor, server's queue full) --> Connecting
 //! ```
 //!
 //! A session that ends by a reset waits in Resetting until what was sent to
@@ -12,6 +12,7 @@
 //! Bounded by the descriptors of the process; each session has one deadline.
 
 mod connect;
+mod entrance;
 mod list;
 mod moving;
 mod options;
@@ -23,6 +24,8 @@ use std::cell::RefCell;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
+use std::rc::Rc;
+use std::sync::Once;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
@@ -31,16 +34,23 @@ use connect::Attempt;
 use options::Lacks;
 use waiting::Waiting;
 
+use super::complaints::Complaints;
+use super::departures::Departures;
+use super::gate::Gate;
 use crate::balance::Balancer;
 use crate::board::Board;
 use crate::config::{Config, ServerAddress, Service, Target};
 use crate::counters::{Counters, Layout, OfListener, OfServer, Process};
 use crate::deadline::Deadlines;
 use crate::handover::Story;
-use crate::relay::{CloseReason, Drive, End, MAX_READ, Readiness, Session, Side};
+use crate::proxy_protocol::Ends;
+use crate::relay::{
+    self, CloseReason, Drive, End, Lent, MAX_PIPED, MAX_READ, Pipes, Readiness, Session, Side,
+};
 use crate::slab::{Key, Slab};
 use crate::sys::bell::Bell;
 use crate::sys::clock::{self, Millis};
+use crate::sys::pipe::Pipe;
 use crate::sys::stream::Stream;
 use crate::worker::access_log::AccessLog;
 pub use moving::Parcel;
@@ -54,7 +64,16 @@ const BEAT_EVERY: usize = 64;
 /// How often a session that waits for acknowledgements is looked at.
 const RESET_CHECK: Millis = 20;
 
+/// Pipes of all workers together, of a megabyte each: half of what the kernel
+/// grants a user without privileges, because in a reload there are two workers
+/// a slot.
+const PIPES_OF_DAEMON: usize = 32;
+/// And of one worker.
+const PIPES_OF_WORKER: usize = 16;
+
 impl End for Stream {
+    type Pipe = Pipe;
+
     fn receive(&self, into: &mut [u8]) -> io::Result<usize> {
         Stream::receive(self, into)
     }
@@ -63,6 +82,34 @@ impl End for Stream {
     }
     fn finish(&self) -> io::Result<()> {
         Stream::finish(self)
+    }
+    fn fill(&self, pipe: &Pipe, most: usize) -> io::Result<usize> {
+        pipe.fill(self, most)
+    }
+    fn drain(&self, pipe: &Pipe, most: usize) -> io::Result<usize> {
+        pipe.drain(self, most)
+    }
+}
+
+impl relay::Pipe for Pipe {
+    fn take(&self, into: &mut [u8]) -> io::Result<usize> {
+        Pipe::take(self, into)
+    }
+}
+
+/// How many pipes each of so many workers may have.
+pub fn pipe_count(slot_count: usize) -> usize {
+    (PIPES_OF_DAEMON / slot_count.max(1)).clamp(1, PIPES_OF_WORKER)
+}
+
+fn open_pipe() -> Option<Pipe> {
+    static SAID: Once = Once::new();
+    match Pipe::open(MAX_PIPED) {
+        Ok(pipe) => Some(pipe),
+        Err(error) => {
+            SAID.call_once(|| tracing::debug!(%error, "no pipe of 1 MiB: bulk is copied"));
+            None
+        }
     }
 }
 
@@ -76,6 +123,8 @@ pub struct Context<'a> {
     pub counters: Counters<'a>,
     /// Every slot's counters.
     pub all: Vec<Counters<'a>>,
+    /// Who may come in at each listener.
+    pub gates: Rc<[Gate]>,
     /// Where ended sessions and flows are told, if they are.
     pub access_log: Option<&'a RefCell<AccessLog>>,
     /// How the servers stand.
@@ -129,7 +178,10 @@ pub struct Sessions<'a> {
     seen_epochs: Vec<u64>,
     waiting: Waiting,
     scratch: Box<[u8]>,
+    pipes: Pipes<Pipe>,
     fired: Vec<u32>,
+    complaints: Complaints,
+    departures: Departures,
 }
 
 #[derive(Debug)]
@@ -142,6 +194,10 @@ struct Entry {
     /// Who had that place then: another address may have it by now.
     incarnation: u32,
     listener: u32,
+    /// Where its client is counted among the listener's sources.
+    source: u32,
+    /// What a PROXY header said of the client; else its own socket knows.
+    origin: Option<Box<Ends>>,
     stage: Stage,
     queued: bool,
     half_closed: bool,
@@ -158,6 +214,10 @@ struct Entry {
 
 #[derive(Debug)]
 enum Stage {
+    /// A PROXY header is awaited.
+    Header {
+        until: Millis,
+    },
     /// A connect is under way.
     Connecting(Attempt),
     /// A connect could not begin, and is tried again; or every server is full.
@@ -174,7 +234,10 @@ enum Stage {
 impl<'a> Sessions<'a> {
     pub fn new(context: Context<'a>, now: Millis) -> Sessions<'a> {
         let balancers = context.balancers(now);
+        let pipes = Pipes::new(pipe_count(context.all.len()), open_pipe);
         Sessions {
+            complaints: Complaints::default(),
+            departures: Departures::new(context.config.upstreams.len(), context.slot),
             context,
             slab: Slab::new(),
             deadlines: Deadlines::new(now),
@@ -183,6 +246,7 @@ impl<'a> Sessions<'a> {
             waiting: Waiting::new(balancers.len()),
             balancers,
             scratch: vec![0; MAX_READ].into_boxed_slice(),
+            pipes,
             fired: Vec::new(),
         }
     }
@@ -200,22 +264,23 @@ impl<'a> Sessions<'a> {
         &self.context
     }
 
-    /// Takes over a connection that was accepted.
-    pub fn open(
+    /// A session of a client that was accepted; `None` where it had to be
+    /// closed at once.
+    fn insert(
         &mut self,
         registry: &Registry,
         listener: usize,
-        client: Stream,
-        peer: SocketAddr,
+        (client, peer): (Stream, SocketAddr),
+        source: u32,
         now: Millis,
-    ) {
-        let config = &self.context.config.listeners[listener];
-        let session = match config.target {
+    ) -> Option<Key> {
+        let session = match self.context.config.listeners[listener].target {
             Target::Upstream(_) => Session::relay(),
             Target::Service(Service::Echo) => Session::echo(&[]),
             Target::Service(Service::Identify) => Session::echo(self.identity(listener).as_bytes()),
             Target::Service(Service::Discard) => Session::discard(),
         };
+        let fd = client.as_raw_fd();
         let entry = Entry {
             session,
             client,
@@ -223,6 +288,8 @@ impl<'a> Sessions<'a> {
             server_index: None,
             incarnation: 0,
             listener: listener as u32,
+            source,
+            origin: None,
             stage: Stage::Open,
             queued: false,
             half_closed: false,
@@ -234,25 +301,13 @@ impl<'a> Sessions<'a> {
         };
         let key = self.slab.insert(entry);
         let counters = &self.context.counters;
-        counters.process(Process::Accepted).add(1);
         counters.process(Process::Active).add(1);
-        counters.listener(listener, OfListener::Connections).add(1);
         counters.listener(listener, OfListener::Active).add(1);
-        let client = self.slab.get(key).expect("just inserted").client.as_raw_fd();
-        if register(registry, client, key, Side::Client).is_err() {
+        if register(registry, fd, key, Side::Client).is_err() {
             self.close(key, CloseReason::NoResources, now);
-            return;
+            return None;
         }
-        match config.target {
-            Target::Upstream(_) => {
-                let attempt = self.first_attempt(key, peer.ip(), now);
-                self.begin_connect(registry, key, attempt, now);
-            }
-            Target::Service(_) => {
-                self.set_deadline(key, now);
-                self.enqueue(key);
-            }
-        }
+        Some(key)
     }
 
     fn identity(&self, listener: usize) -> String {
@@ -287,6 +342,10 @@ impl<'a> Sessions<'a> {
             Stage::Waiting(ref attempt) if attempt.waits_since.is_some() && event.is_error() => {
                 self.close(key, CloseReason::ClientReset, now);
             }
+            Stage::Header { .. } => {
+                let ended = event.is_read_closed() || event.is_error();
+                self.read_header(registry, key, ended, now);
+            }
             // A client that has reset meanwhile sent something before,
             // perhaps: that is delivered first, as everywhere.
             Stage::Connecting(_) | Stage::Waiting(_) => {}
@@ -317,6 +376,19 @@ impl<'a> Sessions<'a> {
             }
             self.drive(key, now);
         }
+        self.take_pipe_away(now);
+    }
+
+    /// Where a session in bulk found no pipe, one that has had its for long is
+    /// to keep its bytes in memory.
+    fn take_pipe_away(&mut self, now: Millis) {
+        let Some(holder) = self.pipes.take_wish(now) else { return };
+        let key = self.slab.key_at(holder.session).expect("a session gives its pipe back when it ends");
+        let entry = self.slab.get_mut(key).expect("just found");
+        entry.session.unpipe(usize::from(holder.half), &mut self.pipes, now);
+        if entry.session.is_broken() {
+            self.enqueue(key);
+        }
     }
 
     fn drive(&mut self, key: Key, now: Millis) {
@@ -327,7 +399,8 @@ impl<'a> Sessions<'a> {
         }
         let before = entry.session.client_bytes();
         let server = entry.server.as_ref().unwrap_or(&entry.client);
-        let result = entry.session.drive([&entry.client, server], &mut self.scratch, BUDGET);
+        let mut lent = Lent { scratch: &mut self.scratch, pipes: &mut self.pipes, session: key.index, now };
+        let result = entry.session.drive([&entry.client, server], &mut lent, BUDGET);
         let after = entry.session.client_bytes();
         let listener = entry.listener as usize;
         if before != after {
@@ -376,6 +449,7 @@ impl<'a> Sessions<'a> {
                 Some((due, reason)) if due <= now => self.close(key, reason, now),
                 _ => self.set_deadline(key, now),
             },
+            Stage::Header { .. } => self.refuse(key, CloseReason::ProxyTimeout, now),
             Stage::Connecting(_) => self.handle_connect_timeout(registry, key, now),
             Stage::Waiting(attempt) if attempt.waits_since.is_some() => {
                 self.close(key, CloseReason::QueueTimeout, now);
@@ -413,6 +487,7 @@ impl<'a> Sessions<'a> {
     /// an orderly end; what was sent to them before goes first.
     fn close(&mut self, key: Key, reason: CloseReason, now: Millis) {
         let Some(entry) = self.slab.get_mut(key) else { return };
+        entry.session.abandon(&mut self.pipes);
         if reason == CloseReason::Finished {
             return self.remove(key, reason);
         }
@@ -431,7 +506,8 @@ impl<'a> Sessions<'a> {
     }
 
     fn remove(&mut self, key: Key, reason: CloseReason) {
-        let Some(entry) = self.slab.remove(key) else { return };
+        let Some(mut entry) = self.slab.remove(key) else { return };
+        entry.session.abandon(&mut self.pipes);
         self.deadlines.clear(key.index);
         self.waiting.look_soon();
         self.log_end(&entry, reason);
@@ -444,6 +520,7 @@ impl<'a> Sessions<'a> {
         let counters = &self.context.counters;
         counters.process(Process::Active).less_one();
         counters.listener(entry.listener as usize, OfListener::Active).less_one();
+        self.context.handle_left(entry.listener as usize, entry.source);
         if let Some(server) = self.server_number(entry) {
             counters.server(server, OfServer::Active).less_one();
         }

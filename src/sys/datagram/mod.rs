@@ -21,6 +21,7 @@ use std::time::Duration;
 use nix::sys::socket::{MsgFlags, setsockopt, sockopt};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
+use super::local_end::LocalEnd;
 pub use arena::Arena;
 pub use sender::{MAX_SEGMENTS, Sender};
 
@@ -85,9 +86,10 @@ pub fn join_received(socket: &impl AsFd) -> bool {
 }
 
 /// Opens a flow's own socket to its server, on a port of the kernel's choice.
-pub fn connect(server: SocketAddr) -> io::Result<OwnedFd> {
+pub fn connect(server: SocketAddr, from: LocalEnd) -> io::Result<OwnedFd> {
     let kind = Type::DGRAM.nonblocking().cloexec();
     let socket = Socket::new(Domain::for_address(server), kind, Some(socket2::Protocol::UDP))?;
+    from.bind(&socket)?;
     // In one call: the port is bound and the server is the only one heard.
     socket.connect(&SockAddr::from(server))?;
     Ok(socket.into())

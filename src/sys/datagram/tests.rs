@@ -93,7 +93,7 @@ fn a_reply_leaves_from_the_address_that_was_asked() {
 #[test]
 fn a_port_that_nobody_has_is_an_error_of_the_connected_socket() {
     let nobody = socket("127.0.0.1:0").local_addr().unwrap();
-    let flow = connect(nobody).unwrap();
+    let flow = connect(nobody, LocalEnd::Any).unwrap();
     send(&flow, b"?").unwrap();
     let error = Arena::new(1, 10).receive(&flow, 0, 1).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::ECONNREFUSED));

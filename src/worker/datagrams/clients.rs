@@ -4,14 +4,17 @@ use std::io;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mio::Registry;
+use tracing::warn;
 
 use super::outlet::Sent;
 use super::{Datagrams, FRONT_BUDGET, PLACES, has_own_address, unspecified};
 use crate::config::{SendProxy, Service, Target as Goes};
 use crate::counters::{Counters, OfFlows, OfListener, Process};
-use crate::flow::{Arrival, DropReason, FlowKey, NO_SERVER, ProxyHeader, Reply};
+use crate::flow::{Arrival, DropReason, FlowKey, NO_SERVER, Reply};
+use crate::proxy_protocol::{Ends, Header, Transport};
 use crate::relay::CloseReason;
 use crate::slab::Key;
+use crate::sources::UNCOUNTED;
 use crate::sys::clock::Millis;
 use crate::sys::datagram::{self, Outgoing};
 
@@ -150,6 +153,7 @@ impl Datagrams<'_> {
                 if self.is_daemon_full() {
                     return Err(DropReason::Shed);
                 }
+                self.may_open(&name, now)?;
                 if let Some(key) = evict {
                     self.end_flow(key, CloseReason::Evicted, now);
                 }
@@ -159,22 +163,61 @@ impl Datagrams<'_> {
         }
     }
 
+    /// Whether the listener lets a client begin a flow.
+    fn may_open(&mut self, name: &FlowKey, now: Millis) -> Result<(), DropReason> {
+        let (listener, client) = (usize::from(name.listener), name.client.ip());
+        let refused = match self.context.may_enter(listener, client, now) {
+            Err(refused) => refused.drop_reason(),
+            Ok(()) if self.context.is_listener_full(listener) => DropReason::MaxConnections,
+            Ok(()) => return Ok(()),
+        };
+        if let Some(untold) = self.complaints.note(listener, refused.name(), now) {
+            let name = &self.context.config.listeners[listener].name;
+            warn!(
+                "listener {name}: datagrams of {client} are dropped ({}), and {untold} more since the last such line",
+                refused.name()
+            );
+        }
+        Err(refused)
+    }
+
+    /// Counts a flow that was opened for its client.
+    pub(super) fn count_source(&mut self, key: Key, name: &FlowKey, now: Millis) {
+        let listener = usize::from(name.listener);
+        let place = self.context.handle_entered(listener, name.client.ip(), now);
+        self.note_source(key, place);
+    }
+
+    /// Remembers where a flow's client is counted, if it is.
+    pub(super) fn note_source(&mut self, key: Key, place: u32) {
+        let index = key.index as usize;
+        if index >= self.source_places.len() {
+            if place == UNCOUNTED {
+                return;
+            }
+            self.source_places.resize(index + 1, UNCOUNTED);
+        }
+        self.source_places[index] = place;
+    }
+
     /// Flows of a service are only counted: what finds no room is answered
     /// all the same.
     fn note_service(&mut self, name: FlowKey, at: usize, now: Millis) -> Result<(), DropReason> {
         let key = match self.flows.handle_client(&name, now) {
             Arrival::Known(key) | Arrival::Move(key) | Arrival::Frozen(key) => key,
             Arrival::Open { evict } => {
+                self.may_open(&name, now)?;
                 if let Some(key) = evict {
                     self.end_flow(key, CloseReason::Evicted, now);
                 }
                 self.count_opened(usize::from(name.listener));
                 let key = self.flows.open(name, NO_SERVER, now);
                 self.begin_story(key, None, now);
+                self.count_source(key, &name, now);
                 key
             }
             Arrival::Drop(DropReason::Leaving) => return Err(DropReason::Leaving),
-            Arrival::Drop(_) => return Ok(()),
+            Arrival::Drop(_) => return self.may_open(&name, now),
         };
         let answers = self.context.config.listeners[usize::from(name.listener)].target;
         self.note_answered(key, at, answers == Goes::Service(Service::Discard));
@@ -275,10 +318,11 @@ impl Datagrams<'_> {
     fn send_run(&mut self, key: Key, listener: usize, first: usize, end: usize) -> Sent {
         let Some(name) = self.flows.get(key).map(|flow| flow.key()) else { return Sent::default() };
         let port = self.context.config.listeners[listener].bind[usize::from(name.address)].port();
-        let header = self
-            .sends_proxy_header(listener)
-            .then(|| ProxyHeader::new(name.client, (name.local, port).into()));
-        let head = header.as_ref().map_or(&[][..], ProxyHeader::as_bytes);
+        let ends = Ends { source: name.client, destination: (name.local, port).into() };
+        // In front of every datagram, not only of a flow's first: most receivers
+        // of datagrams keep no state and look at each.
+        let header = self.sends_proxy_header(listener).then(|| Header::version_2(&ends, Transport::Datagram));
+        let head = header.as_ref().map_or(&[][..], Header::as_bytes);
         let Self { arena, uplinks, outlet, .. } = self;
         let Some(Some(uplink)) = uplinks.get_mut(key.index as usize) else { return Sent::default() };
         let items = (first..end).map(|at| {

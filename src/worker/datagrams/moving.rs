@@ -19,8 +19,9 @@ use super::{Datagrams, flow_token};
 use crate::config::{Mode, Target};
 use crate::control::{self, PeerMessage, Routes, Straggler};
 use crate::counters::{OfFlows, OfListener, OfServer, Process};
-use crate::flow::{DropReason, FlowKey, GONE_SERVER, NO_SERVER, ProxyHeader};
+use crate::flow::{DropReason, FlowKey, GONE_SERVER, NO_SERVER};
 use crate::handover::flows::{Flow, Record};
+use crate::proxy_protocol::{Ends, Header, Transport};
 use crate::relay::CloseReason;
 use crate::slab::Key;
 use crate::steering::Route;
@@ -178,7 +179,7 @@ impl Datagrams<'_> {
     pub fn forget(&mut self, item: Item) {
         let Item::Flow(key) = item else { return };
         if let Some(flow) = self.flows.end(key) {
-            self.count_gone(&flow);
+            self.count_gone(key, &flow);
             if let Some(uplink) = self.uplinks.get_mut(key.index as usize) {
                 *uplink = None;
             }
@@ -249,6 +250,8 @@ impl Datagrams<'_> {
         };
         let key = self.flows.adopt(name, server, &flow.state, now)?;
         self.begin_story(key, flow.story.clone(), now);
+        let place = self.context.handle_taken(listener, flow.client.ip(), now);
+        self.note_source(key, place);
         if let Some(socket) = socket {
             self.put_uplink(key, socket, flow.can_cut);
         }
@@ -341,10 +344,10 @@ impl Datagrams<'_> {
                 Err(reason) => return self.drop_datagrams(listener, reason, 1),
             };
             let Some(Some(uplink)) = self.uplinks.get(key.index as usize) else { return };
-            let header = self
-                .sends_proxy_header(listener)
-                .then(|| ProxyHeader::new(name.client, (name.local, port).into()));
-            let head = header.as_ref().map_or(&[][..], ProxyHeader::as_bytes);
+            let ends = Ends { source: name.client, destination: (name.local, port).into() };
+            let header =
+                self.sends_proxy_header(listener).then(|| Header::version_2(&ends, Transport::Datagram));
+            let head = header.as_ref().map_or(&[][..], Header::as_bytes);
             if datagram::send(&uplink.socket, &[head, piece].concat()).is_err() {
                 self.drop_datagrams(listener, DropReason::ToServer, 1);
             }

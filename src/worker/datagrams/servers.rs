@@ -14,7 +14,7 @@ use crate::balance::{Ask, Pick};
 use crate::board::{Address, Health};
 use crate::config::Target;
 use crate::control::Place;
-use crate::counters::{OfFlows, OfListener, OfServer};
+use crate::counters::{OfFlows, OfListener, OfServer, Process};
 use crate::flow::{self, DropReason, Flow, FlowKey};
 use crate::relay::CloseReason;
 use crate::slab::Key;
@@ -76,6 +76,11 @@ fn is_shortage(error: &io::Error) -> bool {
     )
 }
 
+/// Whether no local port was left, or none at the address to leave from.
+fn is_out_of_ports(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EADDRNOTAVAIL | libc::EADDRINUSE))
+}
+
 impl Datagrams<'_> {
     /// Opens a flow to the next server that takes it.
     pub(super) fn open_flow(
@@ -89,6 +94,7 @@ impl Datagrams<'_> {
         let key = self.flows.open(name, server as u32, now);
         self.begin_story(key, None, now);
         self.count_opened(listener);
+        self.count_source(key, &name, now);
         self.count_server(listener, server, OfServer::Connections);
         self.count_server(listener, server, OfServer::Active);
         self.put_uplink(key, socket, true);
@@ -227,8 +233,9 @@ impl Datagrams<'_> {
                 tried: &|place| tried.contains(&place),
             });
             let Pick::Place(server) = picked else { break };
-            match self.connect_to(listener, upstream, server) {
+            match self.connect_to(listener, upstream, server, client, now) {
                 Ok(socket) => return Ok((server, socket)),
+                Err(error) if is_out_of_ports(&error) => return Err(DropReason::NoPorts),
                 Err(error) if is_shortage(&error) => return Err(DropReason::Shed),
                 Err(_) => {
                     self.count_server(listener, server, OfServer::Failures);
@@ -241,7 +248,14 @@ impl Datagrams<'_> {
 
     /// A socket to this server. Where the host has none left, one that rests
     /// is given up early, and then a flow that was never answered.
-    fn connect_to(&mut self, listener: usize, upstream: usize, server: usize) -> io::Result<OwnedFd> {
+    fn connect_to(
+        &mut self,
+        listener: usize,
+        upstream: usize,
+        server: usize,
+        client: IpAddr,
+        now: Millis,
+    ) -> io::Result<OwnedFd> {
         let Some(Address::Ip(address)) = self.balancers[upstream].places()[server].address else {
             return Err(io::ErrorKind::Unsupported.into());
         };
@@ -251,7 +265,12 @@ impl Datagrams<'_> {
             }
         }
         loop {
-            match datagram::connect(address) {
+            let config = &self.context.config.upstreams[upstream];
+            let connect = |from| datagram::connect(address, from);
+            let (shortages, result) =
+                self.departures.connect((upstream, config), client, address, now, connect);
+            self.context.counters.process(Process::PortShortages).add(shortages);
+            match result {
                 Err(error) if is_shortage(&error) => {
                     if self.cut_quarantine(listener) {
                         continue;

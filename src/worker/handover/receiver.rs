@@ -139,7 +139,7 @@ impl Receiver {
         for (index, arrival) in arrivals.into_iter().enumerate() {
             let sockets: Vec<_> = fds.by_ref().take(arrival.record.socket_count()).collect();
             let has_room = cargo.sessions.len() < room;
-            match has_room.then(|| cargo.sessions.take(arrival, sockets)).flatten() {
+            match has_room.then(|| cargo.sessions.take(arrival, sockets, cargo.now)).flatten() {
                 Some(key) => taken.push(key),
                 None => refused.push(index),
             }

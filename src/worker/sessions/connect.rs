@@ -5,7 +5,7 @@
 //! counted as such and spoils nobody's record.
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsRawFd;
 
 use mio::Registry;
@@ -13,12 +13,13 @@ use mio::Registry;
 use super::options::Lacks;
 use super::{Sessions, Stage, is_unix, millis, register};
 use crate::balance::Pick;
-use crate::config::{ServerAddress, Target};
-use crate::counters::OfServer;
+use crate::config::{SendProxy, ServerAddress, Target};
+use crate::counters::{OfListener, OfServer, Process};
+use crate::proxy_protocol::{Ends, Header, Transport};
 use crate::relay::{CloseReason, Readiness, Side};
 use crate::slab::Key;
 use crate::sys::clock::Millis;
-use crate::sys::stream::{Connecting, connect_tcp, connect_unix};
+use crate::sys::stream::{self, Connecting, connect_tcp, connect_unix};
 
 /// How long a connect waits that could not begin, in milliseconds.
 const RETRY_AFTER: Millis = 20;
@@ -27,7 +28,7 @@ const RETRY_AFTER: Millis = 20;
 #[derive(Clone, Debug)]
 pub(super) struct Attempt {
     /// Whose session it is.
-    pub client: IpAddr,
+    pub client: SocketAddr,
     /// When the present connect, or the wait for one, is given up.
     pub until: Millis,
     /// The servers that failed.
@@ -72,7 +73,7 @@ impl Sessions<'_> {
             };
             attempt.waits_since = None;
             let number = self.context.layout.place(upstream, server);
-            match self.connect(upstream, server) {
+            match self.connect(upstream, server, attempt.client.ip(), now) {
                 Ok(connecting) => {
                     let (stream, done) = match connecting {
                         Connecting::Done(stream) => (stream, true),
@@ -137,9 +138,23 @@ impl Sessions<'_> {
         }
     }
 
-    fn connect(&self, upstream: usize, server: usize) -> io::Result<Connecting> {
+    fn connect(
+        &mut self,
+        upstream: usize,
+        server: usize,
+        client: IpAddr,
+        now: Millis,
+    ) -> io::Result<Connecting> {
         match self.address_at(upstream, server) {
-            Some(ServerAddress::Ip(address)) => connect_tcp(address),
+            Some(ServerAddress::Ip(address)) => {
+                let config = &self.context.config.upstreams[upstream];
+                let departures = &mut self.departures;
+                let connect = |from| connect_tcp(address, from);
+                let (shortages, result) =
+                    departures.connect((upstream, config), client, address, now, connect);
+                self.context.counters.process(Process::PortShortages).add(shortages);
+                result
+            }
             Some(ServerAddress::Unix(path)) => connect_unix(&path),
             Some(ServerAddress::Name { .. } | ServerAddress::Srv(_)) | None => {
                 Err(io::ErrorKind::Unsupported.into())
@@ -192,7 +207,7 @@ impl Sessions<'_> {
     }
 
     /// The first attempt of a new session.
-    pub(super) fn first_attempt(&self, key: Key, client: IpAddr, now: Millis) -> Attempt {
+    pub(super) fn first_attempt(&self, key: Key, client: SocketAddr, now: Millis) -> Attempt {
         let until = now + self.connect_timeout(key);
         let failure = CloseReason::ConnectFailed;
         Attempt { client, until, tried: Vec::new(), failure, waits_since: None }
@@ -214,12 +229,15 @@ impl Sessions<'_> {
     /// The session has its server: bytes may flow.
     fn establish(&mut self, key: Key, now: Millis) {
         let entry = self.slab.get_mut(key).expect("the caller found it");
-        entry.stage = Stage::Open;
+        let stage = std::mem::replace(&mut entry.stage, Stage::Open);
         entry.moved = now;
         if let Some(story) = &mut entry.story {
             story.established = Some(now);
         }
         entry.session.handle_ready(Side::Server, Readiness { writable: true, ..Readiness::default() });
+        if let Stage::Connecting(attempt) = stage {
+            self.introduce(key, attempt.client);
+        }
         let number = self.server_number(self.slab.get(key).expect("still there"));
         let number = number.expect("an established session has a server");
         self.context.counters.server(number, OfServer::Connections).add(1);
@@ -235,5 +253,35 @@ impl Sessions<'_> {
         }
         self.set_deadline(key, now);
         self.enqueue(key);
+    }
+
+    /// Puts a PROXY header in front of what the client sends, where its
+    /// upstream wants one.
+    fn introduce(&mut self, key: Key, client: SocketAddr) {
+        let Some(upstream) = self.upstream(key) else { return };
+        let version = self.context.config.upstreams[upstream].send_proxy;
+        if version == SendProxy::Off {
+            return;
+        }
+        let entry = self.slab.get_mut(key).expect("the caller found it");
+        let ends = entry.origin.as_deref().copied().unwrap_or_else(|| {
+            // A socket that was reset meanwhile knows its own address still.
+            let local = entry.client.local().ok().flatten();
+            let unknown = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+            Ends { source: client, destination: local.unwrap_or(unknown) }
+        });
+        let header = match version {
+            SendProxy::Off => return,
+            SendProxy::V1 => Header::version_1(&ends),
+            SendProxy::V2 => Header::version_2(&ends, Transport::Stream),
+        };
+        let count = entry.session.introduce(header.as_bytes(), &entry.client, &mut self.scratch);
+        let listener = entry.listener as usize;
+        self.context.counters.listener(listener, OfListener::BytesIn).add(count as u64);
+        if let Some(server) = entry.server.as_ref().filter(|_| count == 0) {
+            // Nagle would keep the first request until the header is
+            // acknowledged, which a server puts off by 40 ms.
+            let _ = stream::set_quick(server);
+        }
     }
 }

@@ -84,6 +84,7 @@ impl Sessions<'_> {
     fn line(&self, entry: &Entry, now: Millis) -> Line {
         let [bytes_in, bytes_out] = entry.session.client_bytes();
         let state = match entry.stage {
+            Stage::Header { .. } => "header",
             Stage::Connecting(_) => "connecting",
             Stage::Waiting(_) => "waiting",
             Stage::Open => "open",
@@ -106,5 +107,6 @@ impl Sessions<'_> {
 }
 
 fn client_of(entry: &Entry) -> Option<std::net::SocketAddr> {
-    entry.client.peer().ok().flatten()
+    let told = entry.origin.as_ref().map(|ends| ends.source);
+    told.or_else(|| entry.client.peer().ok().flatten())
 }

@@ -6,7 +6,7 @@
 //! the acknowledgement is out: never do two processes drive it.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use mio::Registry;
@@ -20,6 +20,7 @@ use crate::counters::{OfListener, OfServer, Process};
 use crate::handover::{self, Arrival, Record};
 use crate::relay::{Readiness, Side};
 use crate::slab::Key;
+use crate::sources::UNCOUNTED;
 use crate::sys::clock::Millis;
 use crate::sys::stream::Stream;
 
@@ -32,14 +33,17 @@ pub struct Parcel {
 }
 
 impl Sessions<'_> {
-    /// Freezes up to so many sessions that can travel.
-    pub fn pack(&mut self, registry: &Registry, count: usize) -> Vec<Parcel> {
+    /// Freezes up to so many sessions that can travel, and no more once their
+    /// bytes make a large bundle.
+    pub fn pack(&mut self, registry: &Registry, count: usize, now: Millis) -> Vec<Parcel> {
         let mut parcels = Vec::new();
+        let mut kept = 0;
         for key in self.slab.keys() {
-            if parcels.len() == count {
+            if parcels.len() == count || kept >= handover::ENOUGH_BYTES {
                 break;
             }
-            if let Some(parcel) = self.describe(key) {
+            if let Some(parcel) = self.describe(key, now) {
+                kept += parcel.kept.len();
                 let entry = self.slab.get_mut(key).expect("just described");
                 entry.frozen = true;
                 for stream in [Some(&entry.client), entry.server.as_ref()].into_iter().flatten() {
@@ -53,9 +57,15 @@ impl Sessions<'_> {
         parcels
     }
 
-    fn describe(&self, key: Key) -> Option<Parcel> {
-        let entry = self.slab.get(key).filter(|entry| entry.is_movable())?;
-        let (relay, kept) = entry.session.snapshot()?;
+    fn describe(&mut self, key: Key, now: Millis) -> Option<Parcel> {
+        let entry = self.slab.get_mut(key).filter(|entry| entry.is_movable())?;
+        entry.session.unpipe_all(&mut self.pipes, now);
+        let Some((relay, kept)) = entry.session.snapshot() else {
+            // A pipe failed: the next turn ends it.
+            self.enqueue(key);
+            return None;
+        };
+        let entry = self.slab.get(key).expect("just found");
         let listener = &self.context.config.listeners[entry.listener as usize];
         let name = |index: u32| match listener.target {
             Target::Upstream(upstream) => self.place_name(upstream, index as usize),
@@ -69,6 +79,7 @@ impl Sessions<'_> {
                 failure: attempt.failure,
                 waits_since: attempt.waits_since,
             },
+            Stage::Header { until } => handover::Stage::Header { until: *until },
             Stage::Resetting { .. } => return None,
         };
         // A server that the configuration has no more keeps its session.
@@ -78,6 +89,7 @@ impl Sessions<'_> {
             server,
             stage,
             relay,
+            origin: entry.origin.as_deref().copied(),
             born: entry.born,
             moved: entry.moved,
             story: entry.story.as_deref().cloned(),
@@ -93,7 +105,8 @@ impl Sessions<'_> {
 
     /// The receiver has it: nothing of it is left here.
     pub fn forget(&mut self, key: Key) {
-        if let Some(entry) = self.slab.remove(key) {
+        if let Some(mut entry) = self.slab.remove(key) {
+            entry.session.abandon(&mut self.pipes);
             self.deadlines.clear(key.index);
             self.count_gone(&entry);
         }
@@ -109,7 +122,7 @@ impl Sessions<'_> {
 
     /// Takes in a session; it lies still until `activate`. `None` where its
     /// listener is not known here.
-    pub fn take(&mut self, arrival: Arrival, mut sockets: Vec<OwnedFd>) -> Option<Key> {
+    pub fn take(&mut self, arrival: Arrival, mut sockets: Vec<OwnedFd>, now: Millis) -> Option<Key> {
         let Arrival { record, session } = arrival;
         let config = self.context.config;
         let listener = config.listeners.iter().position(|listener| listener.name == record.listener)?;
@@ -128,14 +141,16 @@ impl Sessions<'_> {
         }
         let server = if sockets.len() == 2 { sockets.pop().map(Stream::from) } else { None };
         let client = Stream::from(sockets.pop()?);
+        let unknown = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+        let origin = record.origin.map(|ends| ends.source);
+        let address = || origin.or_else(|| client.peer().ok().flatten()).unwrap_or(unknown);
         let stage = match record.stage {
+            handover::Stage::Header { until } => Stage::Header { until },
             handover::Stage::Open => Stage::Open,
             handover::Stage::Connecting { until, tried, failure, waits_since } => {
                 upstream?;
                 let tried = tried.iter().filter_map(find).collect();
-                let unknown = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
-                let address = client.peer().ok().flatten().map_or(unknown, |peer| peer.ip());
-                let attempt = Attempt { client: address, until, tried, failure, waits_since };
+                let attempt = Attempt { client: address(), until, tried, failure, waits_since };
                 // Without its server in this configuration the connect that is
                 // under way is given up for the next one.
                 if server.is_some() && server_index.is_some() {
@@ -145,6 +160,10 @@ impl Sessions<'_> {
                 }
             }
         };
+        // Who is still to say who it is was not let in yet.
+        let counted = self.context.counts_sources(listener) && !matches!(stage, Stage::Header { .. });
+        let source =
+            if counted { self.context.handle_taken(listener, address().ip(), now) } else { UNCOUNTED };
         let waiting = matches!(stage, Stage::Waiting(_));
         let half_closed = session.is_half_closed();
         let place = |index: u32| self.balancers[upstream?].places().get(index as usize);
@@ -156,6 +175,8 @@ impl Sessions<'_> {
             server_index: server_index.filter(|_| !waiting),
             incarnation,
             listener: listener as u32,
+            source,
+            origin: record.origin.map(Box::new),
             stage,
             queued: false,
             half_closed,
@@ -211,6 +232,10 @@ impl Sessions<'_> {
                 }
             }
             Stage::Waiting(_) => self.deadlines.set(key.index, now),
+            Stage::Header { until } => {
+                self.deadlines.set(key.index, (*until).max(now));
+                self.read_header(registry, key, false, now);
+            }
             Stage::Resetting { .. } => unreachable!("what resets does not travel"),
         }
     }

@@ -55,7 +55,7 @@ impl Sessions<'_> {
         }
         let context = &self.context;
         let ask = Ask {
-            client: attempt.client,
+            client: attempt.client.ip().to_canonical(),
             now,
             table: context.board.table(upstream),
             active: &|place| context.active_at(upstream, place),

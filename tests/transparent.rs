@@ -1,0 +1,5 @@
+//! x
+mod support;
+fn main() {
+    support::run(tests![])
+}

@@ -183,7 +183,7 @@ fn take_sample(lab: &Lab, workload: &Workload, way: &Way, round: usize, results:
 /// one goes backwards, so that none always follows the same one.
 fn in_turn<'a>(ways: &'a [Way], workload: &Workload, round: usize) -> Vec<&'a Way> {
     let belongs = |way: &&Way| match way {
-        Way::Evenkeel { .. } => true,
+        Way::Evenkeel { logs, .. } => !logs || workload.is_logged(),
         other => workload.ways.contains(&other.name()),
     };
     let mut turn: Vec<&Way> = ways.iter().filter(belongs).collect();
@@ -196,7 +196,11 @@ fn in_turn<'a>(ways: &'a [Way], workload: &Workload, round: usize) -> Vec<&'a Wa
 }
 
 fn ways(arguments: &Arguments, results: &mut Results) -> Vec<Way> {
-    let own = Way::Evenkeel { name: "evenkeel".into(), program: env!("CARGO_BIN_EXE_evenkeel").into() };
+    let own = |name: &str, logs| Way::Evenkeel {
+        name: name.into(),
+        program: env!("CARGO_BIN_EXE_evenkeel").into(),
+        logs,
+    };
     let mut ways = vec![
         Way::Direct,
         Way::Nftables,
@@ -204,11 +208,12 @@ fn ways(arguments: &Arguments, results: &mut Results) -> Vec<Way> {
         Way::HaproxySplice,
         Way::Nginx,
         Way::NginxBuffers,
-        own,
+        own("evenkeel", false),
+        own("evenkeel-log", true),
     ];
     for text in &arguments.build {
         let (name, path) = text.split_once('=').expect("--build NAME=PATH");
-        ways.push(Way::Evenkeel { name: name.into(), program: path.into() });
+        ways.push(Way::Evenkeel { name: name.into(), program: path.into(), logs: false });
     }
     ways.retain(|way| {
         if !arguments.ways.is_empty() && !arguments.ways.iter().any(|name| name == way.name()) {

@@ -21,8 +21,9 @@ pub enum Way {
     Direct,
     /// The kernel's own address translation.
     Nftables,
-    /// evenkeel, or another build of it.
-    Evenkeel { name: String, program: PathBuf },
+    /// evenkeel, or another build of it; `logs` = with an access log, which
+    /// its peers have not.
+    Evenkeel { name: String, program: PathBuf, logs: bool },
     /// HAProxy.
     Haproxy,
     /// HAProxy with splice(2) and large pipes.
@@ -163,13 +164,17 @@ impl Open {
                 open.nat = Some(Nat::begin().expect("it did before"));
                 return open;
             }
-            Way::Evenkeel { .. } => (include_str!("evenkeel.toml"), "evenkeel.toml"),
-            Way::Haproxy => (include_str!("haproxy.cfg"), "haproxy.cfg"),
-            Way::HaproxySplice => (include_str!("haproxy-splice.cfg"), "haproxy.cfg"),
-            Way::Nginx => (include_str!("nginx.conf"), "nginx.conf"),
-            Way::NginxBuffers => (include_str!("nginx-buffers.conf"), "nginx.conf"),
+            Way::Evenkeel { logs: false, .. } => (include_str!("evenkeel.toml").to_string(), "evenkeel.toml"),
+            Way::Evenkeel { logs: true, .. } => {
+                let log = "[log]\naccess = \"@folder@/access\"\n";
+                (include_str!("evenkeel.toml").replace("[log]\n", log), "evenkeel.toml")
+            }
+            Way::Haproxy => (include_str!("haproxy.cfg").to_string(), "haproxy.cfg"),
+            Way::HaproxySplice => (include_str!("haproxy-splice.cfg").to_string(), "haproxy.cfg"),
+            Way::Nginx => (include_str!("nginx.conf").to_string(), "nginx.conf"),
+            Way::NginxBuffers => (include_str!("nginx-buffers.conf").to_string(), "nginx.conf"),
         };
-        let folder = folder_with(file, text);
+        let folder = folder_with(file, &text);
         let path = folder.path().join(file);
         let mut command = match way {
             Way::Evenkeel { program, .. } => {

@@ -139,6 +139,13 @@ pub const ALL: &[Workload] = &[
     },
 ];
 
+impl Workload {
+    /// Whether it is also run with an access log: where sessions end.
+    pub fn is_logged(&self) -> bool {
+        self.name == "connect"
+    }
+}
+
 fn plain(open: usize, reconnects: bool) -> Dialogue {
     Dialogue { question: vec![7; 64], answer_bytes: 64, open, reconnects }
 }

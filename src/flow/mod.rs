@@ -17,6 +17,7 @@
 
 mod index;
 mod moving;
+mod name;
 mod quarantine;
 #[cfg(test)]
 mod tests;
@@ -26,6 +27,7 @@ use std::net::{IpAddr, SocketAddr};
 use crate::deadline::Deadlines;
 use crate::slab::{Key, Slab};
 use index::Index;
+use name::Name;
 
 pub use moving::Snapshot;
 pub use quarantine::Quarantine;
@@ -54,8 +56,7 @@ const NONE: u32 = u32::MAX;
 /// One flow: plain data.
 #[derive(Clone, Debug)]
 pub struct Flow {
-    /// Its name.
-    pub key: FlowKey,
+    name: Name,
     /// The server's number in its upstream, or `NO_SERVER`, or `GONE_SERVER`.
     pub server: u32,
     /// The server failed; the next datagram goes to another.
@@ -67,7 +68,7 @@ pub struct Flow {
     awaits: bool,
     requests: u32,
     replies: u32,
-    last: u64,
+    last: Time,
     /// Neighbours in the list of the unanswered.
     older: u32,
     newer: u32,
@@ -234,7 +235,7 @@ impl Flows {
             if flow.frozen {
                 return Arrival::Frozen(key);
             }
-            flow.last = now;
+            flow.last = Time::from(now);
             flow.requests = flow.requests.saturating_add(1);
             flow.awaits = true;
             return if flow.failed { Arrival::Move(key) } else { Arrival::Known(key) };
@@ -261,8 +262,9 @@ impl Flows {
 
     fn oldest_unanswered_with_socket(&self) -> u32 {
         let oldest = self.books.iter().filter(|book| book.limits.has_sockets && book.oldest != NONE);
-        let since =
-            |book: &&Book| self.slab.key_at(book.oldest).and_then(|key| self.get(key)).map(|f| f.last);
+        let since = |book: &&Book| {
+            self.slab.key_at(book.oldest).and_then(|key| self.get(key)).map(|f| f.last.millis())
+        };
         oldest.min_by_key(since).map_or(NONE, |book| book.oldest)
     }
 
@@ -276,7 +278,7 @@ impl Flows {
     pub fn open(&mut self, name: FlowKey, server: u32, now: u64) -> Key {
         debug_assert!(self.find(&name).is_none(), "a flow is opened once");
         let flow = Flow {
-            key: name,
+            name: Name::from(&name),
             server,
             failed: false,
             frozen: false,
@@ -284,12 +286,13 @@ impl Flows {
             awaits: true,
             requests: 1,
             replies: 0,
-            last: now,
+            last: Time::from(now),
             older: NONE,
             newer: NONE,
         };
         let key = self.slab.insert(flow);
-        self.index.insert(&name, key.index, |index| name_at(&self.slab, index));
+        let kept = Name::from(&name);
+        self.index.insert(&kept, key.index, |index| name_at(&self.slab, index));
         let book = &mut self.books[usize::from(name.listener)];
         book.count += 1;
         self.socket_count += u32::from(book.limits.has_sockets);
@@ -301,10 +304,10 @@ impl Flows {
     /// A datagram from a flow's server.
     pub fn handle_reply(&mut self, key: Key, now: u64) -> Reply {
         let Some(flow) = self.slab.get_mut(key).filter(|flow| !flow.frozen) else { return Reply::Drop };
-        flow.last = now;
+        flow.last = Time::from(now);
         flow.awaits = false;
         flow.replies = flow.replies.saturating_add(1);
-        let enough = self.books[usize::from(flow.key.listener)].limits.replies;
+        let enough = self.books[flow.name.listener()].limits.replies;
         // Not while a question is unanswered: a client may have asked several
         // before the first answer came.
         let last = enough > 0 && flow.replies >= enough.max(flow.requests);
@@ -335,10 +338,10 @@ impl Flows {
         if !flow.answered && !flow.frozen {
             self.unlink(key.index);
         }
-        let name = self.slab.get(key)?.key;
+        let name = self.slab.get(key)?.name;
         self.index.remove(&name, key.index, |index| name_at(&self.slab, index));
         self.deadlines.clear(key.index);
-        let book = &mut self.books[usize::from(name.listener)];
+        let book = &mut self.books[name.listener()];
         book.count -= 1;
         self.socket_count -= u32::from(book.limits.has_sockets);
         self.slab.remove(key)
@@ -350,8 +353,7 @@ impl Flows {
         for index in fired.drain(..) {
             let Some(key) = self.slab.key_at(index) else { continue };
             let flow = self.slab.get(key).expect("the key is fresh");
-            let end =
-                flow.last.saturating_add(self.books[usize::from(flow.key.listener)].limits.idle_timeout);
+            let end = flow.last.millis().saturating_add(self.books[flow.name.listener()].limits.idle_timeout);
             // The deadline stood still while datagrams passed.
             if end <= now {
                 due.push(key);
@@ -377,8 +379,8 @@ impl Flows {
             if flow.frozen {
                 continue;
             }
-            let idle_timeout = self.books[usize::from(flow.key.listener)].limits.idle_timeout;
-            self.deadlines.set(key.index, flow.last.saturating_add(idle_timeout).max(now));
+            let idle_timeout = self.books[flow.name.listener()].limits.idle_timeout;
+            self.deadlines.set(key.index, flow.last.millis().saturating_add(idle_timeout).max(now));
         }
     }
 
@@ -418,7 +420,8 @@ impl Flows {
     }
 
     fn find(&self, name: &FlowKey) -> Option<Key> {
-        let index = self.index.find(name, |index| name_at(&self.slab, index))?;
+        let name = Name::from(name);
+        let index = self.index.find(&name, |index| name_at(&self.slab, index) == name)?;
         self.slab.key_at(index)
     }
 
@@ -426,7 +429,7 @@ impl Flows {
     fn link(&mut self, index: u32) {
         let key = self.slab.key_at(index).expect("just inserted");
         let flow = self.slab.get_mut(key).expect("just inserted");
-        let book = &mut self.books[usize::from(flow.key.listener)];
+        let book = &mut self.books[flow.name.listener()];
         flow.older = book.newest;
         let older = std::mem::replace(&mut book.newest, index);
         match self.slab.key_at(older) {
@@ -440,7 +443,7 @@ impl Flows {
         let flow = self.slab.get_mut(key).expect("the caller holds it");
         let (older, newer) = (flow.older, flow.newer);
         (flow.older, flow.newer) = (NONE, NONE);
-        let book = &mut self.books[usize::from(flow.key.listener)];
+        let book = &mut self.books[flow.name.listener()];
         match self.slab.key_at(older) {
             Some(older) => self.slab.get_mut(older).expect("the list holds living flows").newer = newer,
             None => book.oldest = newer,
@@ -452,7 +455,28 @@ impl Flows {
     }
 }
 
+/// Milliseconds in two halves, so that a flow is aligned to four bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Time([u32; 2]);
+
+impl From<u64> for Time {
+    fn from(millis: u64) -> Time {
+        Time([(millis >> 32) as u32, millis as u32])
+    }
+}
+
+impl Time {
+    fn millis(self) -> u64 {
+        u64::from(self.0[0]) << 32 | u64::from(self.0[1])
+    }
+}
+
 impl Flow {
+    /// Its name.
+    pub fn key(&self) -> FlowKey {
+        self.name.into()
+    }
+
     /// Whether a client's datagram came after the last reply.
     pub fn awaits_reply(&self) -> bool {
         self.awaits
@@ -469,7 +493,7 @@ impl Flow {
     }
 }
 
-fn name_at(slab: &Slab<Flow>, index: u32) -> FlowKey {
+fn name_at(slab: &Slab<Flow>, index: u32) -> Name {
     let key = slab.key_at(index).expect("the index names living flows");
-    slab.get(key).expect("the key is fresh").key
+    slab.get(key).expect("the key is fresh").name
 }

@@ -54,7 +54,7 @@ impl Flows {
             awaits: flow.awaits,
             requests: flow.requests,
             replies: flow.replies,
-            last: flow.last,
+            last: flow.last.millis(),
         })
     }
 
@@ -62,7 +62,7 @@ impl Flows {
     pub fn thaw(&mut self, key: Key, now: u64) {
         let Some(flow) = self.slab.get_mut(key).filter(|flow| flow.frozen) else { return };
         flow.frozen = false;
-        let (answered, last, listener) = (flow.answered, flow.last, usize::from(flow.key.listener));
+        let (answered, last, listener) = (flow.answered, flow.last.millis(), flow.name.listener());
         let idle_timeout = self.books[listener].limits.idle_timeout;
         self.deadlines.set(key.index, last.saturating_add(idle_timeout).max(now));
         if !answered {
@@ -90,8 +90,8 @@ impl Flows {
         flow.requests = state.requests;
         flow.replies = state.replies;
         // The other process may have looked at its clock a moment later.
-        flow.last = state.last.min(now);
-        let last = flow.last;
+        let last = state.last.min(now);
+        flow.last = last.into();
         self.deadlines.set(key.index, last.saturating_add(limits.idle_timeout).max(now));
         Some(key)
     }
@@ -166,7 +166,7 @@ mod tests {
         assert!(flows.adopt(name(2), 0, &state, 0).is_some());
         assert!(flows.adopt(name(3), 0, &state, 0).is_some());
         assert!(flows.adopt(name(4), 0, &state, 0).is_none());
-        assert_eq!(flows.evictable().and_then(|key| flows.get(key)).map(|flow| flow.key), Some(name(1)));
+        assert_eq!(flows.evictable().and_then(|key| flows.get(key)).map(|flow| flow.key()), Some(name(1)));
     }
 
     #[test]

@@ -326,7 +326,7 @@ impl<'a> Datagrams<'a> {
     /// still come.
     fn remove_flow(&mut self, key: Key, reason: CloseReason) -> Option<(usize, Option<OwnedFd>)> {
         let flow = self.flows.end(key)?;
-        let listener = usize::from(flow.key.listener);
+        let listener = usize::from(flow.key().listener);
         self.count_gone(key, &flow);
         self.log_end(key, &flow, reason);
         self.context.counters.ended(listener, reason).add(1);
@@ -337,7 +337,7 @@ impl<'a> Datagrams<'a> {
 
     /// It is not here any more.
     fn count_gone(&mut self, key: Key, flow: &Flow) {
-        let listener = usize::from(flow.key.listener);
+        let listener = usize::from(flow.key().listener);
         if let Some(place) = self.source_places.get_mut(key.index as usize) {
             self.context.handle_left(listener, std::mem::replace(place, UNCOUNTED));
         }

@@ -316,7 +316,7 @@ impl Datagrams<'_> {
 
     /// Any number of datagrams, whatever they are.
     fn send_run(&mut self, key: Key, listener: usize, first: usize, end: usize) -> Sent {
-        let Some(name) = self.flows.get(key).map(|flow| flow.key) else { return Sent::default() };
+        let Some(name) = self.flows.get(key).map(|flow| flow.key()) else { return Sent::default() };
         let port = self.context.config.listeners[listener].bind[usize::from(name.address)].port();
         let ends = Ends { source: name.client, destination: (name.local, port).into() };
         // In front of every datagram, not only of a flow's first: most receivers

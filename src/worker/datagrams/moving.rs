@@ -62,7 +62,7 @@ impl Datagrams<'_> {
 
     /// The slot that a flow's datagrams come to.
     fn slot_of(&self, key: Key) -> Option<usize> {
-        self.flows.get(key).and_then(|flow| self.slot_of_name(&flow.key))
+        self.flows.get(key).and_then(|flow| self.slot_of_name(&flow.key()))
     }
 
     fn slot_of_name(&self, name: &FlowKey) -> Option<usize> {
@@ -130,7 +130,7 @@ impl Datagrams<'_> {
         // Whoever goes on with it polls it for changes, and may find it joined.
         self.begin_batches(key);
         let flow = self.flows.get(key)?;
-        let listener = &self.context.config.listeners[usize::from(flow.key.listener)];
+        let listener = &self.context.config.listeners[usize::from(flow.key().listener)];
         let server = match (listener.target, flow.server) {
             (Target::Upstream(_), NO_SERVER) | (Target::Service(_), _) => None,
             (Target::Upstream(_), GONE_SERVER) => Some(String::new()),
@@ -147,9 +147,9 @@ impl Datagrams<'_> {
         }
         Some(Record::Flow(Flow {
             listener: listener.name.clone(),
-            bind: *listener.bind.get(usize::from(flow.key.address))?,
-            client: flow.key.client,
-            local: flow.key.local,
+            bind: *listener.bind.get(usize::from(flow.key().address))?,
+            client: flow.key().client,
+            local: flow.key().local,
             server,
             can_cut,
             state,
@@ -276,7 +276,7 @@ impl Datagrams<'_> {
     /// Takes back what was taken in, for its sender will go on with it.
     pub fn untake(&mut self, key: Key) {
         if let Some(flow) = self.flows.get(key) {
-            let listener = usize::from(flow.key.listener);
+            let listener = usize::from(flow.key().listener);
             let cell = self.context.counters.flows(listener, OfFlows::TakenOver);
             cell.set(cell.get().saturating_sub(1));
         }

@@ -108,7 +108,7 @@ impl Datagrams<'_> {
     /// other, to the same again.
     pub(super) fn move_flow(&mut self, registry: &Registry, key: Key, now: Millis) -> Result<(), DropReason> {
         let Some(flow) = self.flows.get(key) else { return Err(DropReason::Shed) };
-        let (name, old, outstanding) = (flow.key, flow.server, flow.has_replies_outstanding());
+        let (name, old, outstanding) = (flow.key(), flow.server, flow.has_replies_outstanding());
         let listener = usize::from(name.listener);
         let Ok((server, socket)) = self.connect_to_one(listener, name.client.ip(), Some(old), now) else {
             self.flows.handle_moved(key, old);
@@ -158,7 +158,7 @@ impl Datagrams<'_> {
         }
         for key in self.flows.keys() {
             let Some(flow) = self.flows.get(key) else { continue };
-            let target = self.context.config.listeners[usize::from(flow.key.listener)].target;
+            let target = self.context.config.listeners[usize::from(flow.key().listener)].target;
             if target == Target::Upstream(upstream) && is_down(flow.server) {
                 self.flows.handle_failure(key);
             }
@@ -334,7 +334,7 @@ impl Datagrams<'_> {
             return false;
         }
         let Some(flow) = self.flows.get(key) else { return true };
-        let (listener, server) = (usize::from(flow.key.listener), flow.server);
+        let (listener, server) = (usize::from(flow.key().listener), flow.server);
         if self.flows.handle_failure(key)
             && let Some(number) = self.server_number(listener, server)
         {
@@ -388,7 +388,8 @@ impl Datagrams<'_> {
 
     fn handle_reply(&mut self, key: Key, at: usize, now: Millis) {
         let received = self.arena.get(at);
-        let Some((name, is_awaited)) = self.flows.get(key).map(|flow| (flow.key, flow.awaits_reply())) else {
+        let Some((name, is_awaited)) = self.flows.get(key).map(|flow| (flow.key(), flow.awaits_reply()))
+        else {
             // The last reply of the flow was in this very batch.
             let front = self.replies.last().map_or(0, |reply| reply.listener);
             return self.drop_datagrams(front, DropReason::Late, received.count());

@@ -57,7 +57,7 @@ impl Datagrams<'_> {
     pub(super) fn log_end(&mut self, key: Key, flow: &Flow, reason: CloseReason) {
         let Some(log) = self.context.access_log else { return };
         let Some(story) = self.stories.get_mut(key.index as usize).and_then(Option::take) else { return };
-        let listener = &self.context.config.listeners[usize::from(flow.key.listener)];
+        let listener = &self.context.config.listeners[usize::from(flow.key().listener)];
         let (upstream, server) = match listener.target {
             Target::Upstream(upstream) if flow.server < GONE_SERVER => {
                 let address =
@@ -71,7 +71,7 @@ impl Datagrams<'_> {
             ended_at: access_log::now(),
             listener: &listener.name,
             slot: self.context.slot,
-            client: Some(flow.key.client),
+            client: Some(flow.key().client),
             upstream: upstream.map(|upstream| self.context.config.upstreams[upstream].name.as_str()),
             server: server.as_deref(),
             wait_ms: None,

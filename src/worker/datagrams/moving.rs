@@ -263,7 +263,7 @@ impl Datagrams<'_> {
     /// What was taken in is about to be acknowledged.
     pub fn count_taken(&self, key: Key) {
         let Some(flow) = self.flows.get(key) else { return };
-        let (listener, server) = (usize::from(flow.key.listener), flow.server);
+        let (listener, server) = (usize::from(flow.key().listener), flow.server);
         let counters = &self.context.counters;
         counters.process(Process::Active).add(1);
         counters.listener(listener, OfListener::Active).add(1);

@@ -22,12 +22,18 @@ use crate::sources::{self, TABLE_WORDS};
 
 const PROCESS_WORDS: usize = 16;
 const LISTENER_WORDS: usize = 64;
-const SERVER_WORDS: usize = 8;
+const SERVER_WORDS: usize = 32;
 const UPSTREAM_WORDS: usize = 2;
 
 /// How many words each part has: what is counted by another shape cannot be
 /// read. Counters are only ever added behind the others of their part.
 pub const SHAPE: [usize; 3] = [PROCESS_WORDS, LISTENER_WORDS, SERVER_WORDS];
+/// How long a connect to a server took: the upper ends of the histogram's
+/// buckets in microseconds; one more holds what took longer.
+pub const CONNECT_BOUNDS: [u64; 15] = [
+    100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000,
+    2_500_000, 5_000_000,
+];
 
 /// Counters of the worker as a whole.
 #[derive(Clone, Copy, Debug)]
@@ -113,6 +119,11 @@ pub enum OfServer {
     Active,
     /// Connects that failed.
     Failures,
+    /// Microseconds that the established ones took, together.
+    ConnectTime = 15,
+    /// How many of them took how long: this word and the following ones, one a
+    /// bucket of `CONNECT_BOUNDS` and one for what took longer.
+    Connects,
 }
 
 /// Gauges of one upstream in this slot.
@@ -240,6 +251,21 @@ impl<'a> Counters<'a> {
         Cell(&self.words[PROCESS_WORDS + places + upstream * UPSTREAM_WORDS + which as usize])
     }
 
+    /// How many connects to a server's place fell into a bucket of `CONNECT_BOUNDS`.
+    pub fn connects(&self, place: usize, bucket: usize) -> Cell<'a> {
+        let at = OfServer::Connects as usize + bucket;
+        debug_assert!(place < self.place_count && at < SERVER_WORDS);
+        let first = PROCESS_WORDS + self.listener_count * LISTENER_WORDS;
+        Cell(&self.words[first + place * SERVER_WORDS + at])
+    }
+
+    /// A connect to a server succeeded after so many microseconds. Owner only.
+    pub fn count_connect(&self, place: usize, micros: u64) {
+        let bucket = CONNECT_BOUNDS.partition_point(|&bound| bound < micros);
+        self.connects(place, bucket).add(1);
+        self.server(place, OfServer::ConnectTime).add(micros);
+    }
+
     /// What each client address has at a listener, where that is limited.
     pub fn sources(&self, layout: &Layout, listener: usize) -> Option<sources::Table<'a>> {
         sources::Table::over(self.words.get(layout.table(listener)?..)?)
@@ -278,11 +304,15 @@ impl<'a> Counters<'a> {
         let servers = servers_of(other);
         for (name, places) in servers_of(own) {
             let Some((_, old)) = servers.iter().find(|(old, _)| *old == name) else { continue };
-            for which in [OfServer::Connections, OfServer::Failures] {
+            for which in [OfServer::Connections, OfServer::Failures, OfServer::ConnectTime] {
                 // An address may have another place by now: the server's sum
                 // is what stays.
                 let sum: u64 = old.clone().map(|place| from.server(place, which).get()).sum();
                 self.server(places.start, which).add(sum);
+            }
+            for bucket in 0..=CONNECT_BOUNDS.len() {
+                let sum: u64 = old.clone().map(|place| from.connects(place, bucket).get()).sum();
+                self.connects(places.start, bucket).add(sum);
             }
         }
     }
@@ -396,8 +426,10 @@ mod tests {
             cells.extend(DropReason::ALL.map(|reason| counters.dropped(listener, reason)));
         }
         for server in 0..7 {
-            use OfServer::{Active, Connections, Failures};
-            cells.extend([Connections, Active, Failures].map(|which| counters.server(server, which)));
+            use OfServer::{Active, ConnectTime, Connections, Failures};
+            let own = [Connections, Active, Failures, ConnectTime];
+            cells.extend(own.map(|which| counters.server(server, which)));
+            cells.extend((0..=CONNECT_BOUNDS.len()).map(|bucket| counters.connects(server, bucket)));
         }
         for upstream in 0..2 {
             let gauges = [OfUpstream::Waiting, OfUpstream::WaitingSince];
@@ -431,6 +463,21 @@ mod tests {
         let ended: u64 = CloseReason::ALL.iter().map(|&reason| counters.ended(0, reason).get()).sum();
         assert_eq!((ended, counters.listener(0, OfListener::Active).get()), (10, 0));
         assert_eq!(counters.server(0, OfServer::Active).get(), 0);
+    }
+
+    #[test]
+    fn a_connect_falls_into_the_bucket_that_ends_at_or_after_it() {
+        let layout = layout(0, &[2]);
+        let words: Vec<AtomicU64> = (0..layout.word_count()).map(|_| AtomicU64::new(0)).collect();
+        let counters = Counters::over(&words, &layout).unwrap();
+        for micros in [0, 100, 101, 5_000_000, 5_000_001] {
+            counters.count_connect(1, micros);
+        }
+        let filled = |bucket: &usize| counters.connects(1, *bucket).get();
+        let counts: Vec<u64> = (0..=CONNECT_BOUNDS.len()).map(|bucket| filled(&bucket)).collect();
+        assert_eq!((counts[0], counts[1], counts[14], counts[15]), (2, 1, 1, 1));
+        assert_eq!(counts.iter().sum::<u64>(), 5);
+        assert_eq!(counters.server(1, OfServer::ConnectTime).get(), 10_000_202);
     }
 
     #[test]

@@ -36,6 +36,12 @@ fn table(status: &Status) -> String {
     let mut out = String::new();
     let Status { version, pid, generation, config_path, .. } = status;
     let _ = writeln!(out, "evenkeel {version}  pid {pid}  generation {generation}  {config_path}\n");
+    if let Some(reason) = &status.unhealthy {
+        let _ = writeln!(out, "not healthy: {reason}\n");
+    }
+    if let Some(reload) = status.reload.as_ref().filter(|reload| !reload.success) {
+        let _ = writeln!(out, "the last reload was refused: {}\n", reload.text);
+    }
     workers(&mut out, &status.workers);
     for listener in &status.listeners {
         describe_listener(&mut out, listener);
@@ -65,9 +71,16 @@ fn workers(out: &mut String, workers: &[Worker]) {
             worker.active,
             lag,
             worker.accept_pauses,
-            worker.helped_by.map_or(String::new(), |slot| format!("  slot {slot} accepts for it")),
+            remarks(worker),
         );
     }
+}
+
+/// Who helps it, and why it was replaced.
+fn remarks(worker: &Worker) -> String {
+    let help = worker.helped_by.map(|slot| format!("slot {slot} accepts for it"));
+    let replaced = worker.restart_reasons.iter().map(|(reason, count)| format!("{reason} {count}"));
+    help.into_iter().chain(replaced).map(|remark| format!("  {remark}")).collect()
 }
 
 fn describe_listener(out: &mut String, listener: &Listener) {
@@ -76,6 +89,11 @@ fn describe_listener(out: &mut String, listener: &Listener) {
     let _ = writeln!(out, "  steering {}, by {}", listener.steering, listener.steering_active);
     let _ =
         writeln!(out, "  connections {connections}  active {active}  bytes in {bytes_in}  out {bytes_out}");
+    if listener.flows.is_none() {
+        let limit: u64 = listener.queues.iter().map(|queue| queue.limit).sum();
+        let Listener { accept_queue, accept_overflows, .. } = listener;
+        let _ = writeln!(out, "  accept queue {accept_queue} of {limit}  overflows {accept_overflows}");
+    }
     if !listener.ended.is_empty() {
         let ended: Vec<String> =
             listener.ended.iter().map(|(reason, count)| format!("{reason} {count}")).collect();

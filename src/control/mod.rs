@@ -9,6 +9,7 @@ pub mod misbehave;
 pub mod sessions;
 pub mod status;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -22,6 +23,7 @@ use crate::logging;
 use crate::steering::Route;
 use crate::sys::accounts::Account;
 use crate::sys::channel::{Channel, MAX_FDS};
+use crate::sys::clock::Millis;
 
 /// One listening socket's place: the listener's number in the configuration
 /// and the number of the address in its `bind`.
@@ -206,6 +208,13 @@ pub enum ToSteward {
     /// what comes that each slot is due.
     #[allow(missing_docs)]
     Steering { listener: String, active: String, shares: Vec<f64> },
+    /// How the daemon as a whole is.
+    Daemon(DaemonState),
+    /// Where it answers over HTTP from now on: one descriptor, or none.
+    #[allow(missing_docs)]
+    Admin { address: Option<SocketAddr> },
+    /// What it asked for. Descriptor: a list of `ListenerFigures` (sealed JSON).
+    Figures,
     /// The access log. Descriptors: where lines come from, then the file, or
     /// none for standard error.
     AccessLog,
@@ -229,8 +238,38 @@ pub struct StewardBirth {
     pub config_path: String,
     /// When the daemon started, seconds since 1970.
     pub started_at: u64,
+    /// The same in milliseconds of the monotonic clock.
+    pub started: Millis,
     /// No steward of this daemon was there before, so none has judged a server.
     pub is_first: bool,
+}
+
+/// How the daemon as a whole is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DaemonState {
+    /// Every worker has accepted on every listener.
+    pub announced: bool,
+    /// It is on its way out.
+    pub leaving: bool,
+    /// The last change of the configuration that was tried.
+    pub reload: Option<status::Reload>,
+}
+
+/// What waits at a listener's sockets, for each slot.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct ListenerFigures {
+    pub listener: String,
+    pub slots: Vec<SlotFigures>,
+}
+
+/// What waits at a listener's sockets in one slot: `sys::queues::Queue`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct SlotFigures {
+    pub waiting: u64,
+    pub limit: u64,
+    pub dropped: u64,
 }
 
 /// Some of a slot's counters. What a slot has counted is the sum of its tables.
@@ -255,6 +294,8 @@ pub struct WorkerState {
     pub state: String,
     /// How often the slot's worker was replaced.
     pub restarts: u64,
+    /// Why, with how often.
+    pub restart_reasons: BTreeMap<String, u64>,
     /// The neighbour that accepts for it while it is empty.
     pub helped_by: Option<usize>,
 }
@@ -264,6 +305,8 @@ pub struct WorkerState {
 pub enum FromSteward {
     /// It answers the control socket.
     Ready,
+    /// What waits at the listeners' sockets now?
+    Figures,
     /// A caller, who was let in by the socket's mode, asks for this.
     #[allow(missing_docs)]
     Request { id: u64, request: Request },

@@ -18,7 +18,20 @@ pub struct Status {
     pub generation: u64,
     /// Seconds since 1970.
     pub started_at: u64,
+    /// Milliseconds since then, by a clock that is never set: what rates are
+    /// computed with.
+    #[serde(default)]
+    pub uptime_ms: u64,
     pub config_path: String,
+    /// Whether every worker serves and the daemon is not leaving.
+    #[serde(default)]
+    pub healthy: bool,
+    /// Why not.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub unhealthy: Option<String>,
+    /// The last change of the configuration that was tried, if one was.
+    #[serde(default)]
+    pub reload: Option<Reload>,
     /// Lines of the access log that could not be written since this steward
     /// began.
     #[serde(default)]
@@ -26,6 +39,17 @@ pub struct Status {
     pub workers: Vec<Worker>,
     pub listeners: Vec<Listener>,
     pub upstreams: Vec<Upstream>,
+}
+
+/// How the last reload, or change of the number of workers, went.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Reload {
+    pub success: bool,
+    /// Seconds since 1970.
+    pub at: u64,
+    /// What the operator was told.
+    pub text: String,
 }
 
 /// One slot.
@@ -39,6 +63,9 @@ pub struct Worker {
     /// starting, ready, draining, hung or backoff.
     pub state: String,
     pub restarts: u64,
+    /// Why it was replaced, with how often: crash, hang, killed, exit or other.
+    #[serde(default)]
+    pub restart_reasons: BTreeMap<String, u64>,
     pub accepted: u64,
     pub active: u64,
     /// The longest turn of its event loop lately.
@@ -70,6 +97,17 @@ pub struct Listener {
     pub active: u64,
     pub bytes_in: u64,
     pub bytes_out: u64,
+    /// TCP: connections that wait to be accepted. UDP: bytes that wait to be
+    /// read.
+    #[serde(default)]
+    pub accept_queue: u64,
+    /// TCP: handshakes that the kernel dropped, mostly because the accept queue
+    /// was full. UDP: 0, see `dropped`.
+    #[serde(default)]
+    pub accept_overflows: u64,
+    /// The queue of each slot.
+    #[serde(default)]
+    pub queues: Vec<Queue>,
     /// Flows, where the mode is udp.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub flows: Option<Flows>,
@@ -88,6 +126,23 @@ pub struct Listener {
     /// judged against.
     pub expected_per_slot: Vec<f64>,
     pub spread: Spread,
+    /// The spread in a sentence.
+    #[serde(default)]
+    pub verdict: String,
+    /// Whether it is more uneven than chance would have it.
+    #[serde(default)]
+    pub uneven: bool,
+}
+
+/// A listener's queue in one slot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Queue {
+    /// Connections that wait, or bytes of datagrams.
+    pub waiting: u64,
+    /// How much may wait.
+    pub limit: u64,
+    /// What the kernel dropped.
+    pub dropped: u64,
 }
 
 /// The flows of a UDP listener in one slot.
@@ -183,6 +238,9 @@ pub struct Server {
     pub active: u64,
     pub connections: u64,
     pub failures: u64,
+    /// How long connecting took.
+    #[serde(default)]
+    pub connect: Connect,
     /// What its checks say.
     #[serde(skip_serializing_if = "Value::is_null", default)]
     pub check: Value,
@@ -196,6 +254,24 @@ pub struct Server {
     /// The addresses that its name has.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub places: Vec<Place>,
+}
+
+/// How long connects took that succeeded.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Connect {
+    /// How many.
+    pub count: u64,
+    /// Microseconds together.
+    pub sum_us: u64,
+    /// The upper end of the bucket in which the median lies; 0 without a
+    /// connect, and the last bound where it is above all.
+    pub p50_us: u64,
+    /// The same of the slowest hundredth.
+    pub p99_us: u64,
+    /// How many took up to 100, 250, 500, 1,000, ... 5,000,000 microseconds
+    /// and longer than the one before (`counters::CONNECT_BOUNDS`); the last,
+    /// how many took longer than all.
+    pub buckets: Vec<u64>,
 }
 
 /// What was changed about a server at run time.

@@ -11,8 +11,10 @@
 //! at any time: traffic never passes here, and a new one takes its place.
 
 mod access_log;
+mod admin;
 mod checks;
 mod control_socket;
+mod figures;
 pub mod names;
 mod report;
 pub mod servers;
@@ -34,12 +36,16 @@ use access_log::AccessLog;
 use crate::board::Overrides;
 use crate::config::Config;
 use crate::control::sessions::{Found, MOST_SESSIONS, Query};
-use crate::control::{self, FromSteward, Request, StewardBirth, Table, ToSteward, WorkerState};
+use crate::control::{
+    self, DaemonState, FromSteward, ListenerFigures, Request, StewardBirth, Table, ToSteward, WorkerState,
+};
 use crate::counters::Layout;
 use crate::steering::Expected;
 use crate::sys::channel::Channel;
 use crate::sys::shared::{self, Region};
 use crate::sys::{accounts, process, signals};
+use admin::Admin;
+use figures::Figures;
 use servers::{Servers, WrittenBoard};
 
 /// How long a steward without a supervisor goes on answering what was asked.
@@ -57,6 +63,8 @@ struct Knowledge {
     workers: Mutex<Vec<WorkerState>>,
     /// By listener: the mechanism in force, and what slots should have got.
     steering: Mutex<HashMap<String, (String, Expected)>>,
+    daemon: Mutex<DaemonState>,
+    figures: Figures,
     servers: Arc<Servers>,
     channel: Channel,
     pending: Mutex<Pending>,
@@ -140,6 +148,8 @@ fn serve(channel: Channel) -> Result<(), String> {
         view: RwLock::default(),
         workers: Mutex::default(),
         steering: Mutex::default(),
+        daemon: Mutex::default(),
+        figures: Figures::default(),
         servers,
         channel,
         pending: Mutex::default(),
@@ -148,8 +158,9 @@ fn serve(channel: Channel) -> Result<(), String> {
     });
     // Nobody is answered before the counters are known: they would seem to
     // have gone back.
+    let mut admin = Admin::default();
     while !knowledge.is_complete() {
-        if !hear(&knowledge)? {
+        if !hear(&knowledge, &mut admin)? {
             return Ok(());
         }
     }
@@ -157,7 +168,8 @@ fn serve(channel: Channel) -> Result<(), String> {
     checks::start(Arc::clone(&knowledge.servers), knowledge.birth.is_first);
     let answering = Arc::clone(&knowledge);
     std::thread::spawn(move || control_socket::serve(&listener, &answering));
-    while hear(&knowledge)? {}
+    admin.begin();
+    while hear(&knowledge, &mut admin)? {}
     // Who asked for the end is still to be told that it was done, and the last
     // sessions are still to be logged.
     let deadline = Instant::now() + LAST_WORDS;
@@ -169,7 +181,7 @@ fn serve(channel: Channel) -> Result<(), String> {
 }
 
 /// Takes in one message; false where the supervisor is gone.
-fn hear(knowledge: &Knowledge) -> Result<bool, String> {
+fn hear(knowledge: &Arc<Knowledge>, admin: &mut Admin) -> Result<bool, String> {
     match control::receive(&knowledge.channel) {
         Ok(None) => return Ok(false),
         Ok(Some((ToSteward::Workers(workers), _))) => {
@@ -196,6 +208,16 @@ fn hear(knowledge: &Knowledge) -> Result<bool, String> {
             };
             steering.insert(listener, (active, expected));
         }
+        Ok(Some((ToSteward::Daemon(state), _))) => {
+            *knowledge.daemon.lock().expect("no thread panics with it") = state;
+        }
+        Ok(Some((ToSteward::Admin { address }, fds))) => {
+            admin.serve_at(address.zip(fds.into_iter().next()), knowledge);
+        }
+        Ok(Some((ToSteward::Figures, fds))) => match read_figures(fds) {
+            Ok(figures) => knowledge.figures.handle_come(figures),
+            Err(error) => warn!(%error, "the sockets' figures were not understood"),
+        },
         Ok(Some((ToSteward::Answer { id, answer }, _))) => knowledge.handle_answer(id, Answer::Text(answer)),
         Ok(Some((ToSteward::Found { id, silent }, memories))) => {
             knowledge.handle_answer(id, Answer::Found { memories, silent });
@@ -211,6 +233,11 @@ fn hear(knowledge: &Knowledge) -> Result<bool, String> {
         Err(error) => warn!(%error, "a message of the supervisor was not understood"),
     }
     Ok(true)
+}
+
+fn read_figures(fds: Vec<OwnedFd>) -> std::io::Result<Vec<ListenerFigures>> {
+    let memory = fds.into_iter().next().ok_or(std::io::ErrorKind::InvalidData)?;
+    Ok(serde_json::from_slice(&shared::read_sealed(memory)?)?)
 }
 
 impl View {
@@ -251,6 +278,15 @@ impl Knowledge {
 
     fn is_complete(&self) -> bool {
         !self.view().configs.is_empty() && !self.workers.lock().expect("no thread panics with it").is_empty()
+    }
+
+    /// What waits at the sockets now.
+    fn figures(&self) -> Arc<Vec<ListenerFigures>> {
+        self.figures.fresh(|| {
+            if let Err(error) = control::send(&self.channel, &FromSteward::Figures, &[]) {
+                warn!(%error, "the supervisor was not asked for figures");
+            }
+        })
     }
 
     fn handle_answer(&self, id: u64, answer: Answer) {

@@ -1,5 +1,7 @@
 //! The status document, from the counters and what the supervisor said.
 
+mod connects;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -8,15 +10,19 @@ use serde_json::Value;
 use super::{Knowledge, View};
 use crate::board::{self, Admin, PlaceId, Standing, State};
 use crate::config::{Config, Mode, ServerAddress, Word};
-use crate::control::WorkerState;
 use crate::control::status::{
-    Difference, Flows, Listener, Place, Server, SlotFlows, Status, Upstream, Worker,
+    Difference, Flows, Listener, Place, Queue, Server, SlotFlows, Status, Upstream, Worker,
 };
+use crate::control::{DaemonState, ListenerFigures, SlotFigures, WorkerState};
 use crate::counters::{Counters, Layout, OfFlows, OfListener, OfServer, OfUpstream, Process};
 use crate::flow::DropReason;
 use crate::relay::CloseReason;
-use crate::spread::Spread;
+use crate::spread::{Circumstances, Spread, Verdict};
 use crate::steering::Expected;
+use crate::sys::clock;
+
+/// The reason of datagrams for which the socket's buffer had no room.
+const FULL_BUFFER: &str = "receive_buffer";
 
 /// One table's counters with the configuration that they are of.
 struct Source<'a> {
@@ -34,17 +40,92 @@ pub fn status(knowledge: &Knowledge) -> Status {
     let config = &view.configs[0].0;
     let (standing, checks) = knowledge.servers.shown();
     let slot_count = workers.len();
+    let daemon = knowledge.daemon.lock().expect("no thread panics with it").clone();
+    let figures = knowledge.figures();
+    let unhealthy = unfit(&daemon, &workers);
     Status {
         version: env!("CARGO_PKG_VERSION").into(),
         pid: knowledge.birth.supervisor_pid,
         generation: view.generation,
         started_at: knowledge.birth.started_at,
+        uptime_ms: clock::coarse().saturating_sub(knowledge.birth.started),
         config_path: knowledge.birth.config_path.clone(),
-        access_log_lost: knowledge.access_log.lost(),
+        healthy: unhealthy.is_none(),
+        unhealthy,
+        reload: daemon.reload,
         workers: workers.iter().map(|state| worker(state, &sources)).collect(),
-        listeners: config.listeners.iter().map(|l| listener(knowledge, l, slot_count, &sources)).collect(),
+        listeners: config
+            .listeners
+            .iter()
+            .map(|l| judged(with_queues(listener(knowledge, l, slot_count, &sources), &figures)))
+            .collect(),
         upstreams: config.upstreams.iter().map(|u| upstream(u, &standing, &checks, &sources)).collect(),
+        access_log_lost: knowledge.access_log.lost(),
     }
+}
+
+/// Why whoever asks for health should send nobody here; `None` = do.
+pub fn unhealthy(knowledge: &Knowledge) -> Option<String> {
+    let daemon = knowledge.daemon.lock().expect("no thread panics with it");
+    unfit(&daemon, &knowledge.workers.lock().expect("no thread panics with it"))
+}
+
+fn unfit(daemon: &DaemonState, workers: &[WorkerState]) -> Option<String> {
+    if daemon.leaving {
+        return Some("draining: the daemon is leaving".into());
+    }
+    // A slot that a reload adds is nobody's yet: the others serve.
+    let is_coming = |worker: &&WorkerState| daemon.announced && worker.pid == 0 && worker.state == "starting";
+    let idle = workers.iter().filter(|worker| worker.state != "ready" && !is_coming(worker));
+    let idle: Vec<String> =
+        idle.map(|worker| format!("slot {} does not serve: {}", worker.slot, worker.state)).collect();
+    (!idle.is_empty()).then(|| idle.join("; "))
+}
+
+/// Says whether the spread is one that chance would make.
+fn judged(mut listener: Listener) -> Listener {
+    let about = Circumstances {
+        noun: if listener.flows.is_some() { "flows" } else { "connections" },
+        steering: Some(listener.steering_in_force()),
+        client_addresses: None,
+    };
+    let verdict = Verdict::weighted(&listener.spread, &listener.expected_per_slot);
+    let text = verdict.sentence(&listener.spread, &about);
+    // Of millions of connections any difference is not chance; one that costs
+    // nobody anything is no trouble.
+    let is_felt = listener.spread.max_over_mean > 1.05;
+    listener.uneven = is_felt && matches!(verdict, Verdict::NotChance { .. });
+    listener.verdict = text;
+    listener
+}
+
+/// Fills in what the supervisor saw at the listener's sockets.
+fn with_queues(mut listener: Listener, figures: &[ListenerFigures]) -> Listener {
+    let slot_count = listener.active_per_slot.len();
+    let Some(seen) = figures.iter().find(|seen| seen.listener == listener.name) else {
+        listener.queues = vec![Queue::default(); slot_count];
+        return listener;
+    };
+    let queue = |slot| seen.slots.get(slot).copied().unwrap_or_default();
+    let queues = (0..slot_count).map(queue);
+    listener.queues =
+        queues.map(|SlotFigures { waiting, limit, dropped }| Queue { waiting, limit, dropped }).collect();
+    let dropped: u64 = listener.queues.iter().map(|queue| queue.dropped).sum();
+    if listener.flows.is_none() {
+        listener.accept_queue = listener.queues.iter().map(|queue| queue.waiting).sum();
+        listener.accept_overflows = dropped;
+        return listener;
+    }
+    // The socket's own count: it goes on while no worker looks.
+    let set = |map: &mut BTreeMap<String, u64>, count| match count {
+        0 => drop(map.remove(FULL_BUFFER)),
+        count => drop(map.insert(FULL_BUFFER.into(), count)),
+    };
+    set(&mut listener.dropped, dropped);
+    for (flows, queue) in listener.flows_per_slot.iter_mut().zip(&listener.queues) {
+        set(&mut flows.dropped, queue.dropped);
+    }
+    listener
 }
 
 fn sources(view: &View) -> Vec<Source<'_>> {
@@ -66,6 +147,7 @@ fn worker(state: &WorkerState, sources: &[Source]) -> Worker {
         generation: state.generation,
         state: state.state.clone(),
         restarts: state.restarts,
+        restart_reasons: state.restart_reasons.clone(),
         accepted: sum(Process::Accepted),
         active: sum(Process::Active),
         loop_lag_us: lag.unwrap_or(0),
@@ -146,6 +228,9 @@ fn listener(
         active: sum(OfListener::Active),
         bytes_in: sum(OfListener::BytesIn),
         bytes_out: sum(OfListener::BytesOut),
+        accept_queue: 0,
+        accept_overflows: 0,
+        queues: Vec::new(),
         flows: is_udp.then(|| flows(&total)),
         dropped: if is_udp { dropped(&total) } else { refused(&ended) },
         flows_per_slot: (0..udp_slots).map(slot_flows).collect(),
@@ -154,6 +239,8 @@ fn listener(
         spread: Spread::weighted(&connections, &expected_per_slot),
         shares: expected.shares().to_vec(),
         expected_per_slot,
+        verdict: String::new(),
+        uneven: false,
     }
 }
 
@@ -197,7 +284,7 @@ fn dropped(sum: &Sum) -> BTreeMap<String, u64> {
         (reason.name().to_string(), count)
     });
     let kernel = sum(&|counters, listener| counters.flows(listener, OfFlows::KernelDrops).get());
-    let kernel = [("receive_buffer".to_string(), kernel)];
+    let kernel = [(FULL_BUFFER.to_string(), kernel)];
     own.chain(kernel).filter(|(_, count)| *count > 0).collect()
 }
 
@@ -227,6 +314,7 @@ fn upstream(
             active: sum(OfServer::Active),
             connections: sum(OfServer::Connections),
             failures: sum(OfServer::Failures),
+            connect: connects::of(sources, &config.name, &address),
             check: if is_name {
                 Value::Null
             } else {
@@ -302,4 +390,35 @@ fn places_in(source: &Source, upstream: usize, address: &str) -> Option<Range<us
     let servers = &source.config.upstreams[upstream].servers;
     let server = servers.iter().position(|server| server.address.to_string() == address)?;
     Some(source.layout.numbering().places_of(upstream, server))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn worker(slot: usize, pid: u32, state: &str) -> WorkerState {
+        let restart_reasons = BTreeMap::new();
+        WorkerState {
+            slot,
+            pid,
+            generation: 1,
+            state: state.into(),
+            restarts: 0,
+            restart_reasons,
+            helped_by: None,
+        }
+    }
+
+    #[test]
+    fn a_slot_without_a_worker_is_unhealthy_and_one_that_is_to_come_is_not() {
+        let up = DaemonState { announced: true, ..DaemonState::default() };
+        let at = |daemon: &DaemonState, workers: &[WorkerState]| unfit(daemon, workers);
+        assert_eq!(at(&up, &[worker(0, 7, "ready"), worker(1, 0, "starting")]), None);
+        let text = at(&up, &[worker(0, 7, "ready"), worker(1, 0, "backoff")]).expect("a reason");
+        assert_eq!(text, "slot 1 does not serve: backoff");
+        assert!(at(&up, &[worker(0, 7, "starting")]).is_some());
+        assert!(at(&DaemonState::default(), &[worker(0, 7, "ready"), worker(1, 0, "starting")]).is_some());
+        let leaving = DaemonState { leaving: true, ..up };
+        assert!(at(&leaving, &[worker(0, 7, "ready")]).expect("a reason").starts_with("draining"));
+    }
 }

@@ -8,6 +8,8 @@
 
 mod access_log;
 mod activation;
+mod admin;
+mod figures;
 mod generation;
 mod inquiry;
 mod leave;
@@ -16,6 +18,7 @@ mod notify;
 mod plan;
 mod prepare;
 mod reload;
+mod seen;
 mod shift;
 mod slot;
 mod steering;
@@ -49,6 +52,7 @@ use leave::Leave;
 use notify::{Facts, Notify};
 use prepare::Prepared;
 use reload::{Reload, Transfers};
+use seen::Seen;
 use shift::Shift;
 use slot::{Role, Slot};
 use steering::Steering;
@@ -142,6 +146,7 @@ struct Supervisor {
     departure: Option<Departure>,
     last_token: usize,
     told: Vec<WorkerState>,
+    seen: Seen,
     tables_changed: bool,
     /// What the operator changed about servers at run time.
     overrides: Overrides,
@@ -195,6 +200,7 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         departure: None,
         last_token: FIRST_PROCESS,
         told: Vec::new(),
+        seen: Seen::default(),
         tables_changed: false,
         overrides: Overrides::default(),
         overrides_changed: false,
@@ -484,6 +490,7 @@ impl Supervisor {
                     self.notify_reloading();
                     if let Err(refusal) = self.reload_file(None, false) {
                         error!("not reloaded: {}", refusal.text);
+                        self.seen.note_reload(false, &refusal.text);
                         self.finish_reload_notice();
                     }
                 }
@@ -558,6 +565,7 @@ impl Supervisor {
                     info!(slot = index, "worker has left");
                 } else {
                     warn!(slot = index, "worker ended: {status}");
+                    self.count_end(index, status);
                 }
                 self.note_shift_end_of(index);
                 self.step(Event::Exited { slot: index, clean: status.success() })?;
@@ -634,6 +642,7 @@ impl Supervisor {
             self.steward.handle_failure(now);
         }
         self.told.clear();
+        self.seen.forget_told();
         self.steering.forget_told();
         self.tables_changed = true;
         self.tell_of_access_log();
@@ -645,6 +654,7 @@ impl Supervisor {
         while let Some(message) = self.steward.receive(self.poll.registry()) {
             match message {
                 FromSteward::Ready => info!("steward ready"),
+                FromSteward::Figures => self.tell_figures(),
                 FromSteward::Request { id, request } => self.handle_request(id, request),
             }
         }
@@ -666,7 +676,10 @@ impl Supervisor {
             Request::Reload { dry_run: true } => self.reload_file(Some(id), true),
             Request::Reload { dry_run: false } => {
                 self.notify_reloading();
-                self.reload_file(Some(id), false).inspect_err(|_| self.finish_reload_notice())
+                self.reload_file(Some(id), false).inspect_err(|refusal| {
+                    self.seen.note_reload(false, &refusal.text);
+                    self.finish_reload_notice();
+                })
             }
             Request::Scale(count) => self.scale(count, id).map(|()| None),
             Request::Rebalance => self.rebalance(id).map(|()| None),
@@ -733,6 +746,7 @@ impl Supervisor {
         if states != self.told && self.steward.send(&ToSteward::Workers(states.clone()), &[]) {
             self.told = states;
         }
+        self.tell_seen();
         let steward = &mut self.steward;
         self.steering.tell(|message| steward.send(message, &[]));
     }
@@ -758,6 +772,7 @@ impl Supervisor {
             Phase::Hung { .. } => "hung",
             Phase::Draining | Phase::Gone => "draining",
         };
+        let restart_reasons = self.restart_reasons(slot);
         WorkerState {
             slot,
             pid: self.slots[slot].pid(),
@@ -766,7 +781,8 @@ impl Supervisor {
                 .as_ref()
                 .map_or(self.generation.number, |p| p.generation.number),
             state: state.into(),
-            restarts: self.supervision.restarts(slot),
+            restarts: restart_reasons.values().sum(),
+            restart_reasons,
             helped_by: self.supervision.lent_to(slot),
         }
     }

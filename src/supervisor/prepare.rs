@@ -15,6 +15,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use super::access_log::AccessLog;
 use super::activation::{self, Assignment};
+use super::admin::Admin;
 use super::generation::Generation;
 use super::slot::Slot;
 use super::{Refusal, Start};
@@ -24,6 +25,7 @@ use crate::explain::{self, BindFailure};
 use crate::sys::accounts::{self, Account};
 use crate::sys::activation::Passed;
 use crate::sys::bell::Bell;
+use crate::sys::clock::{self, Millis};
 use crate::sys::holders::{self, Protocol};
 use crate::sys::listen::{self, Options};
 use crate::sys::process::{self, Image};
@@ -46,11 +48,15 @@ pub struct Prepared {
     pub loads: Option<OwnedFd>,
     pub access_log: AccessLog,
     pub control: UnixListener,
+    /// Where the steward answers over HTTP.
+    pub admin: Option<Admin>,
     /// Rung by the steward when a board has changed.
     pub board_bell: Bell,
     /// Rung by workers when traffic fails.
     pub failure_bell: Bell,
     pub started_at: u64,
+    /// The same, by the monotonic clock.
+    pub started: Millis,
     /// What the operator should know, once there is a log.
     pub notes: Vec<String>,
     /// The path from which the daemon runs, for an upgrade.
@@ -88,6 +94,7 @@ pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Generati
     for (index, listener) in probed.iter().enumerate() {
         probe(listener, |address| !is_passed(listener, index, address, &assignment))?;
     }
+    let admin = Admin::bind(config.daemon.admin, None)?;
     let control = bind_control(&start.control_socket, account)?;
     let generation = Generation::new(FIRST_GENERATION, config.clone(), slot_count)?;
     generation.fill_board(&Overrides::default(), None);
@@ -100,6 +107,8 @@ pub fn prepare(start: &Start, passed: Vec<Passed>) -> Result<(Prepared, Generati
         loads: None,
         access_log: AccessLog::new(config)?,
         control,
+        admin,
+        started: clock::coarse(),
         board_bell: Bell::new().map_err(Refusal::of_system)?,
         failure_bell: Bell::new().map_err(Refusal::of_system)?,
         started_at: now.map_or(0, |time| time.as_secs()),
@@ -251,7 +260,7 @@ pub fn probe(listener: &Listener, concerns: impl Fn(SocketAddr) -> bool) -> Resu
 }
 
 /// Tries again for a while: whoever held the address may be just ending.
-fn patiently(probe: impl Fn() -> std::io::Result<()>) -> std::io::Result<()> {
+pub fn patiently(probe: impl Fn() -> std::io::Result<()>) -> std::io::Result<()> {
     for _ in 0..PROBES {
         match probe() {
             Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => std::thread::sleep(PROBE_AGAIN),

@@ -24,6 +24,7 @@ use std::rc::Rc;
 use mio::Token;
 use tracing::{info, warn};
 
+use super::admin::Admin;
 use super::generation::Generation;
 use super::slot::Slot;
 use super::steering::FlowSlots;
@@ -50,6 +51,8 @@ pub struct Reload {
     old_slot_count: usize,
     stage: Stage,
     deadline: Millis,
+    /// The admin address where it changes, bound already.
+    admin: Option<Option<Admin>>,
     access_log: Option<std::fs::File>,
 }
 
@@ -165,6 +168,7 @@ impl Supervisor {
         for listener in probed {
             prepare::probe(listener, |address| !held(address))?;
         }
+        let admin = self.bind_admin(&config)?;
         let access_log = access_log::open(&config)?;
         plan::carry_over(&self.generation.config, &mut config, |name| self.has_sessions(name));
         let mut generation = Generation::new(self.generation.number + 1, config, slot_count)?;
@@ -184,6 +188,7 @@ impl Supervisor {
             old_slot_count,
             stage: Stage::Proving(0),
             deadline,
+            admin,
             access_log,
         });
         self.prove(0);
@@ -262,6 +267,7 @@ impl Supervisor {
         let added = self.slots.split_off(reload.old_slot_count);
         self.retiring.extend(added.into_iter().filter(|slot| !slot.old.is_empty()));
         self.resize(reload.old_slot_count);
+        self.seen.note_reload(false, why);
         if self.turn_back(why) {
             return;
         }
@@ -278,6 +284,10 @@ impl Supervisor {
             if let Some(process) = &mut slot.current {
                 process.tell(&ToWorker::Successors, &fds);
             }
+        }
+        if let Some(admin) = reload.admin.take() {
+            self.prepared.admin = admin;
+            self.seen.forget_admin();
         }
         self.prepared.access_log.set_file(reload.access_log.take());
         self.tell_of_access_log();
@@ -436,8 +446,9 @@ impl Supervisor {
         info!("generation {} serves with {} workers", reload.generation.number, self.slots.len());
         let text = format!("generation {} serves", reload.generation.number);
         if !self.finish_upgrade(&text) {
-            self.answer(reload.requester, Ok(text));
+            self.answer(reload.requester, Ok(text.clone()));
         }
+        self.seen.note_reload(true, &text);
         self.finish_reload_notice();
     }
 

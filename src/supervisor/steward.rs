@@ -64,6 +64,7 @@ impl Steward {
             config_path: config_path.to_string(),
             started_at: prepared.started_at,
             is_first: !std::mem::replace(&mut self.had_one, true),
+            started: prepared.started,
         };
         let bells = [prepared.board_bell.as_fd(), prepared.failure_bell.as_fd()];
         let fds = [generation.sealed.as_fd(), prepared.control.as_fd(), bells[0], bells[1]];

@@ -23,6 +23,7 @@ pub mod local_end;
 pub mod notify;
 pub mod pipe;
 pub mod process;
+pub mod queues;
 pub mod shared;
 pub mod signals;
 pub mod stream;

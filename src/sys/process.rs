@@ -220,6 +220,15 @@ pub fn try_stop(pid: u32) -> Option<bool> {
     }
 }
 
+/// The calling thread lets others go first where CPUs are short. It can never
+/// take that back without a privilege.
+pub fn yield_to_others() {
+    const NICE: libc::c_int = 10;
+    // SAFETY: needed because nix has no setpriority(2). It takes three numbers;
+    // 0 is the calling thread, and a refusal changes nothing.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
+}
+
 /// Sets the name that ps and top show, at most 15 bytes.
 pub fn set_name(name: &str) {
     if let Ok(name) = CString::new(name) {

@@ -12,11 +12,14 @@
 
 #![allow(dead_code)]
 
+pub mod browser;
 pub mod daemon;
 pub mod datagrams;
 pub mod health;
+pub mod http;
 pub mod machine;
 pub mod resolver;
+pub mod schema;
 pub mod servers;
 
 use std::io::{Read, Write};

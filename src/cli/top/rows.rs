@@ -163,7 +163,7 @@ fn listeners(status: &Status, older: Option<(&Status, Duration)>) -> Vec<Vec<Cel
             Cell::Count(listener.connections),
             Cell::ByteRate(rate(|l| l.bytes_in)),
             Cell::ByteRate(rate(|l| l.bytes_out)),
-            Cell::Count(0),
+            Cell::Count(listener.accept_queue),
             Cell::Count(listener.dropped.values().sum()),
             Cell::Ratio(listener.spread.max_over_mean),
             Cell::Bars(listener.spread.per_slot.clone()),

@@ -8,6 +8,7 @@
 //! order of counters. Images of different formats do not follow each other:
 //! the upgrade is refused, and a restart is what is left.
 
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -21,8 +22,10 @@ use crate::control::SocketId;
 use crate::counters::{self, Layout};
 use crate::supervision::Supervision;
 use crate::supervisor::generation::Generation;
+use crate::supervisor::seen::SeenState;
 use crate::supervisor::{Supervisor, steering};
 use crate::sys::accounts::Account;
+use crate::sys::clock::Millis;
 use crate::sys::exec;
 
 /// The version of all that an image must share with the one before it.
@@ -65,6 +68,13 @@ pub struct State {
     /// The board's, then the failures'.
     pub bells: [RawFd; 2],
     pub access_log: AccessLogState,
+    #[serde(default)]
+    pub admin: Option<(SocketAddr, RawFd)>,
+    /// When the daemon started, in milliseconds of the monotonic clock.
+    #[serde(default)]
+    pub started: Millis,
+    #[serde(default)]
+    pub seen: SeenState,
     /// The present one first.
     pub generations: Vec<GenerationState>,
     /// What nobody counts in any more.
@@ -194,6 +204,9 @@ impl Supervisor {
             lock: packer.keep(&*self.prepared.lock),
             bells: [packer.keep(&self.prepared.board_bell), packer.keep(&self.prepared.failure_bell)],
             access_log: self.prepared.access_log.pack(&mut packer),
+            admin: self.prepared.admin.as_ref().map(|admin| (admin.address, packer.keep(&admin.listener))),
+            started: self.prepared.started,
+            seen: self.seen.pack(),
             generations: generations.into_iter().map(|generation| packer.generation(generation)).collect(),
             past: self.past.as_ref().map(|past| packer.generation(past)),
             slots,

@@ -31,10 +31,12 @@ use crate::counters;
 use crate::supervision::watch::Watch;
 use crate::supervisor::File as ConfigFile;
 use crate::supervisor::access_log::AccessLog;
+use crate::supervisor::admin::Admin;
 use crate::supervisor::generation::Generation;
 use crate::supervisor::notify::Notify;
 use crate::supervisor::prepare::Prepared;
 use crate::supervisor::reload::Transfers;
+use crate::supervisor::seen::Seen;
 use crate::supervisor::slot::Slot;
 use crate::supervisor::steering::Steering;
 use crate::supervisor::steward::Steward;
@@ -177,6 +179,11 @@ fn build(
     let control = UnixListener::from(unpacker.take(state.control)?);
     let own = Image::own().map_err(text)?;
     let access_log = AccessLog::unpack(&state.access_log, &mut unpacker)?;
+    let admin = state.admin.map(|(address, number)| {
+        let listener = unpacker.take(number)?.into();
+        Ok::<Admin, String>(Admin { address, listener })
+    });
+    let admin = admin.transpose()?;
     // Last of all: dropping it would let go of the lock.
     let lock = Flock::lock(File::from(unpacker.take(state.lock)?), FlockArg::LockExclusiveNonblock);
     let prepared = Prepared {
@@ -185,6 +192,8 @@ fn build(
         account: state.account,
         loads,
         access_log,
+        admin,
+        started: state.started,
         control,
         board_bell: Bell::from_fd(unpacker.take(state.bells[0])?),
         failure_bell: Bell::from_fd(unpacker.take(state.bells[1])?),
@@ -230,6 +239,7 @@ fn build(
         inquiries: Vec::new(),
         upgrade: Some(upgrade),
         departure: None,
+        seen: Seen::unpack(state.seen),
     };
     Ok((supervisor, unpacker))
 }

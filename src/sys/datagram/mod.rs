@@ -110,23 +110,8 @@ pub fn take_error(socket: &impl AsFd) -> Option<io::Error> {
 /// How many datagrams the kernel dropped at this socket, since it was opened:
 /// the receive buffer was full, or a filter refused them.
 pub fn kernel_drops(socket: &impl AsFd) -> io::Result<u32> {
-    // include/uapi/linux/sock_diag.h: SK_MEMINFO_DROPS is the last of nine.
-    const VARIABLES: usize = 9;
-    const DROPS: usize = 8;
-    let mut memory = [0u32; VARIABLES];
-    let mut length = size_of_val(&memory) as libc::socklen_t;
-    // SAFETY: needed because no library of ours knows SO_MEMINFO. The kernel
-    // writes at most `length` bytes, the size of the array behind the pointer.
-    super::check(unsafe {
-        libc::getsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_MEMINFO,
-            memory.as_mut_ptr().cast(),
-            &raw mut length,
-        )
-    })?;
-    Ok(memory[DROPS])
+    let [.., drops] = super::queues::memory(socket)?;
+    Ok(drops)
 }
 
 /// The ports that the kernel binds by itself, first and last.

@@ -198,7 +198,7 @@ impl Datagrams<'_> {
             let number = self.context.layout.place(upstream, server);
             match which {
                 OfServer::Failures => self.context.count_failure(number),
-                OfServer::Connections | OfServer::Active => {
+                OfServer::Connections | OfServer::Active | OfServer::ConnectTime | OfServer::Connects => {
                     self.context.counters.server(number, which).add(1);
                 }
             }

@@ -18,7 +18,7 @@ use crate::counters::{OfListener, OfServer, Process};
 use crate::proxy_protocol::{Ends, Header, Transport};
 use crate::relay::{CloseReason, Readiness, Side};
 use crate::slab::Key;
-use crate::sys::clock::Millis;
+use crate::sys::clock::{self, Millis};
 use crate::sys::stream::{self, Connecting, connect_tcp, connect_unix};
 
 /// How long a connect waits that could not begin, in milliseconds.
@@ -31,6 +31,10 @@ pub(super) struct Attempt {
     pub client: SocketAddr,
     /// When the present connect, or the wait for one, is given up.
     pub until: Millis,
+    /// When the present connect began, in microseconds: a tick of the coarse
+    /// clock is longer than most connects take. `None` where another process
+    /// began it.
+    pub began: Option<u64>,
     /// The servers that failed.
     pub tried: Vec<u32>,
     /// How the last of them did.
@@ -73,6 +77,7 @@ impl Sessions<'_> {
             };
             attempt.waits_since = None;
             let number = self.context.layout.place(upstream, server);
+            attempt.began = Some(clock::precise_micros());
             match self.connect(upstream, server, attempt.client.ip(), now) {
                 Ok(connecting) => {
                     let (stream, done) = match connecting {
@@ -203,14 +208,19 @@ impl Sessions<'_> {
         let Attempt { client, mut tried, .. } = attempt;
         tried.push(server);
         let until = now + self.connect_timeout(key);
-        self.begin_connect(registry, key, Attempt { client, until, tried, failure, waits_since: None }, now);
+        self.begin_connect(
+            registry,
+            key,
+            Attempt { client, until, began: None, tried, failure, waits_since: None },
+            now,
+        );
     }
 
     /// The first attempt of a new session.
     pub(super) fn first_attempt(&self, key: Key, client: SocketAddr, now: Millis) -> Attempt {
         let until = now + self.connect_timeout(key);
         let failure = CloseReason::ConnectFailed;
-        Attempt { client, until, tried: Vec::new(), failure, waits_since: None }
+        Attempt { client, until, began: None, tried: Vec::new(), failure, waits_since: None }
     }
 
     pub(super) fn connect_timeout(&self, key: Key) -> Millis {
@@ -235,12 +245,18 @@ impl Sessions<'_> {
             story.established = Some(now);
         }
         entry.session.handle_ready(Side::Server, Readiness { writable: true, ..Readiness::default() });
+        let mut began = None;
         if let Stage::Connecting(attempt) = stage {
+            began = attempt.began;
             self.introduce(key, attempt.client);
         }
         let number = self.server_number(self.slab.get(key).expect("still there"));
         let number = number.expect("an established session has a server");
         self.context.counters.server(number, OfServer::Connections).add(1);
+        if let Some(began) = began {
+            let took = clock::precise_micros().saturating_sub(began);
+            self.context.counters.count_connect(number, took);
+        }
         let upstream = self.upstream(key).expect("an established session has an upstream");
         let index = self.slab.get(key).expect("still there").server_index;
         let index = index.expect("an established session has a server") as usize;

@@ -73,7 +73,8 @@ fn times_under_load(count: usize, workers: usize, event: impl Fn(&Daemon, &Serve
     eventually("the load goes on", || load.tally.questions.load(Relaxed) > questions + 20);
     let tally = load.end();
     println!("{tally:?}");
-    assert_eq!(tally.losses(), 0, "{tally:?}\n{}", daemon.log());
+    let ended: Vec<_> = daemon.status().listeners.into_iter().map(|listener| listener.ended).collect();
+    assert_eq!(tally.losses(), 0, "{tally:?}\n{ended:?}\n{}", daemon.log());
     // None of them had to be left behind, either.
     for trouble in ["a hand-over stopped", "a hand-over was", "left to drain", "come, "] {
         assert!(!daemon.log().contains(trouble), "{}", daemon.log());

@@ -111,7 +111,8 @@ fn config(bind: &str, tcp: &str, upstream: &str, servers: &[String]) -> String {
     for server in servers {
         text += &format!("[[upstream.server]]\naddress = \"{server}\"\n");
     }
-    text
+    // A check is a connection too, with a header of its own.
+    text + "[upstream.health]\ncheck = \"none\"\n"
 }
 
 const ACCEPT: &str = "accept_proxy = \"on\"\ntrusted = \"127.0.0.1\"";
@@ -500,7 +501,7 @@ fn sending(server: u16) -> Daemon {
         text += &format!(
             "[[listener]]\nname = \"l{version}\"\nmode = \"tcp\"\nbind = \"127.0.0.1:808{version}\"\n\
              upstream = \"u{version}\"\n[[upstream]]\nname = \"u{version}\"\nsend_proxy = \"v{version}\"\n\
-             [[upstream.server]]\naddress = \"127.0.0.1:{server}\"\n"
+             [[upstream.server]]\naddress = \"127.0.0.1:{server}\"\n[upstream.health]\ncheck = \"none\"\n"
         );
     }
     Daemon::ready(&text)

@@ -131,10 +131,12 @@ impl Screen {
 
     fn ends(&mut self) -> i32 {
         let mut code = None;
-        eventually("top ends", || {
+        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        while code.is_none() {
+            assert!(std::time::Instant::now() < deadline, "top does not end; it shows\n{}", self.text());
+            thread::park_timeout(Duration::from_millis(5));
             code = self.child.try_wait().unwrap();
-            code.is_some()
-        });
+        }
         code.unwrap().code().unwrap()
     }
 }

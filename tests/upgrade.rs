@@ -277,7 +277,8 @@ fn twenty_upgrades_leave_nothing_behind() {
         if now != before {
             eprintln!("{now:?} and not {before:?}: {:?}", descriptors(&it.daemon));
         }
-        now == before
+        // One may have been open for a moment when they were counted first.
+        now.0 <= before.0 && now.1 == before.1
     });
     it.runs_the_file_alone(3);
     exchange(&mut session, b"x").expect("it was handed over 21 times");
@@ -346,7 +347,7 @@ fn refusals(happen: impl FnOnce(&Upgradable)) {
         if now != fds {
             eprintln!("{now:?} and not {fds:?}: {:?}", descriptors(&it.daemon));
         }
-        now == fds
+        now.0 <= fds.0 && now.1 == fds.1
     });
     exchange(&mut session, b"after").expect("it was not touched");
     exchange(&mut connect(local(8080)), b"new").expect("served");

@@ -425,6 +425,8 @@ impl Supervisor {
         let listeners: Vec<String> =
             self.generation.config.listeners.iter().map(|l| l.name.clone()).collect();
         info!("ready: {} workers accept on {}", self.slots.len(), listeners.join(", "));
+        // Whoever hears that all is ready and asks is not told otherwise.
+        self.tell_steward();
         self.notify.announce(clock::coarse(), &self.facts());
         if let Some(greeting) = self.start.greeting.take() {
             eprint!("{greeting}");

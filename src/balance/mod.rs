@@ -34,6 +34,8 @@ pub struct Balancer {
     credits: Vec<i64>,
     /// What each place may get at this pick, by its weight; 0 = nothing.
     shares: Vec<u64>,
+    /// What least-connections compares, kept for its memory.
+    loads: Vec<f64>,
     /// Which part of a rotation this slot begins at.
     begin_at: (usize, usize),
     /// Where the state of `draw` stands.
@@ -83,6 +85,7 @@ impl Balancer {
             epoch: None,
             credits: Vec::new(),
             shares: Vec::new(),
+            loads: Vec::new(),
             begin_at: (slot, slots.max(1)),
             random: seed,
         }
@@ -190,18 +193,22 @@ impl Balancer {
         (since * WHOLE / self.slow_start).clamp(1, WHOLE)
     }
 
+    /// Each load is read once: other workers count meanwhile, and a least load
+    /// that was overtaken would be nobody's.
     fn least(&mut self, ask: &Ask) -> Option<usize> {
-        let least = (0..self.shares.len())
-            .filter(|&i| self.shares[i] > 0)
-            .map(|i| self.load(i, ask))
-            .min_by(f64::total_cmp)?;
+        let mut loads = std::mem::take(&mut self.loads);
+        loads.clear();
+        let load = |i: usize| if self.shares[i] > 0 { self.load(i, ask) } else { f64::INFINITY };
+        loads.extend((0..self.shares.len()).map(load));
+        let least = loads.iter().copied().fold(f64::INFINITY, f64::min);
         // Among equals in turn, or an idle upstream would send everything to
         // its first server.
-        for i in 0..self.shares.len() {
-            if self.shares[i] > 0 && self.load(i, ask) > least {
-                self.shares[i] = 0;
+        for (share, load) in self.shares.iter_mut().zip(&loads) {
+            if *load > least {
+                *share = 0;
             }
         }
+        self.loads = loads;
         self.rotate()
     }
 
@@ -337,6 +344,18 @@ mod tests {
     fn picks(balancer: &mut Balancer, count: usize) -> Vec<usize> {
         let place = |pick| if let Pick::Place(place) = pick { place } else { panic!("{pick:?}") };
         (0..count).map(|_| place(ask(balancer, |_| 0, |_| false))).collect()
+    }
+
+    #[test]
+    fn loads_that_grow_while_they_are_read_leave_somebody_to_pick() {
+        for servers in [&[(1, false)][..], &[(1, false), (1, false), (2, false)]] {
+            let mut balancer = balancer(&upstream(Balance::LeastConnections, servers), 0, 1);
+            let count = std::cell::Cell::new(0);
+            let growing = |_| count.replace(count.get() + 1);
+            for _ in 0..100 {
+                assert!(matches!(ask(&mut balancer, growing, |_| false), Pick::Place(_)));
+            }
+        }
     }
 
     #[test]

@@ -54,7 +54,8 @@ struct Arguments {
     /// Another build of evenkeel beside this one, as NAME=PATH.
     #[arg(long)]
     build: Vec<String>,
-    /// Writes benchmarks.json, benchmarks.svg and benchmarks.md into this folder.
+    /// Writes benchmarks.json and benchmarks.svg into this folder, and the tables
+    /// into its BENCHMARKS.md.
     #[arg(long)]
     out: Option<PathBuf>,
     /// Prints JSON in place of tables.
@@ -81,8 +82,8 @@ fn main() {
     set("/proc/sys/net/ipv4/tcp_congestion_control", "cubic");
     set("/proc/sys/net/ipv4/ip_local_port_range", "10000 65535");
     let (results, about) = measure(&arguments);
-    let document = results.json(about);
-    let markdown = results.markdown();
+    let document = results.json(about.clone());
+    let markdown = format!("{}\n\n{}", sentence(&about), results.markdown());
     if arguments.json {
         println!("{document:#}");
     } else {
@@ -90,7 +91,7 @@ fn main() {
     }
     if let Some(folder) = &arguments.out {
         write(folder, "benchmarks.json", &format!("{document:#}\n"));
-        write(folder, "benchmarks.md", &markdown);
+        put_into_page(folder, &markdown);
         write(folder, "benchmarks.svg", &plot::svg(&results));
     }
     if let Some((mut file, before)) = allowed {
@@ -110,6 +111,20 @@ fn allow_cubic() -> Option<(fs::File, String)> {
     file.write_all(format!("{} cubic", before.trim()).as_bytes()).ok()?;
     // An open one stays the host's, wherever this process goes.
     Some((fs::OpenOptions::new().write(true).open(path).ok()?, before))
+}
+
+/// Puts the tables where the page has its figures.
+fn put_into_page(folder: &Path, markdown: &str) {
+    const BEGIN: &str = "<!-- figures -->\n";
+    const END: &str = "<!-- end of figures -->";
+    let page = fs::read_to_string(folder.join("BENCHMARKS.md")).unwrap_or_default();
+    match (page.find(BEGIN), page.find(END)) {
+        (Some(begin), Some(end)) if begin < end => {
+            let (before, after) = (&page[..begin + BEGIN.len()], &page[end..]);
+            write(folder, "BENCHMARKS.md", &format!("{before}\n{markdown}\n{after}"));
+        }
+        _ => write(folder, "benchmarks.md", markdown),
+    }
 }
 
 /// Says so where that is not possible.
@@ -226,6 +241,26 @@ fn ways(arguments: &Arguments, results: &mut Results) -> Vec<Way> {
         missing.is_none()
     });
     ways
+}
+
+/// What the figures were measured on.
+fn sentence(about: &serde_json::Value) -> String {
+    let text = |name: &str| about[name].to_string().trim_matches('"').to_string();
+    format!(
+        "Linux {}, {} CPUs ({}), loopback, congestion control {}. {} rounds, {} s a sample. Load average at the end: {}. {}.",
+        text("kernel"),
+        text("cpus"),
+        text("cpu"),
+        text("congestion_control"),
+        text("rounds"),
+        text("seconds_a_sample"),
+        text("load_average").split(' ').take(3).collect::<Vec<_>>().join(" "),
+        about["versions"].as_array().map_or(String::new(), |all| {
+            let mut names: Vec<&str> = all.iter().filter_map(serde_json::Value::as_str).collect();
+            names.dedup();
+            names.join("; ")
+        }),
+    )
 }
 
 fn cpu_model() -> String {

@@ -2,9 +2,6 @@
 //!
 //! mio registers everything edge-triggered. A listening socket is cheaper the
 //! other way: nobody has to accept once more only to hear that nothing waits.
-//! So is that of a UDP flow which brings one answer to one question. But an
-//! error that nobody reads is told of without end: who stops reading has to
-//! end the registration.
 //! The registration is mio's to show and to end.
 
 use std::io;

@@ -82,8 +82,6 @@ fn flow_token(key: Key) -> Token {
 #[derive(Debug)]
 pub struct Datagrams<'a> {
     context: Context<'a>,
-    /// What polls all sockets, once there are any.
-    registry: Option<Registry>,
     fronts: Fronts,
     flows: Flows,
     /// Sockets towards servers, by the flow's place.
@@ -143,7 +141,6 @@ impl<'a> Datagrams<'a> {
             flows: Flows::new(limits, limit, seed, now),
             quarantine: Quarantine::new(quarantine),
             context,
-            registry: None,
             fronts: Fronts::default(),
             uplinks: Vec::new(),
             stories: Vec::new(),
@@ -182,9 +179,6 @@ impl<'a> Datagrams<'a> {
     ) -> io::Result<()> {
         let listener = &self.context.config.listeners[place.listener];
         let is_group = listener.bind[place.address].ip().is_multicast();
-        if self.registry.is_none() {
-            self.registry = Some(registry.try_clone()?);
-        }
         let front = Front {
             place,
             socket,

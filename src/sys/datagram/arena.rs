@@ -7,9 +7,6 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
-use nix::errno::Errno;
-use nix::sys::socket::MsgFlags;
-
 use super::Received;
 use super::address::Name;
 use super::messages::{CONTROL_BYTES, Control};
@@ -70,24 +67,6 @@ impl Arena {
     /// hears one peer alone.
     pub fn receive_connected(&mut self, socket: &impl AsFd, first: usize, count: usize) -> io::Result<usize> {
         self.receive_with(socket, first, count, false)
-    }
-
-    /// One datagram into a place, from a connected socket that joins none: the
-    /// cheapest call there is.
-    pub fn receive_one(&mut self, socket: &impl AsFd, place: usize) -> io::Result<()> {
-        let part = &mut self.bytes[place * self.stride..][..self.place_bytes];
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_TRUNC;
-        let length = loop {
-            match nix::sys::socket::recv(socket.as_fd().as_raw_fd(), part, flags) {
-                Err(Errno::EINTR) => {}
-                result => break result?,
-            }
-        };
-        let header = &mut self.headers[place];
-        (header.msg_hdr.msg_namelen, header.msg_hdr.msg_controllen) = (0, 0);
-        header.msg_hdr.msg_flags = if length > part.len() { libc::MSG_TRUNC } else { 0 };
-        header.msg_len = length as libc::c_uint;
-        Ok(())
     }
 
     fn receive_with(

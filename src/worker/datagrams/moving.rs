@@ -127,8 +127,6 @@ impl Datagrams<'_> {
     /// Freezes a flow; `None` where it is gone, or on its way already.
     pub fn pack(&mut self, registry: &Registry, key: Key) -> Option<Record> {
         let state = self.flows.freeze(key)?;
-        // Whoever goes on with it polls it for changes, and may find it joined.
-        self.begin_batches(key);
         let flow = self.flows.get(key)?;
         let listener = &self.context.config.listeners[usize::from(flow.key().listener)];
         let server = match (listener.target, flow.server) {

@@ -5,8 +5,8 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use mio::Registry;
 use mio::unix::SourceFd;
+use mio::{Interest, Registry};
 
 use super::outlet::Sent;
 use super::{Datagrams, PLACES, flow_token, has_own_address};
@@ -20,7 +20,7 @@ use crate::relay::CloseReason;
 use crate::slab::Key;
 use crate::sys::clock::Millis;
 use crate::sys::datagram::{self, Outgoing};
-use crate::sys::{filter, level};
+use crate::sys::filter;
 
 /// Replies that one flow may bring in one receive. Where the arena has fewer
 /// places left, what is in it goes out first.
@@ -32,9 +32,6 @@ pub(super) struct Uplink {
     pub(super) socket: OwnedFd,
     pub(super) can_cut: bool,
     pub(super) queued: bool,
-    /// Read in batches, which the kernel may have joined; else one datagram a
-    /// call, which is cheaper where there is but one.
-    pub(super) in_batches: bool,
 }
 
 /// A reply that lies in the arena, and where it goes.
@@ -97,7 +94,7 @@ impl Datagrams<'_> {
         self.count_source(key, &name, now);
         self.count_server(listener, server, OfServer::Connections);
         self.put_uplink(key, socket, true);
-        if self.begin_single(registry, key).is_err() {
+        if self.begin_polling(registry, key).is_err() {
             self.end_flow(key, CloseReason::NoResources, now);
             return Err(DropReason::Shed);
         }
@@ -130,7 +127,7 @@ impl Datagrams<'_> {
         {
             self.rest(listener, left.socket, now);
         }
-        if self.begin_single(registry, key).is_err() {
+        if self.begin_polling(registry, key).is_err() {
             self.end_flow(key, CloseReason::NoResources, now);
             return Err(DropReason::Shed);
         }
@@ -170,27 +167,16 @@ impl Datagrams<'_> {
         if place >= self.uplinks.len() {
             self.uplinks.resize_with(place + 1, || None);
         }
-        self.uplinks[place].replace(Uplink { socket, can_cut, queued: false, in_batches: true })
+        self.uplinks[place].replace(Uplink { socket, can_cut, queued: false })
     }
 
-    /// Polls a flow's new socket, and reads it datagram by datagram: most
-    /// flows bring one answer to one question.
-    fn begin_single(&mut self, registry: &Registry, key: Key) -> io::Result<()> {
-        let Some(Some(uplink)) = self.uplinks.get_mut(key.index as usize) else { return Ok(()) };
-        uplink.in_batches = false;
-        level::watch(registry, &uplink.socket, flow_token(key).0)
-    }
-
-    /// More than one datagram at a time has come, and more will: from here on
-    /// they are read in batches.
-    pub(super) fn begin_batches(&mut self, key: Key) {
-        let joins = self.fronts.joins();
-        if let Some(Some(uplink)) = self.uplinks.get_mut(key.index as usize)
-            && !std::mem::replace(&mut uplink.in_batches, true)
-            && joins
-        {
+    /// Polls a flow's new socket, on which the kernel may join what comes.
+    fn begin_polling(&mut self, registry: &Registry, key: Key) -> io::Result<()> {
+        let Some(Some(uplink)) = self.uplinks.get(key.index as usize) else { return Ok(()) };
+        if self.fronts.joins() {
             datagram::join_received(&uplink.socket);
         }
+        registry.register(&mut SourceFd(&uplink.socket.as_raw_fd()), flow_token(key), Interest::READABLE)
     }
 
     pub(super) fn count_server(&self, listener: usize, server: usize, which: OfServer) {
@@ -312,11 +298,6 @@ impl Datagrams<'_> {
     /// Keeps a port from use for a while, deaf to what still comes.
     pub(super) fn rest(&mut self, listener: usize, socket: OwnedFd, now: Millis) {
         self.quarantine_changed = true;
-        // Polled by its state, an error that nobody reads would be told of
-        // without end.
-        if let Some(registry) = &self.registry {
-            let _ = registry.deregister(&mut SourceFd(&socket.as_raw_fd()));
-        }
         // Without the filter it would fill its receive buffer for nothing.
         let _ = filter::take_nothing(&socket);
         let back = self.quarantine.put(listener, socket, now);
@@ -358,12 +339,7 @@ impl Datagrams<'_> {
             }
             let Some(Some(uplink)) = self.uplinks.get_mut(key.index as usize) else { continue };
             uplink.queued = false;
-            let received = if uplink.in_batches {
-                self.arena.receive_connected(&uplink.socket, used, FLOW_BATCH)
-            } else {
-                self.arena.receive_one(&uplink.socket, used).map(|()| 1)
-            };
-            match received {
+            match self.arena.receive_connected(&uplink.socket, used, FLOW_BATCH) {
                 Ok(count) => {
                     (used..used + count).for_each(|at| self.handle_reply(key, at, now));
                     used += count;
@@ -388,8 +364,7 @@ impl Datagrams<'_> {
 
     fn handle_reply(&mut self, key: Key, at: usize, now: Millis) {
         let received = self.arena.get(at);
-        let Some((name, is_awaited)) = self.flows.get(key).map(|flow| (flow.key(), flow.awaits_reply()))
-        else {
+        let Some(name) = self.flows.get(key).map(Flow::key) else {
             // The last reply of the flow was in this very batch.
             let front = self.replies.last().map_or(0, |reply| reply.listener);
             return self.drop_datagrams(front, DropReason::Late, received.count());
@@ -398,10 +373,6 @@ impl Datagrams<'_> {
         if received.truncated {
             return self.drop_datagrams(listener, DropReason::Truncated, 1);
         }
-        if !is_awaited {
-            self.begin_batches(key);
-        }
-        let received = self.arena.get(at);
         let (count, step) = (received.count(), received.segment.unwrap_or(received.bytes.len()));
         let mut passed = 0;
         let mut is_last = false;

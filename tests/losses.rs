@@ -9,7 +9,7 @@ mod support;
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -236,12 +236,49 @@ fn pgbench_and_a_hundred_sessions_see_no_change() {
     let it = Upgradable::ready(&text(4));
     let daemon = &it.daemon;
     let mut sessions: Vec<TcpStream> = (0..100).map(|_| connect(local(8080))).collect();
-    // -C: a connection for each transaction.
-    let seconds = (12 * support::soak()).to_string();
-    let bench =
-        postgres::pgbench(local(8432), &["-S", "-n", "-C", "-c", "4", "-T", &seconds]).spawn().unwrap();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let bench = scope.spawn(|| bench_until(&stop));
+        let ending = Stop(&stop);
+        change_and_exchange(&it, &mut sessions);
+        drop(ending);
+        bench.join().expect("pgbench meets no error");
+    });
+    assert!(
+        daemon.listener("db").ended.keys().all(|reason| reason == "finished"),
+        "{:?}",
+        daemon.listener("db").ended
+    );
+}
+
+/// Stops what goes on beside a test at its end, however it ends.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
+/// One run after another, so that every change meets one.
+fn bench_until(stop: &AtomicBool) {
+    while !stop.load(Relaxed) {
+        // -C: a connection for each transaction.
+        let arguments = ["-S", "-n", "-C", "-c", "4", "-T", "4"];
+        let done = postgres::pgbench(local(8432), &arguments).output().expect("pgbench runs");
+        let text =
+            String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success() && !text.contains("abort") && !text.contains("error"), "{text}");
+        println!("{text}");
+    }
+}
+
+/// Every planned change, and after each an exchange on every session.
+fn change_and_exchange(it: &Upgradable, sessions: &mut [TcpStream]) {
+    let daemon = &it.daemon;
     let changes = [&["scale", "1"][..], &["scale", "6"], &["upgrade"]];
-    let steps: Vec<&[&str]> = std::iter::repeat_n(&["reload"][..], 10).chain(changes).collect();
+    let steps: Vec<&[&str]> =
+        std::iter::repeat_n(&["reload"][..], 10 * support::soak()).chain(changes).collect();
     it.install_version(1);
     for (step, arguments) in steps.iter().enumerate() {
         succeed(daemon, arguments);
@@ -256,13 +293,4 @@ fn pgbench_and_a_hundred_sessions_see_no_change() {
         }
     }
     it.runs_the_file_alone(7);
-    let done = bench.wait_with_output().unwrap();
-    let text = String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
-    assert!(done.status.success() && !text.contains("abort") && !text.contains("error"), "{text}");
-    println!("{text}");
-    assert!(
-        daemon.listener("db").ended.keys().all(|reason| reason == "finished"),
-        "{:?}",
-        daemon.listener("db").ended
-    );
 }

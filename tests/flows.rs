@@ -13,11 +13,13 @@ use support::daemon::{Daemon, evenkeel};
 use support::datagrams::{Seen, ask, client, udp_server};
 use support::eventually;
 use support::servers::local;
+use support::upgradable::Upgradable;
 
 fn main() {
     support::run(tests![
         five_hundred_flows_keep_their_ports_over_twenty_reloads_and_scales needs ["ebpf"],
         without_ebpf_they_keep_them_as_well,
+        they_keep_them_over_twenty_upgrades,
         a_receiver_that_dies_before_it_says_taken_costs_no_flow,
         a_receiver_that_dies_afterwards_costs_what_it_had,
         a_sender_that_dies_costs_what_it_had_not_passed,
@@ -178,6 +180,38 @@ fn five_hundred_flows_keep_their_ports_over_twenty_reloads_and_scales() {
 
 fn without_ebpf_they_keep_them_as_well() {
     keep_their_ports("hash", "cbpf", Some(("EVENKEEL_NO_EBPF", "1")));
+}
+
+fn they_keep_them_over_twenty_upgrades() {
+    evenkeel::sys::process::raise_file_limit().unwrap();
+    let (server, seen) = mirror();
+    let it = Upgradable::ready(&config(4, "hash", server));
+    let clients: Vec<UdpSocket> = (0..300).map(|_| client("127.0.0.1:0")).collect();
+    let ask_all = || {
+        for (id, socket) in clients.iter().enumerate() {
+            ask(socket, local(PORT), &(id as u32).to_be_bytes());
+        }
+        ports(&seen)
+    };
+    let first = ask_all();
+    assert!(first.len() == 300 && first.values().all(|own| own.len() == 1));
+    let asker = Asker::begin(100, Duration::from_micros(200));
+    for round in 0..20 {
+        it.install_version(round);
+        it.upgrade();
+        let now = ask_all();
+        for (id, own) in &first {
+            assert_eq!(now.get(id), Some(own), "round {round}, client {id}\n{}", it.daemon.log());
+        }
+    }
+    let (asked, lost) = asker.end();
+    let listener = it.daemon.listener("front");
+    assert_eq!(lost, 0, "of {asked}: {listener:?}\n{}", it.daemon.log());
+    let flows = listener.flows.unwrap();
+    assert_eq!((listener.connections, flows.active, flows.unsteered), (400, 400, 0));
+    assert!(flows.handed_over >= 20 * 300, "{flows:?}");
+    assert!(listener.dropped.is_empty(), "{:?}", listener.dropped);
+    println!("{asked} questions, none lost; {} flows handed over", flows.handed_over);
 }
 
 /// How often a killed worker is asked for, in the two ways that flows move.

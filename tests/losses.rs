@@ -9,13 +9,14 @@ mod support;
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use support::daemon::{Daemon, evenkeel, signal};
 use support::load::{Load, Servers};
 use support::servers::{connect, echo, exchange, local, tcp_server};
+use support::upgradable::Upgradable;
 use support::{eventually, pattern, postgres, within};
 
 fn main() {
@@ -24,6 +25,7 @@ fn main() {
         reloads_of_the_upstream_alone_lose_nothing,
         scaling_up_and_down_loses_nothing,
         rebalancing_loses_nothing,
+        upgrades_lose_nothing,
         killed_stewards_lose_nothing,
         a_killed_worker_loses_what_it_held_and_no_more,
         a_hanging_worker_loses_what_it_held_and_no_more,
@@ -65,10 +67,13 @@ fn under_load(workers: usize, event: impl Fn(&Daemon, &Servers, usize)) {
 fn times_under_load(count: usize, workers: usize, event: impl Fn(&Daemon, &Servers, usize)) {
     let servers = Servers::start();
     let daemon = Daemon::ready(&servers.config(workers, ""));
+    during_load(&daemon, || (0..count).for_each(|round| event(&daemon, &servers, round)));
+}
+
+/// Something that is done to a daemon under load; nothing is lost.
+fn during_load(daemon: &Daemon, events: impl FnOnce()) {
     let load = Load::begin();
-    for round in 0..count {
-        event(&daemon, &servers, round);
-    }
+    events();
     let questions = load.tally.questions.load(Relaxed);
     eventually("the load goes on", || load.tally.questions.load(Relaxed) > questions + 20);
     let tally = load.end();
@@ -121,6 +126,22 @@ fn scaling_up_and_down_loses_nothing() {
 
 fn rebalancing_loses_nothing() {
     under_load(4, |daemon, _, _| succeed(daemon, &["rebalance"]));
+}
+
+/// Each time to another file, so that every process is of another program.
+fn upgrades_lose_nothing() {
+    let servers = Servers::start();
+    let it = Upgradable::ready(&servers.config(3, ""));
+    let pid = it.daemon.pid();
+    during_load(&it.daemon, || {
+        for round in 1..=rounds() {
+            it.install_version(round);
+            assert_eq!(it.upgrade().trim(), format!("generation {} serves", round + 1));
+            // With the steward.
+            it.runs_the_file_alone(4);
+        }
+    });
+    assert_eq!(it.daemon.status().pid, pid, "the same process");
 }
 
 /// Eight times: after that it is started anew only every half minute.
@@ -213,16 +234,55 @@ fn pgbench_and_a_hundred_sessions_see_no_change() {
         }
         text
     };
-    let daemon = Daemon::ready(&text(4));
+    let it = Upgradable::ready(&text(4));
+    let daemon = &it.daemon;
     let mut sessions: Vec<TcpStream> = (0..100).map(|_| connect(local(8080))).collect();
-    // -C: a connection for each transaction.
-    let seconds = (12 * support::soak()).to_string();
-    let bench =
-        postgres::pgbench(local(8432), &["-S", "-n", "-C", "-c", "4", "-T", &seconds]).spawn().unwrap();
-    let steps: Vec<Vec<&str>> =
-        (0..10).map(|_| vec!["reload"]).chain([vec!["scale", "1"], vec!["scale", "6"]]).collect();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let bench = scope.spawn(|| bench_until(&stop));
+        let ending = Stop(&stop);
+        change_and_exchange(&it, &mut sessions);
+        drop(ending);
+        bench.join().expect("pgbench meets no error");
+    });
+    assert!(
+        daemon.listener("db").ended.keys().all(|reason| reason == "finished"),
+        "{:?}",
+        daemon.listener("db").ended
+    );
+}
+
+/// Stops what goes on beside a test at its end, however it ends.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
+/// One run after another, so that every change meets one.
+fn bench_until(stop: &AtomicBool) {
+    while !stop.load(Relaxed) {
+        // -C: a connection for each transaction.
+        let arguments = ["-S", "-n", "-C", "-c", "4", "-T", "4"];
+        let done = postgres::pgbench(local(8432), &arguments).output().expect("pgbench runs");
+        let text =
+            String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success() && !text.contains("abort") && !text.contains("error"), "{text}");
+        println!("{text}");
+    }
+}
+
+/// Every planned change, and after each an exchange on every session.
+fn change_and_exchange(it: &Upgradable, sessions: &mut [TcpStream]) {
+    let daemon = &it.daemon;
+    let changes = [&["scale", "1"][..], &["scale", "6"], &["upgrade"]];
+    let steps: Vec<&[&str]> =
+        std::iter::repeat_n(&["reload"][..], 10 * support::soak()).chain(changes).collect();
+    it.install_version(1);
     for (step, arguments) in steps.iter().enumerate() {
-        succeed(&daemon, arguments);
+        succeed(daemon, arguments);
         for (number, session) in sessions.iter_mut().enumerate() {
             let bytes = pattern(step * 1000 + number, 1000);
             session.write_all(&bytes).unwrap();
@@ -233,13 +293,5 @@ fn pgbench_and_a_hundred_sessions_see_no_change() {
             assert!(answer == bytes);
         }
     }
-    let done = bench.wait_with_output().unwrap();
-    let text = String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
-    assert!(done.status.success() && !text.contains("abort") && !text.contains("error"), "{text}");
-    println!("{text}");
-    assert!(
-        daemon.listener("db").ended.keys().all(|reason| reason == "finished"),
-        "{:?}",
-        daemon.listener("db").ended
-    );
+    it.runs_the_file_alone(7);
 }

@@ -248,12 +248,15 @@ fn the_daemons_limit_holds_for_flows() {
 
 fn what_waited_too_long_is_dropped_when_a_new_worker_takes_up_the_socket() {
     let (server, _) = named_server("127.0.0.1:0", "");
-    let daemon = forward(1, "stale_after = \"600ms\"", &[server]);
+    // As long as a new worker may take to come, on however busy a host; and
+    // one that is stopped so long is not to be replaced before.
+    let text = config(1, "stale_after = \"3s\"", "round-robin", &[server]);
+    let daemon = Daemon::ready(&text.replace("[daemon]\n", "[daemon]\nhang_timeout = \"60s\"\n"));
     let (old, fresh) = (client("127.0.0.1:0"), client("127.0.0.1:0"));
     let pid = daemon.worker(0).pid;
     signal(pid, Signal::SIGSTOP);
     send(&old, b"old", 3);
-    let_pass(Duration::from_millis(700));
+    let_pass(Duration::from_millis(3_100));
     fresh.send_to(b"fresh", front()).unwrap();
     signal(pid, Signal::SIGKILL);
     assert_eq!(receive(&fresh).expect("what is fresh is answered").0, b"fresh");
@@ -522,6 +525,9 @@ fn flows_go_on_while_the_daemon_leaves() {
     }
     let status = daemon.wait(Duration::from_secs(10));
     assert!(status.success(), "{status}");
+    // None that went by itself was taken for a broken one, and replaced.
+    assert!(!daemon.log().contains("killed"), "{}", daemon.log());
+    assert_eq!(daemon.log().matches("worker ready").count(), 16, "{}", daemon.log());
 }
 
 fn a_daemon_without_flows_leaves_at_once() {

@@ -3,18 +3,19 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use evenkeel::control::status::Server;
 use nix::sys::signal::Signal;
-use support::daemon::{Daemon, evenkeel, program, runs, signal};
+use support::daemon::{Daemon, runs, signal};
+use support::http;
 use support::servers::{connect, echo, exchange, local, tcp_server};
+use support::upgradable::Upgradable;
 use support::{datagrams, eventually, pattern, within};
 
 fn main() {
@@ -23,6 +24,8 @@ fn main() {
         twenty_upgrades_leave_nothing_behind,
         usr2_upgrades_and_systemd_is_told,
         counters_and_what_scale_set_go_on,
+        what_was_ordered_at_run_time_stands_over_upgrades_and_reloads,
+        the_admin_address_refuses_nobody_and_no_counter_goes_back,
         what_is_no_program_is_refused,
         another_program_is_refused,
         a_program_that_refuses_the_configuration_is_refused_with_its_words,
@@ -35,100 +38,6 @@ fn main() {
     ])
 }
 
-/// A daemon that runs from a file of its own, which a test may replace.
-struct Upgradable {
-    daemon: Daemon,
-    path: PathBuf,
-    hook: PathBuf,
-}
-
-impl Upgradable {
-    #[track_caller]
-    fn ready(config: &str) -> Upgradable {
-        let mut paths = None;
-        let mut daemon = Daemon::start_with(config, |command| {
-            let arguments: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
-            let folder = Path::new(&arguments[2]).parent().expect("a folder").to_path_buf();
-            let (path, hook) = (folder.join("evenkeel"), folder.join("hook"));
-            fs::copy(program(), &path).expect("a copy");
-            let log = fs::File::create(folder.join("log")).expect("a log file");
-            let mut own = Command::new(&path);
-            own.args(&arguments)
-                .env("NOTIFY_SOCKET", folder.join("notify"))
-                .env("EVENKEEL_TEST_UPGRADE", &hook);
-            own.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null()).stderr(log);
-            *command = own;
-            paths = Some((path, hook));
-        });
-        daemon.wait_ready();
-        let (path, hook) = paths.expect("set above");
-        Upgradable { daemon, path, hook }
-    }
-
-    /// As a package upgrade does it: written aside, and renamed.
-    fn install(&self, bytes: &[u8]) {
-        let aside = self.path.with_extension("new");
-        fs::write(&aside, bytes).expect("a file");
-        fs::set_permissions(&aside, fs::Permissions::from_mode(0o755)).expect("a mode");
-        fs::rename(&aside, &self.path).expect("a rename");
-    }
-
-    /// Another file that does the same.
-    fn install_version(&self, number: usize) {
-        let mut bytes = fs::read(program()).expect("the program");
-        bytes.extend(format!("version {number}").bytes());
-        self.install(&bytes);
-    }
-
-    /// The next image fails at this step.
-    fn misbehave_at(&self, step: &str) {
-        fs::write(&self.hook, step).expect("a file");
-    }
-
-    fn run(&self, arguments: &[&str]) -> (Option<i32>, String) {
-        let socket = self.daemon.socket();
-        let mut all = arguments.to_vec();
-        all.extend(["--socket", socket.to_str().expect("plain")]);
-        let done = evenkeel(&all);
-        let text =
-            String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
-        (done.status.code(), text)
-    }
-
-    #[track_caller]
-    fn upgrade(&self) -> String {
-        let (code, text) = self.run(&["upgrade"]);
-        assert_eq!(code, Some(0), "{text}\n{}", self.daemon.log());
-        for failure in ["a hand-over stopped", "a hand-over was", "left to drain"] {
-            assert!(!self.daemon.log().contains(failure), "{}", self.daemon.log());
-        }
-        text
-    }
-
-    #[track_caller]
-    fn is_refused(&self, word: &str) -> String {
-        let (code, text) = self.run(&["upgrade"]);
-        assert_eq!(code, Some(1), "{text}\n{}", self.daemon.log());
-        assert!(text.contains(word), "{text}\n{}", self.daemon.log());
-        text
-    }
-
-    /// Which file the supervisor and its children run.
-    fn images(&self) -> Vec<PathBuf> {
-        let pids = [vec![self.daemon.pid()], self.daemon.children()].concat();
-        pids.iter().filter_map(|pid| fs::read_link(format!("/proc/{pid}/exe")).ok()).collect()
-    }
-
-    /// Only processes of the file that lies at the path now are left.
-    #[track_caller]
-    fn runs_the_file_alone(&self, children: usize) {
-        eventually("every process is of the new file", || {
-            let images = self.images();
-            images.len() == children + 1 && images.iter().all(|image| *image == self.path)
-        });
-    }
-}
-
 fn config(workers: usize, server: &str) -> String {
     format!(
         "[daemon]\nworkers = {workers}\n\
@@ -139,22 +48,25 @@ fn config(workers: usize, server: &str) -> String {
 }
 
 /// What was served while something was done to a daemon.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Served {
     short: AtomicU64,
     long: AtomicU64,
     datagrams: AtomicU64,
 }
 
+/// Stops the clients of a test at its end, however it ends.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Short connections, long sessions with checked payloads and datagrams, all
 /// of which must be served without one error.
 fn under_load(disturb: impl FnOnce()) -> Served {
-    struct Stop<'a>(&'a AtomicBool);
-    impl Drop for Stop<'_> {
-        fn drop(&mut self) {
-            self.0.store(true, Ordering::Relaxed);
-        }
-    }
     let (stop, served) = (AtomicBool::new(false), Served::default());
     std::thread::scope(|scope| {
         let (stop, served) = (&stop, &served);
@@ -328,6 +240,141 @@ fn counters_and_what_scale_set_go_on() {
     eventually("all have ended", || it.daemon.listener("front").ended.get("finished") == Some(&45));
     // Another reload finds everything as after any reload.
     assert_eq!(it.run(&["reload"]), (Some(0), "generation 8 serves\n".into()));
+}
+
+fn what_was_ordered_at_run_time_stands_over_upgrades_and_reloads() {
+    let ((one, _), (two, _)) = (tcp_server("127.0.0.1:0", echo), tcp_server("127.0.0.1:0", echo));
+    let text = config(2, &one.to_string()) + &format!("[[upstream.server]]\naddress = \"{two}\"\n");
+    let it = Upgradable::ready(&text);
+    let mut session = connect(local(8080));
+    exchange(&mut session, b"before").expect("served");
+    for arguments in [
+        &["scale", "3"][..],
+        &["server", "drain", &format!("back/{one}")],
+        &["server", "weight", "7", &format!("back/{two}")],
+    ] {
+        let (code, text) = it.run(arguments);
+        assert_eq!(code, Some(0), "{arguments:?}: {text}");
+    }
+    let stands = |event: &str| {
+        let status = it.daemon.status();
+        assert_eq!(status.workers.len(), 3, "{event}");
+        let servers = &status.upstreams[0].servers;
+        let [drained, heavy] = &servers[..] else { panic!("{event}: {servers:?}") };
+        assert_eq!((drained.state.as_str(), heavy.state.as_str()), ("draining", "up"), "{event}");
+        assert_eq!((drained.weight, heavy.weight), (1, 7), "{event}");
+        let differs = |server: &Server| server.differs_from_file.clone().expect("it differs from the file");
+        assert_eq!(differs(drained).state.as_deref(), Some("draining"), "{event}");
+        assert_eq!(differs(heavy).file_weight, Some(1), "{event}");
+        // By its own count: checks visit the servers as well.
+        let counts = || {
+            let servers = it.daemon.status().upstreams.swap_remove(0).servers;
+            (servers[0].connections, servers[1].connections)
+        };
+        let before = counts();
+        for _ in 0..20 {
+            exchange(&mut connect(local(8080)), b"new").expect("served");
+        }
+        assert_eq!(counts(), (before.0, before.1 + 20), "{event}: what drains gets nothing new");
+    };
+    stands("the orders");
+    for round in 0..3 {
+        it.install_version(round);
+        it.upgrade();
+        stands("an upgrade");
+        assert_eq!(it.run(&["reload"]).0, Some(0));
+        stands("a reload");
+    }
+    // And it can be taken back.
+    for server in [one, two] {
+        assert_eq!(it.run(&["server", "ready", &format!("back/{server}")]).0, Some(0));
+    }
+    let of_one = || it.daemon.status().upstreams[0].servers[0].connections;
+    let before = of_one();
+    eventually("it gets sessions again", || {
+        exchange(&mut connect(local(8080)), b"new").expect("served");
+        of_one() > before
+    });
+    exchange(&mut session, b"after").expect("an open session stays");
+}
+
+/// Every series of /metrics that only grows.
+fn growing(metrics: &str) -> BTreeMap<String, f64> {
+    let kinds: BTreeMap<&str, &str> = metrics
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '))
+        .filter(|(_, kind)| ["counter", "histogram"].contains(kind))
+        .collect();
+    let grows = |name: &str| {
+        let family = ["_bucket", "_count", "_sum"].iter().find_map(|end| name.strip_suffix(end));
+        kinds.contains_key(name) || family.is_some_and(|family| kinds.contains_key(family))
+    };
+    let samples = metrics.lines().filter(|line| !line.starts_with('#'));
+    let samples = samples.filter_map(|line| line.rsplit_once(' '));
+    samples
+        .filter(|(series, _)| grows(series.split('{').next().unwrap_or_default()))
+        .map(|(series, value)| (series.to_string(), value.parse().expect("a number")))
+        .collect()
+}
+
+fn the_admin_address_refuses_nobody_and_no_counter_goes_back() {
+    let (server, _) = tcp_server("127.0.0.1:0", echo);
+    let text = config(3, &server.to_string()).replace("[daemon]\n", "[daemon]\nadmin = \"127.0.0.1:9180\"\n");
+    let it = Upgradable::ready(&text);
+    let scrape =
+        || http::send(local(9180), "GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    eventually("the admin address answers", || scrape().is_ok_and(|answer| answer.status == 200));
+    let (stop, scrapes, cut) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        let watch = scope.spawn(|| {
+            let mut before = BTreeMap::new();
+            while !stop.load(Ordering::Relaxed) {
+                // Nobody is refused; the steward that goes may cut a request
+                // short, once an upgrade.
+                let answer = match scrape() {
+                    Ok(answer) if answer.status == 200 => answer,
+                    Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+                        panic!("the admin address refuses")
+                    }
+                    _ => {
+                        assert!(cut.fetch_add(1, Ordering::Relaxed) < 5, "more than one an upgrade");
+                        continue;
+                    }
+                };
+                let now = growing(&answer.body);
+                for (series, value) in &before {
+                    let value_now = now.get(series);
+                    assert!(value_now.is_some_and(|now| now >= value), "{series}: {value}, {value_now:?}");
+                }
+                before = now;
+                scrapes.fetch_add(1, Ordering::Relaxed);
+            }
+            before
+        });
+        let ending = Stop(&stop);
+        let served = under_load(|| {
+            for round in 0..5 {
+                it.install_version(round);
+                it.upgrade();
+                // Also the new steward's own answers.
+                let seen = scrapes.load(Ordering::Relaxed);
+                within(Duration::from_secs(30), "scrapes go on", || {
+                    watch.is_finished() || scrapes.load(Ordering::Relaxed) > seen + 3
+                });
+            }
+        });
+        drop(ending);
+        let last = watch.join().expect("no counter went back");
+        let of_front = |name: &str| {
+            let own =
+                last.iter().filter(|(series, _)| series.starts_with(name) && series.contains("\"front\""));
+            own.map(|(_, value)| *value).sum::<f64>()
+        };
+        assert!(of_front("evenkeel_listener_connections_total") > 20.0, "{last:?}");
+        assert!(of_front("evenkeel_listener_bytes_total") > 1000.0, "{last:?}");
+        let counts = [&scrapes, &cut].map(|count| count.load(Ordering::Relaxed));
+        println!("{counts:?} scrapes, and cut short; {} series that grow; {served:?}", last.len());
+    });
 }
 
 /// Whatever is refused leaves the same workers, and a daemon that can still be

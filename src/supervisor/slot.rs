@@ -390,12 +390,16 @@ impl Process {
     }
 
     /// Sends something. A worker that takes no messages is stuck: its end
-    /// brings a new one.
+    /// brings a new one. One that has closed its end is about to be gone, and
+    /// says by its exit code how.
     pub fn tell(&mut self, message: &ToWorker, fds: &[BorrowedFd]) {
         let Some(channel) = &self.channel else { return };
-        if let Err(error) = control::send(channel, message, fds) {
-            warn!(pid = self.pid(), %error, "the worker takes no messages: killed");
-            self.kill();
+        match control::send(channel, message, fds).map_err(|error| (error.kind(), error)) {
+            Ok(()) | Err((io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset, _)) => {}
+            Err((_, error)) => {
+                warn!(pid = self.pid(), %error, "the worker takes no messages: killed");
+                self.kill();
+            }
         }
     }
 

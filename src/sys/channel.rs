@@ -108,6 +108,15 @@ impl Channel {
     /// A message that was cut, in bytes or in descriptors, is an error: what
     /// is left of it would be misread.
     pub fn receive(&self) -> io::Result<Option<Packet>> {
+        match self.receive_next() {
+            // The other end closed before it had read all that we sent. The
+            // kernel says so once, in front of what it had sent itself.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => self.receive_next(),
+            result => result,
+        }
+    }
+
+    fn receive_next(&self) -> io::Result<Option<Packet>> {
         let mut bytes = vec![0u8; MAX_BYTES];
         let mut space = cmsg_space!([RawFd; MAX_FDS]);
         let (length, flags, raw) = {
@@ -166,6 +175,16 @@ mod tests {
     #[test]
     fn the_other_ends_death_is_an_end_of_file() {
         let (a, b) = Channel::pair().unwrap();
+        a.send(b"last words", &[]).unwrap();
+        drop(a);
+        assert_eq!(b.receive().unwrap().unwrap().bytes, b"last words");
+        assert!(b.receive().unwrap().is_none());
+    }
+
+    #[test]
+    fn an_end_that_leaves_something_unread_is_an_end_all_the_same() {
+        let (a, b) = Channel::pair().unwrap();
+        b.send(b"never read", &[]).unwrap();
         a.send(b"last words", &[]).unwrap();
         drop(a);
         assert_eq!(b.receive().unwrap().unwrap().bytes, b"last words");

@@ -333,12 +333,14 @@ impl Datagrams<'_> {
                 self.send_replies();
                 used = 0;
             }
+            let Some(flow) = self.flows.get(key) else { continue };
+            let Some(Some(uplink)) = self.uplinks.get_mut(key.index as usize) else { continue };
+            // Also of one that is skipped: it may go on here after all.
+            uplink.queued = false;
             // What waits for a frozen one is its next worker's.
-            if self.flows.get(key).is_none_or(Flow::is_frozen) {
+            if flow.is_frozen() {
                 continue;
             }
-            let Some(Some(uplink)) = self.uplinks.get_mut(key.index as usize) else { continue };
-            uplink.queued = false;
             match self.arena.receive_connected(&uplink.socket, used, FLOW_BATCH) {
                 Ok(count) => {
                     (used..used + count).for_each(|at| self.handle_reply(key, at, now));

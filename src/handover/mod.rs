@@ -12,6 +12,7 @@
 //! message carries 253 descriptors at most.
 
 pub mod flows;
+pub mod protocol;
 
 use std::net::SocketAddr;
 

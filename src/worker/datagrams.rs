@@ -44,7 +44,7 @@ use crate::steering::Route;
 use crate::sys::clock::Millis;
 use crate::sys::datagram::{self, Arena};
 use fronts::{Front, Fronts};
-pub use moving::{Item, Passage};
+pub use moving::{Arrived, Item, Passage};
 use outlet::Outlet;
 use servers::{Reply, Uplink};
 

@@ -12,12 +12,14 @@
 //! the receiver moves no byte before it has said so. So a death on either side
 //! at any moment leaves each session with at most one of them, whole. One
 //! bundle is under way at a time. Flows go first: their clients' datagrams
-//! wait unread at the receiver until then.
+//! wait unread at the receiver until then. What comes next and who has what is
+//! decided by `handover::protocol`; here are the sockets for it.
 
 mod death;
 mod passing;
 mod receiver;
 
+use std::borrow::Cow;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::rc::Rc;
@@ -27,8 +29,9 @@ use mio::{Interest, Registry, Token};
 use tracing::warn;
 
 use super::datagrams::{Datagrams, Item};
-use super::sessions::{Parcel, Sessions};
+use super::sessions::Sessions;
 use crate::control::{self, PeerMessage};
+use crate::handover::protocol::{self, Answer, Kind, Next, Reaction, Verdict};
 use crate::handover::{self, MAX_SESSIONS, flows};
 use crate::slab::Key;
 use crate::sys::channel::Channel;
@@ -37,12 +40,6 @@ use crate::sys::shared;
 
 pub use passing::Passing;
 pub use receiver::Receivers;
-
-/// How long the receiver may take for one bundle, in milliseconds.
-const PATIENCE: Millis = 5_000;
-/// When a bundle is tried again for which the kernel had too many descriptors
-/// under way (ETOOMANYREFS, unix(7)), in milliseconds.
-const TRY_AGAIN: Millis = 5;
 
 /// What a sender passes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,12 +65,11 @@ pub enum Progress {
     Failed { moved: usize },
 }
 
-/// The bundle under way.
+/// Something that is being sent.
 #[derive(Debug)]
-enum Bundle {
-    None,
-    Flows(Vec<Item>),
-    Sessions(Vec<Key>),
+enum Freight {
+    Datagrams(Item),
+    Session(Key),
 }
 
 /// The sending side.
@@ -81,18 +77,10 @@ enum Bundle {
 pub struct Sender {
     channel: Rc<Channel>,
     load: Load,
-    /// Flows that are still to go; `None` once all have.
-    flows: Option<Vec<Key>>,
-    bundle: Bundle,
-    since: Millis,
-    try_at: Option<Millis>,
-    left: usize,
+    state: protocol::Sender<Freight>,
+    /// Flows that are still to go.
+    flows: Vec<Key>,
     moved: usize,
-    refused: bool,
-    flows_refused: usize,
-    /// Nobody answers: what the channel holds is as good as taken.
-    is_parking: bool,
-    gone: bool,
 }
 
 /// What a sender takes from.
@@ -114,30 +102,17 @@ impl Sender {
     ) -> io::Result<Sender> {
         channel.set_nonblocking()?;
         registry.register(&mut SourceFd(&channel.as_fd().as_raw_fd()), token, Interest::READABLE)?;
-        let (flows, left) = match load {
-            Load::Everything => (Some(datagrams.leaving_for(None)), usize::MAX),
-            Load::Sessions(count) => (None, count),
-            Load::FlowsOf(slot) => (Some(datagrams.leaving_for(Some(slot))), 0),
+        let (flows, state) = match load {
+            Load::Everything => (datagrams.leaving_for(None), protocol::Sender::new(true, usize::MAX)),
+            Load::Sessions(count) => (Vec::new(), protocol::Sender::new(false, count)),
+            Load::FlowsOf(slot) => (datagrams.leaving_for(Some(slot)), protocol::Sender::new(true, 0)),
         };
-        Ok(Sender {
-            channel: Rc::new(channel),
-            load,
-            flows,
-            bundle: Bundle::None,
-            since: 0,
-            try_at: None,
-            left,
-            moved: 0,
-            refused: false,
-            flows_refused: 0,
-            is_parking: false,
-            gone: false,
-        })
+        Ok(Sender { channel: Rc::new(channel), load, state, flows, moved: 0 })
     }
 
     /// What is sent waits in the channel for another day.
     pub fn park(&mut self) {
-        self.is_parking = true;
+        self.state.park();
     }
 
     /// The way to the receiver.
@@ -147,201 +122,144 @@ impl Sender {
 
     /// Flows that the receiver would not take, or that were not sent.
     pub fn flows_left(&self) -> usize {
-        self.flows_refused + self.flows.as_ref().map_or(0, Vec::len)
+        self.state.flows_kept() + self.flows.len()
     }
 
     /// Whether it failed because the receiver ended.
     pub fn is_receiver_gone(&self) -> bool {
-        self.gone
+        self.state.is_receiver_gone()
+    }
+
+    /// When `step` is to be called at the latest; `None` where an event or the
+    /// caller's leave to send sessions will come.
+    pub fn next_deadline(&self, now: Millis, sessions_may_go: bool) -> Option<Millis> {
+        self.state.next_deadline(now, sessions_may_go)
     }
 
     /// Takes in what the receiver said, and sends on; sessions only where they
     /// may go.
     pub fn step(&mut self, cargo: &mut Cargo, sessions_may_go: bool) -> Progress {
         loop {
-            if matches!(self.bundle, Bundle::None) {
-                match self.next_bundle(cargo, sessions_may_go) {
-                    Ok(true) => death::die_if_told(death::SENT),
-                    Ok(false) => return Progress::Waiting,
-                    Err(progress) => return progress,
-                }
-                if self.is_parking {
-                    self.handle_taken(&[], cargo);
-                    continue;
-                }
-            }
-            match control::receive::<PeerMessage>(&self.channel) {
-                Ok(Some((PeerMessage::Taken { refused }, _))) => {
-                    death::die_if_told(death::ACKNOWLEDGED);
-                    self.handle_taken(&refused, cargo);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if cargo.now.saturating_sub(self.since) > PATIENCE {
-                        return self.fail("no answer", cargo);
+            let sent = match self.state.next(cargo.now, sessions_may_go) {
+                Next::Wait => return Progress::Waiting,
+                Next::Flows => self.send_flows(cargo),
+                Next::FlowsDone => control::send(&self.channel, &PeerMessage::FlowsDone, &[]),
+                Next::Sessions(most) => self.send_sessions(most, cargo),
+                Next::Listen => {
+                    let (answer, why) = self.listen();
+                    if let Answer::Taken(_) = answer {
+                        death::die_if_told(death::ACKNOWLEDGED);
                     }
-                    return Progress::Waiting;
+                    match self.state.handle_answer(&answer, cargo.now) {
+                        Reaction::Wait => return Progress::Waiting,
+                        Reaction::Settle(verdict) => self.settle(verdict, cargo),
+                        Reaction::GiveUp => return self.fail(&why, cargo),
+                    }
+                    Ok(())
                 }
-                Ok(Some((PeerMessage::Refused, _))) => return self.fail("the receiver refuses", cargo),
-                Ok(Some(_)) => return self.fail("an answer out of turn", cargo),
-                Ok(None) => {
-                    self.gone = true;
-                    return self.fail("the receiver is gone", cargo);
-                }
-                Err(error) => return self.fail_by(&error, cargo),
+                Next::End { refused } => return self.end(refused, cargo.registry),
+            };
+            if let Err(error) = sent {
+                let _ = self.state.handle_answer(&failure(&error), cargo.now);
+                return self.fail(&error.to_string(), cargo);
             }
         }
     }
 
-    /// Puts a bundle under way; false where none may go now, and an error
-    /// where that was all.
-    fn next_bundle(&mut self, cargo: &mut Cargo, sessions_may_go: bool) -> Result<bool, Progress> {
-        if self.try_at.is_some_and(|at| at > cargo.now) {
-            return Ok(false);
+    /// What the receiver said, and what is wrong with that.
+    fn listen(&self) -> (Answer, Cow<'static, str>) {
+        match control::receive::<PeerMessage>(&self.channel) {
+            Ok(Some((PeerMessage::Taken { refused }, _))) => (Answer::Taken(refused), "".into()),
+            Ok(Some((PeerMessage::Refused, _))) => (Answer::Refused, "the receiver refuses".into()),
+            Ok(Some(_)) => (Answer::OutOfTurn, "an answer out of turn".into()),
+            Ok(None) => (Answer::Gone, "the receiver is gone".into()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => (Answer::Nothing, "no answer".into()),
+            Err(error) => (failure(&error), error.to_string().into()),
         }
-        self.try_at = None;
-        if self.flows.is_some() {
-            if self.send_flows(cargo)? {
-                return Ok(true);
-            }
-            if self.try_at.is_some() {
-                return Ok(false);
-            }
-            self.flows = None;
-            if let Err(error) = control::send(&self.channel, &PeerMessage::FlowsDone, &[]) {
-                return Err(self.fail_by(&error, cargo));
-            }
-        }
-        if !sessions_may_go && self.left > 0 {
-            return Ok(false);
-        }
-        self.send_sessions(cargo)
     }
 
-    /// Sends the next flows; false where there are none, or where it is to be
-    /// tried again.
-    fn send_flows(&mut self, cargo: &mut Cargo) -> Result<bool, Progress> {
+    /// Sends the next flows.
+    fn send_flows(&mut self, cargo: &mut Cargo) -> io::Result<()> {
         let (mut items, mut records) = (Vec::new(), Vec::new());
-        let waiting = self.flows.as_mut().expect("the caller looked");
         while items.len() < flows::MAX_RECORDS {
-            let Some(key) = waiting.pop() else { break };
+            let Some(key) = self.flows.pop() else { break };
             if let Some(record) = cargo.datagrams.pack(cargo.registry, key) {
-                items.push(Item::Flow(key));
+                items.push(Freight::Datagrams(Item::Flow(key)));
                 records.push(record);
             }
         }
         while items.len() < flows::MAX_RECORDS && self.load == Load::Everything {
             let Some((item, record)) = cargo.datagrams.pack_resting() else { break };
-            items.push(item);
+            items.push(Freight::Datagrams(item));
             records.push(record);
         }
         if items.is_empty() {
-            return Ok(false);
+            self.state.handle_none_left(Kind::Flows);
+            return Ok(());
         }
-        let sent = shared::sealed("evenkeel-flows", &flows::encode(&records)).and_then(|bundle| {
-            let sockets = items.iter().filter_map(|item| cargo.datagrams.socket(item));
-            let fds: Vec<BorrowedFd> = std::iter::once(bundle.as_fd()).chain(sockets).collect();
-            control::send(&self.channel, &PeerMessage::Flows { count: items.len() }, &fds)
-        });
-        self.since = cargo.now;
-        match sent {
-            Ok(()) => {
-                self.bundle = Bundle::Flows(items);
-                Ok(true)
+        let message = PeerMessage::Flows { count: items.len() };
+        self.state.begin(Kind::Flows, items, cargo.now);
+        match self.send("evenkeel-flows", &flows::encode(&records), &message, cargo) {
+            Err(error) if error.raw_os_error() == Some(libc::ETOOMANYREFS) => {
+                let Some(items) = self.state.handle_congested(cargo.now) else { return Err(error) };
+                self.keep_for_later(items, cargo);
+                Ok(())
             }
-            // In flight is where it stays, when it is parked.
-            Err(error) if error.raw_os_error() == Some(libc::ETOOMANYREFS) && !self.is_parking => {
-                self.try_at = Some(cargo.now + TRY_AGAIN);
-                self.keep_flows(items, cargo);
-                Ok(false)
-            }
-            Err(error) => {
-                self.bundle = Bundle::Flows(items);
-                Err(self.fail_by(&error, cargo))
-            }
+            result => result,
         }
     }
 
     /// They stay here for now, and go with a later bundle.
-    fn keep_flows(&mut self, items: Vec<Item>, cargo: &mut Cargo) {
+    fn keep_for_later(&mut self, items: Vec<Freight>, cargo: &mut Cargo) {
         for item in items {
-            if let (Item::Flow(key), Some(waiting)) = (&item, &mut self.flows) {
-                waiting.push(*key);
+            if let Freight::Datagrams(Item::Flow(key)) = item {
+                self.flows.push(key);
             }
-            cargo.datagrams.thaw(cargo.registry, item, cargo.now);
+            keep(item, cargo);
         }
     }
 
-    fn send_sessions(&mut self, cargo: &mut Cargo) -> Result<bool, Progress> {
-        let parcels = match self.left.min(MAX_SESSIONS) {
-            0 => Vec::new(),
-            count => cargo.sessions.pack(cargo.registry, count, cargo.now),
-        };
-        let keys: Vec<Key> = parcels.iter().map(|parcel| parcel.key).collect();
-        if keys.is_empty() || self.refused {
-            keys.into_iter().for_each(|key| cargo.sessions.thaw(cargo.registry, key, cargo.now));
-            return Err(self.end(cargo.registry));
+    /// Sends the next sessions, so many at most.
+    fn send_sessions(&mut self, most: usize, cargo: &mut Cargo) -> io::Result<()> {
+        let parcels = cargo.sessions.pack(cargo.registry, most.min(MAX_SESSIONS), cargo.now);
+        if parcels.is_empty() {
+            self.state.handle_none_left(Kind::Sessions);
+            return Ok(());
         }
-        self.since = cargo.now;
-        self.bundle = Bundle::Sessions(keys);
-        match self.send(cargo.sessions, parcels) {
-            Ok(()) => Ok(true),
-            Err(error) => Err(self.fail_by(&error, cargo)),
-        }
-    }
-
-    /// When `step` is to be called at the latest; `None` where an event or the
-    /// caller's leave to send sessions will come.
-    pub fn next_deadline(&self, now: Millis, sessions_may_go: bool) -> Option<Millis> {
-        match self.bundle {
-            Bundle::None if self.try_at.is_some() => self.try_at,
-            Bundle::None if self.flows.is_none() && self.left > 0 && !sessions_may_go => None,
-            Bundle::None => Some(now),
-            Bundle::Flows(_) | Bundle::Sessions(_) => Some(self.since + PATIENCE + 1),
-        }
-    }
-
-    fn send(&self, sessions: &Sessions, parcels: Vec<Parcel>) -> io::Result<()> {
-        let keys: Vec<Key> = parcels.iter().map(|parcel| parcel.key).collect();
+        let items = parcels.iter().map(|parcel| Freight::Session(parcel.key)).collect();
+        let message = PeerMessage::Sessions { count: parcels.len() };
         let records: Vec<_> = parcels.into_iter().map(|parcel| (parcel.record, parcel.kept)).collect();
-        let bundle = shared::sealed("evenkeel-bundle", &handover::encode(&records))?;
-        let sockets = keys.iter().flat_map(|&key| sessions.sockets(key));
-        let fds: Vec<BorrowedFd> = std::iter::once(bundle.as_fd()).chain(sockets).collect();
-        control::send(&self.channel, &PeerMessage::Sessions { count: keys.len() }, &fds)
+        self.state.begin(Kind::Sessions, items, cargo.now);
+        self.send("evenkeel-bundle", &handover::encode(&records), &message, cargo)
     }
 
-    fn handle_taken(&mut self, refused: &[usize], cargo: &mut Cargo) {
-        match std::mem::replace(&mut self.bundle, Bundle::None) {
-            Bundle::None => {}
-            Bundle::Sessions(keys) => {
-                for (index, key) in keys.into_iter().enumerate() {
-                    if refused.contains(&index) {
-                        self.refused = true;
-                        cargo.sessions.thaw(cargo.registry, key, cargo.now);
-                    } else {
-                        cargo.sessions.forget(key);
-                        self.moved += 1;
-                        self.left -= 1;
-                    }
-                }
-            }
-            Bundle::Flows(items) => {
-                for (index, item) in items.into_iter().enumerate() {
-                    if refused.contains(&index) {
-                        self.flows_refused += 1;
-                        cargo.datagrams.thaw(cargo.registry, item, cargo.now);
-                    } else {
-                        self.moved += usize::from(matches!(item, Item::Flow(_)));
-                        cargo.datagrams.forget(item);
-                    }
-                }
+    /// Sends the bundle that has begun, with the sockets of its items.
+    fn send(&mut self, name: &str, bytes: &[u8], message: &PeerMessage, cargo: &mut Cargo) -> io::Result<()> {
+        let bundle = shared::sealed(name, bytes)?;
+        let mut fds: Vec<BorrowedFd> = vec![bundle.as_fd()];
+        for item in self.state.under_way() {
+            match item {
+                Freight::Datagrams(item) => fds.extend(cargo.datagrams.socket(item)),
+                Freight::Session(key) => fds.extend(cargo.sessions.sockets(*key)),
             }
         }
+        control::send(&self.channel, message, &fds)?;
+        death::die_if_told(death::SENT);
+        let verdict = self.state.handle_sent();
+        self.settle(verdict, cargo);
+        Ok(())
     }
 
-    /// The same for an error of the channel.
-    fn fail_by(&mut self, error: &io::Error, cargo: &mut Cargo) -> Progress {
-        self.gone = matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset);
-        self.fail(&error.to_string(), cargo)
+    fn settle(&mut self, verdict: Verdict<Freight>, cargo: &mut Cargo) {
+        for item in verdict.moved {
+            // A port that rests is nothing that moves.
+            self.moved += usize::from(!matches!(item, Freight::Datagrams(Item::Resting { .. })));
+            match item {
+                Freight::Datagrams(item) => cargo.datagrams.forget(item),
+                Freight::Session(key) => cargo.sessions.forget(key),
+            }
+        }
+        verdict.kept.into_iter().for_each(|item| keep(item, cargo));
     }
 
     /// Gives the hand-over up; what was not acknowledged goes on here. An
@@ -350,35 +268,27 @@ impl Sender {
     /// have a session.
     pub fn fail(&mut self, why: &str, cargo: &mut Cargo) -> Progress {
         self.channel.shut();
-        let mut refuses = false;
         // An error may stand in front of what was sent.
         let mut errors = 0;
         while errors < 2 {
-            match control::receive::<PeerMessage>(&self.channel) {
-                Ok(Some((PeerMessage::Taken { refused }, _))) => self.handle_taken(&refused, cargo),
-                Ok(Some((message, _))) => refuses |= message == PeerMessage::Refused,
-                Ok(None) => break,
-                Err(_) => errors += 1,
+            let (answer, _) = self.listen();
+            match answer {
+                Answer::Gone => break,
+                Answer::Nothing | Answer::Failed { .. } => errors += 1,
+                Answer::Taken(_) | Answer::Refused | Answer::OutOfTurn => {}
             }
+            let verdict = self.state.handle_late(&answer);
+            self.settle(verdict, cargo);
         }
-        self.gone &= !refuses;
         warn!("a hand-over stopped after {} sessions and flows: {why}", self.moved);
-        match std::mem::replace(&mut self.bundle, Bundle::None) {
-            Bundle::None => {}
-            Bundle::Sessions(keys) => {
-                keys.into_iter().for_each(|key| cargo.sessions.thaw(cargo.registry, key, cargo.now));
-            }
-            Bundle::Flows(items) => {
-                self.flows_refused += items.len();
-                items.into_iter().for_each(|item| cargo.datagrams.thaw(cargo.registry, item, cargo.now));
-            }
-        }
+        let verdict = self.state.give_up();
+        self.settle(verdict, cargo);
         self.unregister(cargo.registry);
         Progress::Failed { moved: self.moved }
     }
 
-    fn end(&mut self, registry: &Registry) -> Progress {
-        if self.refused {
+    fn end(&mut self, refused: bool, registry: &Registry) -> Progress {
+        if refused {
             self.unregister(registry);
             return Progress::Failed { moved: self.moved };
         }
@@ -393,4 +303,18 @@ impl Sender {
     pub fn unregister(&self, registry: &Registry) {
         let _ = registry.deregister(&mut SourceFd(&self.channel.as_fd().as_raw_fd()));
     }
+}
+
+/// It goes on here.
+fn keep(item: Freight, cargo: &mut Cargo) {
+    match item {
+        Freight::Datagrams(item) => cargo.datagrams.thaw(cargo.registry, item, cargo.now),
+        Freight::Session(key) => cargo.sessions.thaw(cargo.registry, key, cargo.now),
+    }
+}
+
+/// An error of the channel.
+fn failure(error: &io::Error) -> Answer {
+    let gone = matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset);
+    Answer::Failed { gone }
 }

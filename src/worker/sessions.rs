@@ -54,7 +54,6 @@ use crate::sys::clock::{self, Millis};
 use crate::sys::pipe::Pipe;
 use crate::sys::stream::Stream;
 use crate::worker::access_log::AccessLog;
-pub use moving::Parcel;
 
 /// Bytes that one session may move each way in one turn, so that a busy one
 /// does not keep the others waiting.

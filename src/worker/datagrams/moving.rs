@@ -50,6 +50,25 @@ pub enum Item {
     Resting { listener: usize, since: Millis, socket: OwnedFd },
 }
 
+/// Something that was taken in.
+#[derive(Clone, Copy, Debug)]
+pub enum Arrived {
+    /// A flow, which lies still.
+    Flow(Key),
+    /// A port that rests, or of which nobody knows the listener any more.
+    Resting,
+}
+
+impl Arrived {
+    /// The flow, where it is one.
+    pub fn flow(&self) -> Option<Key> {
+        match self {
+            Arrived::Flow(key) => Some(*key),
+            Arrived::Resting => None,
+        }
+    }
+}
+
 impl Datagrams<'_> {
     /// What is to go to the worker of a slot, or to any successor.
     pub fn leaving_for(&self, slot: Option<usize>) -> Vec<Key> {
@@ -197,32 +216,20 @@ impl Datagrams<'_> {
         }
     }
 
-    /// Takes something in; a flow lies still until `activate`. False where it
+    /// Takes something in; a flow lies still until `activate`. `None` where it
     /// has no place here.
-    pub fn take(
-        &mut self,
-        record: Record,
-        socket: Option<OwnedFd>,
-        taken: &mut Vec<Key>,
-        now: Millis,
-    ) -> bool {
+    pub fn take(&mut self, record: Record, socket: Option<OwnedFd>, now: Millis) -> Option<Arrived> {
         match (record, socket) {
-            (Record::Flow(flow), socket) => match self.take_flow(&flow, socket, now) {
-                Some(key) => {
-                    taken.push(key);
-                    true
-                }
-                None => false,
-            },
+            (Record::Flow(flow), socket) => self.take_flow(&flow, socket, now).map(Arrived::Flow),
             (Record::Resting { listener, since }, Some(socket)) => {
                 let known = &self.context.config.listeners;
                 if let Some(at) = known.iter().position(|l| l.name == listener && l.mode == Mode::Udp) {
                     self.quarantine_changed = true;
                     drop(self.quarantine.adopt(at, socket, since.min(now)));
                 }
-                true
+                Some(Arrived::Resting)
             }
-            (Record::Resting { .. }, None) => false,
+            (Record::Resting { .. }, None) => None,
         }
     }
 

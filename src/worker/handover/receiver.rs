@@ -12,13 +12,16 @@ use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use tracing::warn;
 
-use super::{Cargo, PATIENCE, death};
+use super::{Cargo, death};
 use crate::control::{self, PeerMessage};
+use crate::handover::protocol::{Awaited, Outcome, PATIENCE, Taking};
 use crate::handover::{self, MAX_BYTES, flows};
+use crate::slab::Key;
 use crate::sys::channel::Channel;
 use crate::sys::clock::Millis;
 use crate::sys::datagram;
 use crate::sys::shared;
+use crate::worker::datagrams::Arrived;
 
 /// All senders that this worker listens to.
 #[derive(Debug, Default)]
@@ -32,8 +35,8 @@ pub struct Receivers {
 struct Receiver {
     token: Token,
     channel: Channel,
-    /// It keeps the gate shut until then; `None` = no longer.
-    awaited_until: Option<Millis>,
+    /// It keeps the gate shut meanwhile.
+    awaited: Awaited,
     /// Nobody keeps what is not taken: it was parked over a restart.
     is_parked: bool,
 }
@@ -50,8 +53,8 @@ impl Receivers {
     ) -> std::io::Result<()> {
         channel.set_nonblocking()?;
         registry.register(&mut SourceFd(&channel.as_fd().as_raw_fd()), token, Interest::READABLE)?;
-        let awaited_until = flows.then_some(now + PATIENCE);
-        self.all.push(Receiver { token, channel, awaited_until, is_parked: false });
+        let awaited = Awaited::begin(flows, now);
+        self.all.push(Receiver { token, channel, awaited, is_parked: false });
         Ok(())
     }
 
@@ -75,19 +78,22 @@ impl Receivers {
     /// Whether clients' datagrams are to wait.
     pub fn is_shut(&self, now: Millis) -> bool {
         self.hold_until.is_some_and(|until| now < until)
-            || self.all.iter().any(|receiver| receiver.awaited_until.is_some_and(|until| now < until))
+            || self.all.iter().any(|receiver| receiver.awaited.holds(now))
     }
 
     /// When the gate opens by itself, at the latest.
     pub fn next_deadline(&self) -> Option<Millis> {
-        self.hold_until.into_iter().chain(self.all.iter().filter_map(|receiver| receiver.awaited_until)).max()
+        self.hold_until
+            .into_iter()
+            .chain(self.all.iter().filter_map(|receiver| receiver.awaited.deadline()))
+            .max()
     }
 
     /// The gate stood open at the deadline.
     pub fn forget_deadlines(&mut self, now: Millis) {
         self.hold_until.take_if(|until| *until <= now);
         for receiver in &mut self.all {
-            if receiver.awaited_until.take_if(|until| *until <= now).is_some() {
+            if receiver.awaited.expire(now) {
                 warn!("a worker is slow to hand its flows over: their clients wait no longer");
             }
         }
@@ -117,7 +123,7 @@ impl Receiver {
                 Ok(Some((PeerMessage::Sessions { count }, fds))) => self.take(count, fds, cargo, room),
                 Ok(Some((PeerMessage::Flows { count }, fds))) => self.take_flows(count, fds, cargo),
                 Ok(Some((PeerMessage::FlowsDone, _))) => {
-                    self.awaited_until = None;
+                    self.awaited.handle_flows_done();
                     Ok(())
                 }
                 Ok(Some((PeerMessage::Straggler(straggler), fds))) => {
@@ -137,9 +143,7 @@ impl Receiver {
                 let _ = control::send(&self.channel, &PeerMessage::Refused, &[]);
                 return false;
             }
-            if self.awaited_until.is_some() {
-                self.awaited_until = Some(cargo.now + PATIENCE);
-            }
+            self.awaited.handle_word(cargo.now);
         }
     }
 
@@ -177,33 +181,35 @@ impl Receiver {
         if arrivals.len() != count {
             return Err("it holds another number of sessions than it says".into());
         }
-        let (mut taken, mut refused) = (Vec::new(), Vec::new());
-        for (index, arrival) in arrivals.into_iter().enumerate() {
+        let mut taking = Taking::begin();
+        for arrival in arrivals {
             let sockets: Vec<_> = fds.by_ref().take(arrival.record.socket_count()).collect();
             let own = at..at + sockets.len();
             at = own.end;
             let has_room = cargo.sessions.len() < room;
-            match has_room.then(|| cargo.sessions.take(arrival, sockets, cargo.now)).flatten() {
-                Some(key) => taken.push(key),
-                None => {
-                    refused.push(index);
-                    left.push(own);
-                }
+            let key = has_room.then(|| cargo.sessions.take(arrival, sockets, cargo.now)).flatten();
+            if key.is_none() {
+                left.push(own);
             }
+            taking.note(key);
         }
         death::die_if_told(death::RECEIVED);
         // Counted as late as can be: who dies before counts none of them lost.
-        taken.iter().for_each(|&key| cargo.sessions.count_taken(key));
-        if let Err(error) = control::send(&self.channel, &PeerMessage::Taken { refused }, &[]) {
-            // The sender will go on with them: here they never were.
-            taken.into_iter().for_each(|key| cargo.sessions.forget(key));
-            return Err(error.to_string());
+        taking.taken().iter().for_each(|&key| cargo.sessions.count_taken(key));
+        let said = self.say_taken(taking.refused());
+        match taking.handle_said(said.is_ok()) {
+            Outcome::Activate(keys) => {
+                death::die_if_told(death::TAKEN);
+                keys.into_iter().for_each(|key| cargo.sessions.activate(cargo.registry, key, cargo.now));
+            }
+            Outcome::Undo(keys) => keys.into_iter().for_each(|key| cargo.sessions.forget(key)),
         }
-        death::die_if_told(death::TAKEN);
-        for key in taken {
-            cargo.sessions.activate(cargo.registry, key, cargo.now);
-        }
-        Ok(left)
+        said.map(|()| left)
+    }
+
+    fn say_taken(&self, refused: &[usize]) -> Result<(), String> {
+        let message = PeerMessage::Taken { refused: refused.to_vec() };
+        control::send(&self.channel, &message, &[]).map_err(|error| error.to_string())
     }
 
     /// The same for flows.
@@ -215,22 +221,26 @@ impl Receiver {
         if records.len() != count {
             return Err("it holds another number of flows than it says".into());
         }
-        let (mut taken, mut refused) = (Vec::new(), Vec::new());
-        for (index, record) in records.into_iter().enumerate() {
+        let mut taking = Taking::begin();
+        for record in records {
             let socket = if record.socket_count() == 1 { fds.next() } else { None };
-            if !cargo.datagrams.take(record, socket, &mut taken, cargo.now) {
-                refused.push(index);
-            }
+            taking.note(cargo.datagrams.take(record, socket, cargo.now));
         }
         death::die_if_told(death::RECEIVED);
-        taken.iter().for_each(|&key| cargo.datagrams.count_taken(key));
-        if let Err(error) = control::send(&self.channel, &PeerMessage::Taken { refused }, &[]) {
-            taken.into_iter().for_each(|key| cargo.datagrams.untake(key));
-            return Err(error.to_string());
+        let keys = |arrived: &[Arrived]| arrived.iter().filter_map(Arrived::flow).collect::<Vec<Key>>();
+        keys(taking.taken()).into_iter().for_each(|key| cargo.datagrams.count_taken(key));
+        let said = self.say_taken(taking.refused());
+        match taking.handle_said(said.is_ok()) {
+            Outcome::Activate(arrived) => {
+                death::die_if_told(death::TAKEN);
+                let keys = keys(&arrived).into_iter();
+                keys.for_each(|key| cargo.datagrams.activate(cargo.registry, key, cargo.now));
+            }
+            Outcome::Undo(arrived) => {
+                keys(&arrived).into_iter().for_each(|key| cargo.datagrams.untake(key));
+            }
         }
-        death::die_if_told(death::TAKEN);
-        taken.into_iter().for_each(|key| cargo.datagrams.activate(cargo.registry, key, cargo.now));
-        Ok(())
+        said
     }
 }
 

@@ -20,6 +20,8 @@ fn main() {
         check_tells_every_error_with_its_place,
         check_binds_nothing,
         a_file_that_is_not_there_is_said,
+        what_cannot_be_read_is_json_for_programs,
+        a_reader_that_has_enough_is_no_failure,
         config_show_prints_what_run_would_run,
         status_without_a_daemon_says_what_to_do,
         status_shows_every_slot_and_the_spread,
@@ -151,6 +153,38 @@ fn a_file_that_is_not_there_is_said() {
         let done = evenkeel(&[command, "-c", "/nonexistent/x.toml"]);
         assert_eq!(done.status.code(), Some(78));
         assert!(text(&done.stderr).contains("/nonexistent/x.toml: No such file or directory"), "{done:?}");
+    }
+}
+
+fn what_cannot_be_read_is_json_for_programs() {
+    let (folder, path) = written("rubbish.toml", "");
+    fs::write(&path, [0xff, 0xfe]).unwrap();
+    for file in ["/nonexistent/x.toml", folder.path().to_str().unwrap(), &path] {
+        let done = evenkeel(&["check", "--json", "-c", file]);
+        assert_eq!(done.status.code(), Some(78), "{done:?}");
+        let json: serde_json::Value = serde_json::from_slice(&done.stdout).expect("JSON all the same");
+        assert_eq!((json["ok"].as_bool(), json["errors"][0]["file"].as_str()), (Some(false), Some(file)));
+        assert!(!json["errors"][0]["help"].as_str().unwrap().is_empty(), "{json}");
+    }
+}
+
+/// `evenkeel ... | true`.
+fn a_reader_that_has_enough_is_no_failure() {
+    let (_folder, path) = written("front.toml", FRONT);
+    let commands: [&[&str]; 6] = [
+        &["completions", "bash"],
+        &["man"],
+        &["config", "show", "-c", &path],
+        &["check", "-c", &path],
+        &["check", "--json", "-c", &path],
+        &["doctor", "127.0.0.1:1"],
+    ];
+    for arguments in commands {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let done = Command::new(program()).args(arguments).stdout(writer).output().unwrap();
+        assert_eq!(done.status.code(), Some(0), "{arguments:?}: {done:?}");
+        assert_eq!(text(&done.stderr), "", "{arguments:?}");
     }
 }
 

@@ -410,6 +410,10 @@ fn without_checks_failures_of_traffic_take_a_server_down_and_it_is_tried_again()
         server(&daemon, "back", "127.0.0.1:9001")["state"] == "down"
     });
     assert_eq!(server(&daemon, "back", "127.0.0.1:9001")["check"]["last"], "traffic");
+    let log = daemon.log();
+    let why = log.lines().find(|line| line.contains("127.0.0.1:9001 is down: ")).unwrap_or_default();
+    let count = why.split("is down: ").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok());
+    assert!(count >= Some(3_u32), "as many as `fall` are told: {why}");
     // It is tried, fails, and rests longer, while nobody is told again.
     within(SEEN, "it was tried", || {
         let _ = who(front());

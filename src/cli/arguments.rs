@@ -26,7 +26,7 @@ pub enum Command {
     /// Without -c: $EVENKEEL_CONFIG, else /etc/evenkeel/evenkeel.toml if it
     /// exists, else the embedded demo. Signals: TERM and INT leave gracefully
     /// within drain_timeout (a second one: at once, exit 1), QUIT without a
-    /// limit, HUP reloads, USR2 upgrades.
+    /// limit, HUP reloads, USR1 opens the access log anew, USR2 upgrades.
     Run {
         /// The configuration file
         #[arg(short, long, value_name = "PATH")]

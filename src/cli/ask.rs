@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::out;
 use crate::control::client;
 
 /// How long a daemon may take to answer: a reload or a change of scale waits
@@ -22,7 +23,7 @@ pub fn simple(socket: &Path, request: &Value) -> ExitCode {
     match ask(socket, request) {
         Ok(answer) => {
             if let Some(text) = answer["text"].as_str().filter(|text| !text.is_empty()) {
-                println!("{text}");
+                out::line(text);
             }
             ExitCode::SUCCESS
         }

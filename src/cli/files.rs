@@ -1,11 +1,12 @@
 //! Which configuration and which control socket a command means.
 
 use std::fs;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use super::EXIT_CONFIG;
-use crate::config::{self, Config, Loaded};
+use crate::config::{self, Config, Loaded, Problem};
 use crate::control::client;
 use crate::sys::accounts;
 
@@ -50,25 +51,24 @@ impl Source {
         }
     }
 
-    /// Its text and the name for messages; a file that cannot be read is said.
-    pub fn read(&self) -> Result<(String, String), ExitCode> {
+    /// Its text and the name for messages.
+    pub fn read(&self) -> Result<(String, String), Unreadable> {
         let path = match self {
             Source::Demo => return Ok((DEMO.to_string(), DEMO_NAME.to_string())),
             Source::File(path) => path,
         };
         match fs::read_to_string(path) {
             Ok(text) => Ok((text, path.display().to_string())),
-            Err(error) => {
-                eprintln!("evenkeel: {}: {error}", path.display());
-                let missing_right = error.kind() == std::io::ErrorKind::PermissionDenied;
-                Err(ExitCode::from(if missing_right { 77 } else { EXIT_CONFIG }))
-            }
+            Err(error) => Err(Unreadable::new(path, &error)),
         }
     }
 
     /// The configuration; what is wrong with it is said.
     pub fn load(&self) -> Result<Loaded, ExitCode> {
-        let (text, name) = self.read()?;
+        let (text, name) = self.read().map_err(|unreadable| {
+            unreadable.tell();
+            ExitCode::from(unreadable.exit_code)
+        })?;
         config::load(&name, &text).map_err(|problems| {
             eprintln!("{problems}");
             ExitCode::from(EXIT_CONFIG)
@@ -86,6 +86,36 @@ impl Source {
             }
         };
         config::load(&name, &text).map(|loaded| loaded.config).map_err(|problems| problems.to_string())
+    }
+}
+
+/// A file that cannot be read.
+#[derive(Debug)]
+pub struct Unreadable {
+    /// For programs; there is no place in it to point at but its beginning.
+    pub problem: Problem,
+    /// 77 or 78.
+    pub exit_code: u8,
+}
+
+impl Unreadable {
+    fn new(path: &Path, error: &io::Error) -> Unreadable {
+        let (help, exit_code) = match error.kind() {
+            ErrorKind::PermissionDenied => ("run this as a user who may read it", 77),
+            ErrorKind::NotFound => {
+                ("is the path right? `evenkeel config show` prints one to begin with", EXIT_CONFIG)
+            }
+            ErrorKind::InvalidData => ("a configuration is TOML, which is text in UTF-8", EXIT_CONFIG),
+            _ => ("name a file", EXIT_CONFIG),
+        };
+        let (file, message, help) = (path.display().to_string(), error.to_string(), help.into());
+        Unreadable { problem: Problem { file, line: 1, column: 1, message, help }, exit_code }
+    }
+
+    /// To the operator.
+    pub fn tell(&self) {
+        let Problem { file, message, help, .. } = &self.problem;
+        eprintln!("evenkeel: {file}: {message}\n  {help}");
     }
 }
 

@@ -7,11 +7,11 @@
 mod arguments;
 mod ask;
 mod files;
+mod out;
 mod sessions;
 mod status;
 mod top;
 
-use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -80,13 +80,17 @@ pub fn main() -> ExitCode {
         }
         Command::Bench(args) => loadgen::run(&args),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "evenkeel", &mut io::stdout());
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "evenkeel", &mut text);
+            out::bytes(&text);
             ExitCode::SUCCESS
         }
-        Command::Man => match clap_mangen::Man::new(Cli::command()).render(&mut io::stdout()) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(_) => ExitCode::FAILURE,
-        },
+        Command::Man => {
+            let mut text = Vec::new();
+            clap_mangen::Man::new(Cli::command()).render(&mut text).expect("memory takes every byte");
+            out::bytes(&text);
+            ExitCode::SUCCESS
+        }
         Command::Worker { .. } => worker::main(),
         Command::Steward => steward::main(),
     }
@@ -184,24 +188,35 @@ fn greeting(config: &config::Config, socket: &std::path::Path) -> String {
 fn check(source: &Source, json: bool) -> ExitCode {
     let (text, name) = match source.read() {
         Ok(read) => read,
-        Err(code) => return code,
+        Err(unreadable) => {
+            if json {
+                let errors = [&unreadable.problem];
+                out::line(&format!(
+                    "{:#}",
+                    serde_json::json!({"ok": false, "errors": errors, "warnings": []})
+                ));
+            } else {
+                unreadable.tell();
+            }
+            return ExitCode::from(unreadable.exit_code);
+        }
     };
     match config::load(&name, &text) {
         Ok(mut loaded) if json => {
             resolve(&mut loaded);
             let summary = config::summary(&loaded.config);
             let all = serde_json::json!({"ok": true, "errors": [], "warnings": loaded.warnings, "summary": summary});
-            println!("{all:#}");
+            out::line(&format!("{all:#}"));
             ExitCode::SUCCESS
         }
         Ok(mut loaded) => {
             resolve(&mut loaded);
             warn_of(&loaded.warnings);
-            println!("{}", config::summary(&loaded.config));
+            out::line(&config::summary(&loaded.config).to_string());
             ExitCode::SUCCESS
         }
         Err(problems) if json => {
-            println!("{:#}", serde_json::json!({"ok": false, "errors": problems, "warnings": []}));
+            out::line(&format!("{:#}", serde_json::json!({"ok": false, "errors": problems, "warnings": []})));
             ExitCode::from(EXIT_CONFIG)
         }
         Err(problems) => {
@@ -222,7 +237,7 @@ fn resolve(loaded: &mut config::Loaded) {
 fn show(source: &Source) -> ExitCode {
     match source.load() {
         Ok(loaded) => {
-            print!("{}", config::show(&loaded, &source.shown()));
+            out::write(&config::show(&loaded, &source.shown()));
             ExitCode::SUCCESS
         }
         Err(code) => code,
@@ -243,8 +258,7 @@ fn diagnose(command: &doctor::Command, named: Option<std::path::PathBuf>) -> Exi
     if matches!(outcome.exit_code, 1 | 2) {
         eprint!("{}", outcome.text);
     } else {
-        // A closed pipe (`| head`) is no failure.
-        let _ = io::stdout().write_all(outcome.text.as_bytes());
+        out::write(&outcome.text);
     }
     ExitCode::from(outcome.exit_code)
 }

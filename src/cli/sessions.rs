@@ -1,7 +1,6 @@
 //! `evenkeel sessions`: the established ones, listed, filtered, ended.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -10,7 +9,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde_json::json;
 
-use super::ask;
+use super::{ask, out};
 use crate::control::sessions::{Filter, Found, Line, MOST_SESSIONS, Query};
 use crate::units::format_duration;
 
@@ -91,8 +90,7 @@ pub fn run(args: Args, socket: &Path) -> ExitCode {
             }
         }
     };
-    // A closed pipe (`| head`) is no failure.
-    let _ = std::io::stdout().write_all(text.as_bytes());
+    out::write(&text);
     match answer["silent"].as_u64() {
         Some(silent @ 1..) => {
             eprintln!("evenkeel: {silent} worker(s) gave no answer: their sessions are missing here");

@@ -2,11 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
-use super::ask;
+use super::{ask, out};
 use crate::control::status::{Check, Difference, Flows, Listener, Status, Upstream, Worker};
 use crate::spread::{Circumstances, Verdict};
 
@@ -27,8 +26,7 @@ pub fn run(socket: &Path, json: bool) -> ExitCode {
             }
         }
     };
-    // A closed pipe (`| head`) is no failure.
-    let _ = std::io::stdout().write_all(text.as_bytes());
+    out::write(&text);
     ExitCode::SUCCESS
 }
 
@@ -188,14 +186,19 @@ fn describe_check(out: &mut String, check: &serde_json::Value) {
     let reason = reason.as_deref().unwrap_or("no reason known");
     let _ = match last.as_str() {
         "good" if rise < rise_needed && check.flapping => {
-            writeln!(out, "      {kind}: good {rise} times of {rise_needed}, flaps")
+            writeln!(out, "      check {kind}: good {rise} times of {rise_needed}, flaps")
         }
-        "bad" => writeln!(out, "      {kind}: {reason} ({fall} times of {fall_needed})"),
-        "unknown" => writeln!(out, "      {kind}: cannot be asked: {reason}"),
+        "bad" => writeln!(out, "      check {kind}: {reason}, {}", row(*fall, *fall_needed)),
+        "unknown" => writeln!(out, "      check {kind}: cannot be asked: {reason}"),
         "traffic" if check.on_trial => writeln!(out, "      {reason}; is being tried again"),
         "traffic" => writeln!(out, "      {reason}"),
         _ => Ok(()),
     };
+}
+
+/// How many bad checks there were, and how many it takes while it is up.
+fn row(fall: u32, needed: u32) -> String {
+    if fall < needed { format!("{fall} times of {needed}") } else { format!("{fall} times in a row") }
 }
 
 /// What an operator should not forget to take back.

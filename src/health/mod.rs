@@ -263,6 +263,11 @@ impl Health {
         (self.successes, self.rise_needed())
     }
 
+    /// Failures of its traffic in a row that are counted against it.
+    pub fn traffic_failures(&self) -> u32 {
+        self.traffic_failures
+    }
+
     /// Failures in a row, of checks or of traffic, and how many take it down.
     pub fn falling(&self) -> (u32, u32) {
         (self.failures.max(self.traffic_failures), self.rules.fall)

@@ -95,6 +95,11 @@ fn workers(out: &mut Encoder, workers: &[Worker]) {
     for worker in workers {
         out.sample(&[("slot", &worker.slot.to_string())], worker.accept_pauses);
     }
+    let help = "Lines of the access log that were dropped because the writer did not keep up.";
+    out.family("evenkeel_worker_access_log_dropped", Kind::Counter, "", help);
+    for worker in workers {
+        out.sample(&[("slot", &worker.slot.to_string())], worker.access_log_dropped);
+    }
 }
 
 fn listeners(out: &mut Encoder, listeners: &[Listener]) {

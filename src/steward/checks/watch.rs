@@ -78,6 +78,11 @@ struct Entry {
     traffic: Cell<Option<(u64, u64)>>,
 }
 
+fn in_a_row(failures: u64) -> String {
+    let noun = if failures == 1 { "failure" } else { "failures" };
+    format!("{failures} {noun} of its traffic in a row")
+}
+
 /// What `status` shows besides the health.
 #[derive(Clone, Debug, Default)]
 struct Shown {
@@ -161,13 +166,15 @@ impl Watch {
         // The first look, or a new generation counts anew.
         let before = entry.traffic.replace(Some(met)).unwrap_or(met);
         let (successes, failures) = (met.0.saturating_sub(before.0), met.1.saturating_sub(before.1));
-        let outcome = entry.health.borrow_mut().handle_traffic(successes, failures, now);
-        if failures > 0 && successes == 0 && entry.wanted.rules.passive {
+        let mut health = entry.health.borrow_mut();
+        // Before the verdict, which begins to count anew.
+        let (was_up, earlier) = (health.is_up(), u64::from(health.traffic_failures()));
+        let outcome = health.handle_traffic(successes, failures, now);
+        drop(health);
+        // Why a server is down stays said while its traffic goes on to fail.
+        if failures > 0 && successes == 0 && was_up && entry.wanted.rules.passive {
             let mut shown = entry.shown.borrow_mut();
-            let (in_a_row, _) = entry.health.borrow().falling();
-            let count = u64::from(in_a_row).max(failures);
-            (shown.last, shown.reason) =
-                (Last::Traffic, Some(format!("{count} failures of its traffic in a row")));
+            (shown.last, shown.reason) = (Last::Traffic, Some(in_a_row(earlier + failures)));
         }
         if successes > 0 && entry.shown.borrow().last == Last::Traffic {
             let mut shown = entry.shown.borrow_mut();

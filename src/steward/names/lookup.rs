@@ -256,6 +256,9 @@ fn failure(error: &NetError) -> Failure {
             ResponseCode::NoError => Failure::Missing("the name has no address"),
             code => Failure::Unknown(format!("the DNS server says: {code}")),
         },
+        NetError::Dns(DnsError::ResponseCode(code)) => {
+            Failure::Unknown(format!("the DNS server says: {code}"))
+        }
         NetError::Timeout => Failure::Unknown("no DNS server answered in time".into()),
         other => Failure::Unknown(printable(other.to_string().as_bytes(), 200)),
     }

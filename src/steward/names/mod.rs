@@ -132,7 +132,12 @@ impl Memory {
                     }
                     None => {}
                     Some(reason) => {
-                        self.note_failure(named, &reason, "what is not known stays as it was");
+                        self.note_failure(
+                            named,
+                            "resolves in part",
+                            &reason,
+                            "what is not known stays as it was",
+                        );
                         tell(Err(reason));
                     }
                 }
@@ -143,7 +148,7 @@ impl Memory {
                     Some(_) => "the last answer stays",
                     None => "its server is not used until it does",
                 };
-                self.note_failure(named, &reason, then);
+                self.note_failure(named, "does not resolve", &reason, then);
                 tell(Err(reason));
                 self.retry()
             }
@@ -151,10 +156,10 @@ impl Memory {
     }
 
     /// Said once, not at each try.
-    fn note_failure(&mut self, named: &Named, reason: &str, then: &str) {
+    fn note_failure(&mut self, named: &Named, what: &str, reason: &str, then: &str) {
         let Named { upstream, server, .. } = named;
         if self.failures == 0 {
-            warn!("upstream {upstream}: {server} does not resolve: {reason}: {then}");
+            warn!("upstream {upstream}: {server} {what}: {reason}: {then}");
         }
         self.failures = self.failures.saturating_add(1);
     }

@@ -220,7 +220,7 @@ function serverRow() {
 /** The check of a server, or of each address of a name. */
 function placeText(server) {
   const places = server.places || [], told = server.resolve_error ? [`name: ${server.resolve_error}`] : [];
-  if (!places.length) return [...told, checkText(server.check)].join("; ");
+  if (!places.length) return (server.check || !told.length ? [...told, checkText(server.check)] : told).join("; ");
   const up = places.filter((place) => place.state === "up").length;
   const bad = places.filter((place) => place.state !== "up").map((place) => `${place.address} ${place.state}${place.check ? ` (${checkText(place.check)})` : ""}`);
   return [...told, `${up} of ${places.length} addresses up`, ...bad.slice(0, 4)].join("; ");

@@ -5,7 +5,7 @@ mod support;
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpStream, UdpSocket};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -19,6 +19,7 @@ use support::{datagrams, eventually, pattern, within};
 fn main() {
     support::run(tests![
         a_restart_refuses_nobody_and_cuts_nobody needs ["a machine"],
+        udp_flows_keep_their_ports_over_restarts needs ["a machine"],
         a_stop_drains needs ["a machine"],
         on_stop_parks_where_systemd_cannot_be_asked needs ["a machine"],
         waiting_connections_outlive_a_killed_supervisor needs ["a machine"],
@@ -137,6 +138,37 @@ fn a_restart_refuses_nobody_and_cuts_nobody() {
     assert_eq!(machine.status()["listeners"][0]["active"], 500);
     let client = datagrams::client("127.0.0.1:0");
     assert_eq!(datagrams::ask(&client, local(8081), b"hello"), b"hello");
+    println!("steering: {}", machine.status()["listeners"][0]["steering_active"]);
+}
+
+/// The server answers each datagram by the port that it came from.
+fn udp_flows_keep_their_ports_over_restarts() {
+    let machine = Machine::boot(&[(
+        "/etc/evenkeel/evenkeel.toml",
+        "[daemon]\nworkers = 3\n\
+         [[listener]]\nname = \"flows\"\nmode = \"udp\"\nbind = \"127.0.0.1:8081\"\nupstream = \"ports\"\n\
+         [[upstream]]\nname = \"ports\"\n[[upstream.server]]\naddress = \"127.0.0.1:9001\"\n",
+    )]);
+    let server = UdpSocket::bind("127.0.0.1:9001").expect("a server");
+    std::thread::spawn(move || {
+        let mut bytes = [0; 64];
+        while let Ok((_, from)) = server.recv_from(&mut bytes) {
+            let _ = server.send_to(&from.port().to_be_bytes(), from);
+        }
+    });
+    machine.systemctl(&["start", "evenkeel"]);
+    let clients: Vec<UdpSocket> = (0..200).map(|_| datagrams::client("127.0.0.1:0")).collect();
+    let ports = || -> Vec<Vec<u8>> {
+        clients.iter().map(|client| datagrams::ask(client, local(8081), b"from where?").to_vec()).collect()
+    };
+    let before = ports();
+    for _ in 0..2 {
+        machine.systemctl(&["restart", "evenkeel"]);
+        eventually("what was parked is there again", || machine.status()["listeners"][0]["active"] == 200);
+        let after = ports();
+        let moved = before.iter().zip(&after).filter(|(before, after)| before != after).count();
+        assert_eq!(moved, 0, "of 200 flows {moved} have another port\n{}", machine.log());
+    }
     println!("steering: {}", machine.status()["listeners"][0]["steering_active"]);
 }
 

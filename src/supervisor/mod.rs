@@ -147,6 +147,8 @@ struct Supervisor {
     store: Store,
     /// What is parked, or was.
     lots: Vec<Lot>,
+    /// How flows were steered when parking began.
+    parked_steering: Option<OwnedFd>,
     /// The leave parks.
     is_parking: bool,
     /// What systemd is about to do, as the unit's ExecStop= said.
@@ -187,7 +189,15 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
     let fd = signals.as_fd().as_raw_fd();
     poll.registry().register(&mut SourceFd(&fd), SIGNALS, Interest::READABLE).map_err(Refusal::of_system)?;
     let generation = Rc::new(generation);
-    let steering = Steering::prepare(&generation);
+    let mut steering = Steering::prepare(&generation);
+    if let Some(memory) = returned.steering {
+        let left = crate::sys::shared::read_sealed(memory).map_err(|error| error.to_string());
+        match left.and_then(|json| serde_json::from_slice::<Vec<_>>(&json).map_err(|error| error.to_string()))
+        {
+            Ok(left) => steering.resume(&left),
+            Err(error) => warn!(%error, "parked flows are steered anew"),
+        }
+    }
     prepared.loads = steering.loads().transpose().map_err(Refusal::of_system)?;
     let slot_count = generation.slot_count();
     let hang_timeout = start.config.daemon.hang_timeout.as_millis() as u64;
@@ -216,6 +226,7 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         inquiries: Vec::new(),
         store,
         lots,
+        parked_steering: None,
         is_parking: false,
         noted_job: None,
         end: None,

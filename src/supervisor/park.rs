@@ -74,6 +74,7 @@ impl Supervisor {
 
     /// A slot's worker sends all it has into a pair, and leaves.
     pub(super) fn park(&mut self, slot: usize, limit: Option<Millis>) {
+        self.note_steering();
         let pair = Channel::pair().inspect(|(a, _)| a.set_send_buffer(LOT_BYTES));
         match pair {
             Ok((a, b)) => {
@@ -90,6 +91,16 @@ impl Supervisor {
         }
     }
 
+    /// Before the first worker leaves: tables change as they go.
+    fn note_steering(&mut self) {
+        if self.parked_steering.is_none() {
+            let json = serde_json::to_vec(&self.steering.states()).expect("tables are plain data");
+            self.parked_steering = shared::sealed("evenkeel-steering", &json)
+                .inspect_err(|error| warn!(%error, "parked flows will be steered anew"))
+                .ok();
+        }
+    }
+
     /// Every worker has left: systemd gets what they parked.
     pub(super) fn store_lots(&mut self) {
         let mut kept = 0;
@@ -103,6 +114,9 @@ impl Supervisor {
                 warn!(slot = lot.slot, %error, "what was parked has no end");
             }
             kept += usize::from(self.store.keep_lot(lot.slot, lot.a.as_fd(), lot.b.as_fd()));
+        }
+        if let Some(memory) = self.parked_steering.take() {
+            self.store.keep_steering(memory.as_fd());
         }
         if !matches!(notify::barrier(), Ok(true)) {
             warn!("systemd did not say that it has what was parked");

@@ -86,8 +86,9 @@ pub struct State {
     loads: Option<RawFd>,
 }
 
+/// How one listener is steered.
 #[derive(Debug, Serialize, Deserialize)]
-struct SteeredState {
+pub struct SteeredState {
     name: String,
     /// The number of its `Pick`.
     pick: u32,
@@ -185,6 +186,15 @@ impl Steering {
 
     /// As the next image of the supervisor is to find it.
     pub fn pack<'a>(&'a self, packer: &mut Packer<'a>) -> State {
+        State {
+            listeners: self.states(),
+            groups: self.groups.iter().map(|(id, group)| (id.clone(), group.pack(packer))).collect(),
+            loads: self.loads.as_ref().map(|loads| packer.keep(loads)),
+        }
+    }
+
+    /// How each listener is steered, for the next image or the next start.
+    pub fn states(&self) -> Vec<SteeredState> {
         let listeners = self.listeners.iter().map(|steered| SteeredState {
             name: steered.name.clone(),
             pick: steered.plan.pick as u32,
@@ -193,10 +203,17 @@ impl Steering {
             table: steered.table.bytes().to_vec(),
             is_applied: steered.is_applied,
         });
-        State {
-            listeners: listeners.collect(),
-            groups: self.groups.iter().map(|(id, group)| (id.clone(), group.pack(packer))).collect(),
-            loads: self.loads.as_ref().map(|loads| packer.keep(loads)),
+        listeners.collect()
+    }
+
+    /// Goes on with the tables and seeds of a daemon that has ended, so that
+    /// flows which were parked are where their datagrams come. Nothing of it
+    /// is in force yet.
+    pub fn resume(&mut self, left: &[SteeredState]) {
+        for steered in &mut self.listeners {
+            if let Some(left) = left.iter().find(|left| left.name == steered.name) {
+                steered.take_up(left);
+            }
         }
     }
 
@@ -221,13 +238,10 @@ impl Steering {
         steering.adopt(generation);
         for steered in &mut steering.listeners {
             let Some(left) = state.listeners.iter().find(|left| left.name == steered.name) else { continue };
-            let table = <[u8; BUCKET_COUNT]>::try_from(left.table.as_slice()).ok();
-            let Some(table) = table.filter(|_| left.pick == steered.plan.pick as u32) else { continue };
-            steered.plan.seed = left.seed;
-            steered.weights.clone_from(&left.weights);
-            steered.table = Table::from_bytes(table);
-            steered.is_applied = left.is_applied;
-            steered.is_due = !left.is_applied;
+            if steered.take_up(left) {
+                steered.is_applied = left.is_applied;
+                steered.is_due = !left.is_applied;
+            }
         }
         for (id, group) in state.groups {
             let group = Group::unpack(group, unpacker, &id, slots)?;
@@ -397,6 +411,16 @@ impl Steered {
             planned: None,
             is_told: false,
         }
+    }
+
+    /// Takes over seed and table, where they are of the same kind.
+    fn take_up(&mut self, left: &SteeredState) -> bool {
+        let table = <[u8; BUCKET_COUNT]>::try_from(left.table.as_slice()).ok();
+        let Some(table) = table.filter(|_| left.pick == self.plan.pick as u32) else { return false };
+        self.plan.seed = left.seed;
+        self.weights.clone_from(&left.weights);
+        self.table = Table::from_bytes(table);
+        true
     }
 
     /// Brings the weights into force where no flow has to move for them; else

@@ -24,6 +24,8 @@ use crate::sys::notify;
 
 const SLOT: &str = "evenkeel-slot-";
 const LOT: &str = "evenkeel-lot-";
+/// How flows that are parked were steered.
+const STEERING: &str = "evenkeel-steering";
 /// When a message is tried again for which systemd had no room, in
 /// milliseconds.
 const TRY_AGAIN: Millis = 100;
@@ -46,7 +48,9 @@ pub struct Returned {
     pub sockets: Vec<(usize, Passed)>,
     /// Parked sessions: the slot that had them, and both ends.
     pub lots: Vec<(usize, OwnedFd, OwnedFd)>,
-    /// Names of what is of no use, to be taken out.
+    /// How they were steered: sealed JSON.
+    pub steering: Option<OwnedFd>,
+    /// Names of what is of no use any more, to be taken out.
     pub useless: Vec<String>,
 }
 
@@ -66,6 +70,9 @@ pub fn part(passed: Vec<Passed>) -> (Vec<Passed>, Returned) {
                 Some((slot, is_ours)) => ends.push((slot, is_ours, passed)),
                 None => returned.useless.push(passed.name),
             }
+        } else if passed.name == STEERING {
+            returned.useless.push(passed.name);
+            returned.steering = Some(passed.fd);
         } else {
             others.push(passed);
         }
@@ -185,6 +192,14 @@ impl Store {
             notify::send_patiently(&text, &[fd]).inspect_err(|error| warn!(%error, "the store")).is_ok()
         };
         keep("a", a) && keep("b", b)
+    }
+
+    /// Keeps how the parked flows were steered.
+    pub fn keep_steering(&self, memory: BorrowedFd) {
+        let text = format!("FDSTORE=1\nFDPOLL=0\nFDNAME={STEERING}");
+        if let Err(error) = notify::send_patiently(&text, &[memory]) {
+            warn!(%error, "the store");
+        }
     }
 
     /// A lot is empty.

@@ -241,6 +241,7 @@ fn build(
         inquiries: Vec::new(),
         store: Store::of_environment(&Returned::default()),
         lots: Vec::new(),
+        parked_steering: None,
         is_parking: false,
         noted_job: None,
         upgrade: Some(upgrade),

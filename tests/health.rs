@@ -305,7 +305,7 @@ fn an_nginx_status_page_is_checked() {
     assert_eq!(reason(&daemon, "back", "127.0.0.1:9001"), "status 503, not 200-299, 401");
     let shown = evenkeel(&["status", "--socket", daemon.socket().to_str().expect("a path")]);
     assert!(
-        String::from_utf8_lossy(&shown.stdout).contains("http: status 503, not 200-299, 401 ("),
+        String::from_utf8_lossy(&shown.stdout).contains("http: status 503, not 200-299, 401"),
         "{shown:?}"
     );
     nginx.reload(401);

@@ -306,6 +306,7 @@ impl<'a> Sessions<'a> {
             story: self.begin_story(peer),
         };
         let key = self.slab.insert(entry);
+        self.count_accepted(listener);
         let counters = &self.context.counters;
         counters.process(Process::Active).add(1);
         counters.listener(listener, OfListener::Active).add(1);

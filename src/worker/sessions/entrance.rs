@@ -41,9 +41,6 @@ impl Sessions<'_> {
         peer: SocketAddr,
         now: Millis,
     ) {
-        let counters = &self.context.counters;
-        counters.process(Process::Accepted).add(1);
-        counters.listener(listener, OfListener::Connections).add(1);
         let proxied = self.context.config.listeners[listener].tcp.accept_proxy == AcceptProxy::On;
         let place = if proxied {
             let trusted = self.context.gates[listener].trusts(peer.ip());
@@ -59,6 +56,7 @@ impl Sessions<'_> {
             Err(reason) => {
                 // Nothing was promised: a reset costs least, here and there.
                 let _ = client.reset_on_close();
+                self.count_accepted(listener);
                 self.context.counters.ended(listener, reason).add(1);
                 return self.complain(listener, reason, Some(peer), now);
             }
@@ -71,6 +69,14 @@ impl Sessions<'_> {
         self.slab.get_mut(key).expect("just inserted").stage = Stage::Header { until };
         self.deadlines.set(key.index, until);
         self.read_header(registry, key, false, now);
+    }
+
+    /// Counted next to what becomes of it: a worker that is killed in between
+    /// has lost one that nobody finds again.
+    pub(super) fn count_accepted(&self, listener: usize) {
+        let counters = &self.context.counters;
+        counters.process(Process::Accepted).add(1);
+        counters.listener(listener, OfListener::Connections).add(1);
     }
 
     /// Looks whether the PROXY header is whole; `ended` where nothing more

@@ -99,10 +99,22 @@ pub struct Load {
 }
 
 impl Load {
+    fn new() -> Load {
+        let (tally, stop) = (Arc::<Tally>::default(), Arc::<AtomicBool>::default());
+        Load { tally, stop, threads: Vec::new() }
+    }
+
+    /// Clients of the UDP listener alone.
+    pub fn of_questions() -> Load {
+        let mut load = Load::new();
+        load.spawn(2, questions);
+        eventually("questions are answered", || load.tally.questions.load(Relaxed) > 5);
+        load
+    }
+
     /// All kinds of clients, until `end`.
     pub fn begin() -> Load {
-        let (tally, stop) = (Arc::<Tally>::default(), Arc::<AtomicBool>::default());
-        let mut load = Load { tally, stop, threads: Vec::new() };
+        let mut load = Load::new();
         load.spawn(2, |tally, _| tally.note(&tally.short, short()));
         load.spawn(2, |tally, _| tally.note(&tally.half_closed, half_closed()));
         load.spawn(1, |tally, _| tally.note(&tally.bulk, bulk()));

@@ -161,8 +161,12 @@ impl Daemon {
         let mut status = None;
         within(limit, "the daemon's end", || {
             status = self.child.try_wait().expect("our child");
+            // As a service manager does: a socket that it was sent to keep is
+            // open for as long as the message lies here.
+            self.notified();
             status.is_some()
         });
+        self.notified();
         status.expect("waited for")
     }
 

@@ -98,6 +98,13 @@ pub struct Story {
 /// How far a session is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Stage {
+    /// Accepted, and nothing else: whether it may come in is still to be asked.
+    Accepted {
+        /// Its PROXY header was read.
+        header_read: bool,
+        /// It was counted as accepted.
+        counted: bool,
+    },
     /// Its PROXY header is awaited; what has come of it lies in the socket.
     #[allow(missing_docs)]
     Header { until: u64 },
@@ -120,8 +127,10 @@ pub enum Stage {
 pub struct Arrival {
     /// What was said of it.
     pub record: Record,
-    /// Its relay, with the bytes that it kept.
+    /// Its relay, without the bytes that it kept.
     pub session: Session,
+    /// Those.
+    pub kept: Vec<u8>,
 }
 
 /// Writes a bundle; each record comes with the bytes that its relay keeps.
@@ -157,14 +166,14 @@ pub fn decode(bytes: &[u8], socket_count: usize) -> Result<Vec<Arrival>, BundleE
     let mut arrivals = Vec::new();
     for (index, record) in bundle.sessions.into_iter().enumerate() {
         let own = kept.split_off(..record.relay.kept()).ok_or(BundleError::Lengths)?;
-        let session = Session::restore(&record.relay, own).ok_or(BundleError::State(index))?;
+        let session = Session::restore(&record.relay).ok_or(BundleError::State(index))?;
         if matches!(record.stage, Stage::Connecting { .. }) && !record.relay.is_relay() {
             return Err(BundleError::State(index));
         }
-        if matches!(record.stage, Stage::Header { .. }) && record.server.is_some() {
+        if matches!(record.stage, Stage::Header { .. } | Stage::Accepted { .. }) && record.server.is_some() {
             return Err(BundleError::State(index));
         }
-        arrivals.push(Arrival { record, session });
+        arrivals.push(Arrival { record, session, kept: own.to_vec() });
     }
     if kept.is_empty() { Ok(arrivals) } else { Err(BundleError::Lengths) }
 }

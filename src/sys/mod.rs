@@ -6,10 +6,12 @@
 
 pub mod accounts;
 pub mod activation;
+pub mod area;
 pub mod bell;
 pub mod bpf;
 pub mod channel;
 pub mod clock;
+pub mod counts;
 pub mod datagram;
 pub mod exec;
 pub mod filter;

@@ -36,6 +36,7 @@ use crate::config::Mode;
 use crate::control::misbehave;
 use crate::control::{FromWorker, Place};
 use crate::counters::{Counters, Process};
+use crate::keep::Keep;
 use crate::sys::channel::Channel;
 use crate::sys::clock::{self, Millis};
 use crate::sys::process;
@@ -146,6 +147,8 @@ impl<'a> Loop<'a> {
         // Two descriptors a session.
         let for_sessions = if modes(Mode::Udp) { files - for_flows } else { files };
         let session_limit = (for_sessions / 2).max(1) as usize;
+        let keep =
+            Keep::create(session_limit).inspect_err(|error| error!(%error, "no memory to keep")).ok()?;
         let poll = Poll::new().ok()?;
         let bell = born.board_bell.as_raw_fd();
         poll.registry().register(&mut SourceFd(&bell), BOARD, Interest::READABLE).ok()?;
@@ -155,7 +158,7 @@ impl<'a> Loop<'a> {
             listeners: Listeners::default(),
             datagrams: Datagrams::new(context.clone(), for_flows as usize, clock::coarse()),
             outliving: born.outliving.clone(),
-            sessions: Sessions::new(context, clock::coarse()),
+            sessions: Sessions::new(context, keep, clock::coarse()),
             session_limit,
             load: born.load.as_ref(),
             busy: Busy::of_slot(born.slot),

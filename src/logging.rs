@@ -53,7 +53,19 @@ impl MakeWriter<'_> for Shared {
 impl Log {
     /// Writes out what waits: threads do not outlive an exec.
     pub fn flush(&mut self) {
+        self.without_thread(|| ());
+    }
+
+    /// Does something while the writing thread is told to end, and starts
+    /// another one afterwards. What is logged meanwhile is lost.
+    pub fn without_thread<T>(&mut self, act: impl FnOnce() -> T) -> T {
         self.guard = None;
+        let result = act();
+        self.restart();
+        result
+    }
+
+    fn restart(&mut self) {
         let (writer, guard) = queue();
         *self.writer.0.lock().expect("no thread panics with it") = writer;
         self.guard = Some(guard);

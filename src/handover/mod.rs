@@ -79,6 +79,9 @@ pub struct Record {
     /// What its line of the access log will say.
     #[serde(default)]
     pub story: Option<Story>,
+    /// How often it was being worked on when a worker died by its own doing.
+    #[serde(default)]
+    pub crashes: u8,
 }
 
 /// What the access log says of a session beside its state. Times are
@@ -202,6 +205,7 @@ mod tests {
             born: 5,
             moved: 9,
             story: None,
+            crashes: 0,
         };
         (record, kept)
     }

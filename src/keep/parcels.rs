@@ -127,6 +127,7 @@ fn record(listener: &Listener, stage: Stage, now: u64) -> Record {
         born: now,
         moved: now,
         story: None,
+        crashes: 0,
     }
 }
 
@@ -266,7 +267,8 @@ impl<K: Kernel, N: Names> One<'_, K, N> {
         let moved = if slot.state == State::Open { slot.time } else { slot.born };
         let name = || slot.place.map_or(String::new(), |place| self.names.server(slot.listener, place));
         let server = has_server.then(name);
-        Record { server, origin, moved, story, ..record(listener, stage, slot.born) }
+        let crashes = slot.crashes;
+        Record { server, origin, moved, story, crashes, ..record(listener, stage, slot.born) }
     }
 
     fn bytes(&self, held: &Held, pipe: Option<RawFd>) -> io::Result<Vec<u8>> {

@@ -122,10 +122,10 @@ impl Remains {
         Some(Receipt { channel, number, refused: [first, second] })
     }
 
-    /// Sessions that the worker was at work on, or whose bytes it kept.
+    /// Sessions that the worker was at work on.
     pub fn in_use(&self) -> Vec<u32> {
         let claims = self.claims();
-        let owners = claims.scratch.iter().map(|(owner, _)| owner).chain(claims.chunks.keys());
+        let owners = claims.scratch.iter().map(|(owner, _)| owner);
         let mut sessions: Vec<u32> = owners.map(|owner| owner.session).collect();
         sessions.sort_unstable();
         sessions.dedup();

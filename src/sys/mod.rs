@@ -8,6 +8,7 @@ pub mod accounts;
 pub mod activation;
 pub mod area;
 pub mod bell;
+pub mod beside;
 pub mod bpf;
 pub mod channel;
 pub mod clock;
@@ -29,6 +30,7 @@ pub mod queues;
 pub mod shared;
 pub mod signals;
 pub mod stream;
+pub mod table;
 
 use std::io;
 

@@ -11,6 +11,7 @@
 //! the other side is acknowledged: a reset throws away what is still queued.
 //! Bounded by the descriptors of the process; each session has one deadline.
 
+mod census;
 mod connect;
 mod entrance;
 mod list;

@@ -99,6 +99,7 @@ impl Sessions<'_> {
             born: entry.born,
             moved: entry.moved,
             story: entry.story.as_deref().cloned(),
+            crashes: self.keep.slot(key.index).map_or(0, |slot| slot.crashes),
         };
         Some(Parcel { key, record, kept })
     }
@@ -198,7 +199,7 @@ impl Sessions<'_> {
             moved: record.moved,
             story: record.story.filter(|_| self.context.access_log.is_some()).map(Box::new),
         };
-        let slot = self.slot_of(&entry, &record.relay);
+        let slot = Slot { crashes: record.crashes, ..self.slot_of(&entry, &record.relay) };
         let origin = entry.origin.as_deref().copied();
         let key = self.slab.insert(entry);
         self.keep.begin(key.index, &slot);
@@ -262,6 +263,11 @@ impl Sessions<'_> {
         }
     }
 
+    /// It was acknowledged: whatever happens to this process, it is its own.
+    pub fn own(&self, key: Key) {
+        self.keep.settle(key.index);
+    }
+
     /// What was taken in is about to be acknowledged.
     pub fn count_taken(&self, key: Key) {
         let Some(entry) = self.slab.get(key) else { return };
@@ -278,7 +284,6 @@ impl Sessions<'_> {
     pub fn activate(&mut self, registry: &Registry, key: Key, now: Millis) {
         let Some(entry) = self.slab.get_mut(key) else { return };
         entry.frozen = false;
-        self.keep.settle(key.index);
         let all = Readiness { readable: true, writable: true, probe: false };
         entry.session.handle_ready(Side::Client, all);
         if matches!(entry.stage, Stage::Open) {

@@ -104,13 +104,18 @@ impl<'a> Estate<'a> {
         // at this one.
         let is_way = |number: &RawFd| !own.contains(number) && table::kind(*number) == Kind::Packets;
         numbers.iter().filter(|number| is_way(number)).for_each(|number| exec::close(*number));
-        estate.inherit(&moved, now);
+        estate.inherit(&numbers.iter().copied().collect(), &moved, now);
         estate.adopt(&numbers, &own, now);
         estate
     }
 
-    /// Every session that has a slot.
-    fn inherit(&mut self, moved: &Doubts, now: Millis) {
+    /// Every session that has a slot. A slot may name what its worker had just
+    /// closed: a number that is none of these is nothing of its.
+    fn inherit(&mut self, open: &HashSet<RawFd>, moved: &Doubts, now: Millis) {
+        let take = |numbers: Vec<RawFd>| -> Vec<OwnedFd> {
+            let open = numbers.into_iter().filter(|number| open.contains(number));
+            open.filter_map(|number| table::take(number).ok()).collect()
+        };
         let (Some(remains), Some(context)) = (self.remains.take(), self.context.take()) else { return };
         let balancers = context.balancers(now);
         let names = Known { context: &context, balancers: &balancers };
@@ -120,14 +125,14 @@ impl<'a> Estate<'a> {
             let slot = remains.slot(heir.session);
             if moved.is_elsewhere(&heir) {
                 // A duplicate lives on there, so this ends nothing.
-                slot.iter().flat_map(|slot| [slot.client, slot.server]).flatten().for_each(exec::close);
+                drop(take(slot.iter().flat_map(|slot| [slot.client, slot.server]).flatten().collect()));
                 remains.forget(heir.session);
                 continue;
             }
             match heir.fate {
                 Fate::Send { record, kept, sockets, useless } => {
-                    useless.into_iter().for_each(exec::close);
-                    let sockets = sockets.into_iter().filter_map(|number| table::take(number).ok()).collect();
+                    drop(take(useless.into_iter().collect()));
+                    let sockets = take(sockets);
                     let listener = slot.as_ref().map_or(0, |slot| usize::from(slot.listener));
                     let place = slot.as_ref().and_then(|slot| slot.place);
                     let server = record.server.as_ref().and(place);
@@ -145,8 +150,7 @@ impl<'a> Estate<'a> {
                     }));
                 }
                 Fate::Close { sockets, reset, owed, is_disagreement, .. } => {
-                    let owned: Vec<OwnedFd> =
-                        sockets.into_iter().filter_map(|number| table::take(number).ok()).collect();
+                    let owned = take(sockets);
                     self.found.self_check_resets += u64::from(is_disagreement);
                     self.found.lost += u64::from(reset && !is_disagreement);
                     if let Some((to, bytes)) = owed {
@@ -376,11 +380,14 @@ fn settle_doubts(remains: &Remains) -> Doubts {
     if let Some(receipt) = remains.receipt()
         && let Ok(channel) = table::take(receipt.channel).map(Channel::from_fd)
     {
-        // Perhaps it was given: the sender knows by its number.
+        let _ = channel.set_nonblocking();
+        // Whoever has said more since then has heard it. Else it is given,
+        // perhaps again: the sender knows by its number.
         let is_refused = |at: &usize| receipt.refused[at / 64] >> (at % 64) & 1 == 1;
         let refused = (0..128).filter(is_refused).collect();
         let message = PeerMessage::Taken { refused, number: receipt.number };
-        doubts.arrivals_are_theirs = control::send(&channel, &message, &[]).is_err();
+        let has_gone_on = matches!(control::receive::<PeerMessage>(&channel), Ok(Some(_)));
+        doubts.arrivals_are_theirs = !has_gone_on && control::send(&channel, &message, &[]).is_err();
     }
     if let Some(bundle) = remains.bundle()
         && let Ok(channel) = table::take(bundle.channel).map(Channel::from_fd)

@@ -17,7 +17,7 @@ use crate::worker::birth::Born;
 
 /// After so many milliseconds another one is begun where the last one could
 /// not be, or has died.
-const AGAIN_AFTER: Millis = 1_000;
+const AGAIN_AFTER: Millis = 100;
 
 /// Who keeps what this worker has.
 #[derive(Debug)]
@@ -66,7 +66,7 @@ impl Guard {
             }
             Err(error) => {
                 tell(channel, None, format!("no process can share the descriptors (CLONE_FILES): {error}"));
-                self.again_at = Some(now + 60 * AGAIN_AFTER);
+                self.again_at = Some(now + 600 * AGAIN_AFTER);
             }
         }
     }

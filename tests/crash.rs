@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use support::daemon::{Daemon, children_of, runs, signal};
+use support::daemon::{Daemon, children_of, name_of, runs, signal};
 use support::steady::{Load, Seen, Servers};
 use support::{eventually, within};
 
@@ -32,9 +32,7 @@ fn start(text: &str) -> Daemon {
 
 /// The process of this name, as `ek-worker-0`.
 fn process(daemon: &Daemon, name: &str) -> Option<u32> {
-    let is_it = |pid: &u32| {
-        runs(*pid) && std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim() == name)
-    };
+    let is_it = |pid: &u32| runs(*pid) && name_of(*pid) == name;
     // A keeper is called as its worker for a moment, and is the younger one.
     children_of(daemon.pid()).into_iter().filter(is_it).min()
 }

@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// How long threads that were told to end may take.
-const PATIENCE: Duration = Duration::from_millis(300);
+const PATIENCE: Duration = Duration::from_millis(1_000);
 
 /// Begins a process beside this one, as a child of the same parent, which it
 /// tells of its end by SIGCHLD. Its number, and `None` in the new process.

@@ -66,7 +66,7 @@ impl Guard {
             }
             Err(error) => {
                 tell(channel, None, format!("no process can share the descriptors (CLONE_FILES): {error}"));
-                self.again_at = Some(now + 600 * AGAIN_AFTER);
+                self.again_at = Some(now + 20 * AGAIN_AFTER);
             }
         }
     }

@@ -123,10 +123,9 @@ pub fn recover(sight: &Sight) -> Verdict {
     let Some(client) = sight.counts[0] else { return Verdict::Reset(Failure::Disagreement) };
     match slot.state {
         State::Free | State::Closing => Verdict::End { lost: None, owed: None },
-        State::Accepted if client.consumed() == 0 => Verdict::Enter { header_read: false },
-        State::Accepted => Verdict::Reset(Failure::Disagreement),
-        State::Header => match client.consumed() {
-            0 => Verdict::AwaitHeader,
+        State::Accepted | State::Header => match client.consumed() {
+            0 if slot.state == State::Header => Verdict::AwaitHeader,
+            0 => Verdict::Enter { header_read: false },
             read if read == u64::from(slot.header) => Verdict::Enter { header_read: true },
             _ => Verdict::Reset(Failure::Disagreement),
         },

@@ -322,3 +322,7 @@ fn told(read: Option<u64>, written: Option<u64>, claims: &Claims) -> Result<Held
         (Some(_), _) => Err(Failure::Uncertain),
     }
 }
+
+#[cfg(test)]
+#[path = "recovery_tests.rs"]
+mod tests;

@@ -123,10 +123,9 @@ pub fn recover(sight: &Sight) -> Verdict {
     let Some(client) = sight.counts[0] else { return Verdict::Reset(Failure::Disagreement) };
     match slot.state {
         State::Free | State::Closing => Verdict::End { lost: None, owed: None },
-        State::Accepted if client.consumed() == 0 => Verdict::Enter { header_read: false },
-        State::Accepted => Verdict::Reset(Failure::Disagreement),
-        State::Header => match client.consumed() {
-            0 => Verdict::AwaitHeader,
+        State::Accepted | State::Header => match client.consumed() {
+            0 if slot.state == State::Header => Verdict::AwaitHeader,
+            0 => Verdict::Enter { header_read: false },
             read if read == u64::from(slot.header) => Verdict::Enter { header_read: true },
             _ => Verdict::Reset(Failure::Disagreement),
         },
@@ -210,10 +209,17 @@ fn relayed(
     let from_server = sight.counts[1].filter(|_| !gone[1]).map(|counts| counts.consumed());
     let to_client = (!gone[0]).then(|| client.written(false));
     let to_server = sight.counts[1].filter(|_| !gone[1]).map(|counts| counts.written(true));
-    let mut up = direction(from_client, to_server, gone[1], &sight.claims[0])?;
+    // How much came of a last read, nobody can tell any more.
+    let of_lost = |side: Side, failure| match failure {
+        Failure::Uncertain if gone[side as usize] => Failure::Lost(side),
+        failure => failure,
+    };
+    let up = direction(from_client, to_server, gone[1], &sight.claims[0]);
+    let mut up = up.map_err(|failure| of_lost(Side::Client, failure))?;
     up.received = up.received.saturating_sub(preface);
     up.has_ended = !gone[1] && sight.counts[1].is_some_and(|counts| counts.state.has_our_fin());
-    let mut down = direction(from_server, to_client, gone[0], &sight.claims[1])?;
+    let down = direction(from_server, to_client, gone[0], &sight.claims[1]);
+    let mut down = down.map_err(|failure| of_lost(Side::Server, failure))?;
     down.has_ended = !gone[0] && client.state.has_our_fin();
     if [&up, &down].into_iter().any(|direction| direction.has_ended && !direction.held.is_empty()) {
         return Err(Failure::Disagreement);
@@ -316,3 +322,7 @@ fn told(read: Option<u64>, written: Option<u64>, claims: &Claims) -> Result<Held
         (Some(_), _) => Err(Failure::Uncertain),
     }
 }
+
+#[cfg(test)]
+#[path = "recovery_tests.rs"]
+mod tests;

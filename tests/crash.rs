@@ -15,10 +15,7 @@ use support::steady::{Load, Seen, Servers};
 use support::{eventually, within};
 
 fn main() {
-    support::run(tests![
-        a_session_goes_on_when_its_worker_is_killed,
-        workers_killed_under_load_lose_nothing,
-    ])
+    support::run(tests![a_session_goes_on_when_its_worker_is_killed, workers_killed_under_load_lose_nothing,])
 }
 
 /// A daemon whose dead workers are replaced at once, however often they die.

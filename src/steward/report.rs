@@ -409,6 +409,7 @@ mod tests {
             state: state.into(),
             restarts: 0,
             restart_reasons,
+            keeper: None,
             helped_by: None,
         }
     }

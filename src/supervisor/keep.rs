@@ -218,8 +218,7 @@ pub fn pair(old: &mut Process, new: &mut Process, same_slot: bool) {
     let shares = same_slot && old.is_keeper && old.generation.number == new.generation.number;
     let fault = old.is_fault;
     old.set_bound(limit);
-    let message =
-        ToWorker::HandOver { removed: Vec::new(), limit: Some(limit), park: false, shares, fault };
+    let message = ToWorker::HandOver { removed: Vec::new(), limit: Some(limit), park: false, shares, fault };
     use std::os::fd::AsFd;
     old.tell(&message, &[ours.as_fd()]);
     new.tell(&ToWorker::TakeOver { flows: true, recovers: shares }, &[theirs.as_fd()]);

@@ -413,8 +413,7 @@ impl Supervisor {
         old.set_bound(longest);
         match pair {
             Ok((ours, theirs)) => {
-                let message =
-                    ToWorker::HandOver { removed, limit, park: false, shares: false, fault: false };
+                let message = ToWorker::HandOver { removed, limit, park: false, shares: false, fault: false };
                 old.tell(&message, &[ours.as_fd()]);
                 if let Some(new) = &mut self.slots[to].current {
                     new.tell(&ToWorker::TakeOver { flows: true, recovers: false }, &[theirs.as_fd()]);

@@ -216,17 +216,16 @@ impl Slot {
         let arguments = ["worker".to_string(), self.number.to_string()];
         let child = image.spawn(&arguments, theirs)?;
         let fd = ours.as_fd().as_raw_fd();
-        let mut process =
-            Process {
-                child,
-                channel: Some(ours),
-                token,
-                generation: Rc::clone(generation),
-                kill_at: None,
-                keeper: None,
-                is_keeper: false,
-                is_fault: false,
-            };
+        let mut process = Process {
+            child,
+            channel: Some(ours),
+            token,
+            generation: Rc::clone(generation),
+            kill_at: None,
+            keeper: None,
+            is_keeper: false,
+            is_fault: false,
+        };
         let born = registry
             .register(&mut SourceFd(&fd), token, Interest::READABLE)
             .and_then(|()| self.tell_birth(&process, prepared, trial));

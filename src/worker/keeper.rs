@@ -72,8 +72,10 @@ fn live(born: &Born, channel: &Channel, worker: &OwnedFd, memory: &OwnedFd) -> !
 fn outlives(channel: &Channel, worker: &OwnedFd) -> bool {
     loop {
         // What is to be read there is the worker's to read.
-        let mut fds =
-            [PollFd::new(worker.as_fd(), PollFlags::POLLIN), PollFd::new(channel.as_fd(), PollFlags::empty())];
+        let mut fds = [
+            PollFd::new(worker.as_fd(), PollFlags::POLLIN),
+            PollFd::new(channel.as_fd(), PollFlags::empty()),
+        ];
         if poll(&mut fds, PollTimeout::NONE).is_err() {
             continue;
         }
@@ -116,8 +118,7 @@ impl Heir<'_> {
         let peer = self.sending.as_ref().map(Sending::channel);
         let ways: Vec<BorrowedFd> =
             std::iter::once(self.channel.as_fd()).chain(peer.map(AsFd::as_fd)).collect();
-        let mut fds: Vec<PollFd> =
-            ways.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        let mut fds: Vec<PollFd> = ways.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         !matches!(poll(&mut fds, timeout), Err(error) if error != nix::errno::Errno::EINTR)
     }
 

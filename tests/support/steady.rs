@@ -231,7 +231,10 @@ fn half_closed() -> io::Result<u64> {
         writing.join().expect("a writer")?;
         read?;
         if answer.len() < count {
-            return Err(io::Error::new(ErrorKind::UnexpectedEof, format!("{} bytes of {count}", answer.len())));
+            return Err(io::Error::new(
+                ErrorKind::UnexpectedEof,
+                format!("{} bytes of {count}", answer.len()),
+            ));
         }
         if answer == pattern(0, count) { Ok(count as u64) } else { Err(wrong()) }
     })

@@ -96,7 +96,10 @@ impl Loop<'_> {
                 self.begin_receiving(Incoming { fds, has_flows: flows, is_parked: false, recovers }, now);
             }
             ToWorker::Unpark => {
-                self.begin_receiving(Incoming { fds, has_flows: true, is_parked: true, recovers: false }, now);
+                self.begin_receiving(
+                    Incoming { fds, has_flows: true, is_parked: true, recovers: false },
+                    now,
+                );
             }
             ToWorker::Hold => {
                 // What came so far is of flows that are here.

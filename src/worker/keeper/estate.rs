@@ -166,8 +166,13 @@ impl<'a> Estate<'a> {
 
     /// What no slot names.
     fn adopt(&mut self, numbers: &[RawFd], own: &HashSet<RawFd>, now: Millis) {
-        let named: HashSet<RawFd> =
-            self.sessions.iter().flatten().flat_map(|parcel| &parcel.sockets).map(AsRawFd::as_raw_fd).collect();
+        let named: HashSet<RawFd> = self
+            .sessions
+            .iter()
+            .flatten()
+            .flat_map(|parcel| &parcel.sockets)
+            .map(AsRawFd::as_raw_fd)
+            .collect();
         let ending: HashSet<RawFd> =
             self.ending.iter().flat_map(|ending| &ending.sockets).map(AsRawFd::as_raw_fd).collect();
         let is_receiving = self.remains.as_ref().is_none_or(Remains::is_receiving);
@@ -194,8 +199,15 @@ impl<'a> Estate<'a> {
         self.found.adopted += 1;
         let record = keep::adopt(&listener_known, now);
         let sockets = vec![socket];
-        let parcel =
-            Parcel { record, kept: Vec::new(), sockets, session: None, listener, server: None, is_in_use: false };
+        let parcel = Parcel {
+            record,
+            kept: Vec::new(),
+            sockets,
+            session: None,
+            listener,
+            server: None,
+            is_in_use: false,
+        };
         self.sessions.push(Some(parcel));
     }
 
@@ -253,9 +265,10 @@ impl<'a> Estate<'a> {
             return;
         }
         let told = parcel.record.origin.map(|ends| ends.source);
-        let client = parcel.sockets.first().and_then(|socket| {
-            socket2::SockRef::from(socket).peer_addr().ok()?.as_socket()
-        });
+        let client = parcel
+            .sockets
+            .first()
+            .and_then(|socket| socket2::SockRef::from(socket).peer_addr().ok()?.as_socket());
         let client = told.or(client).map_or("a client".to_string(), |client| client.to_string());
         self.found.sessions -= 1;
         self.found.complaints.push(format!(

@@ -29,10 +29,15 @@ pub struct Sending {
 pub enum Progress {
     Waiting,
     #[allow(missing_docs)]
-    Done { moved: usize },
+    Done {
+        moved: usize,
+    },
     /// `gone` = the receiver is.
     #[allow(missing_docs)]
-    Failed { moved: usize, gone: bool },
+    Failed {
+        moved: usize,
+        gone: bool,
+    },
 }
 
 impl Sending {

@@ -41,7 +41,7 @@ use super::gate::Gate;
 use crate::balance::Balancer;
 use crate::board::Board;
 use crate::config::{Config, ServerAddress, Service, Target};
-use crate::counters::{Counters, Layout, OfListener, OfServer, Process};
+use crate::counters::{ASLEEP, Counters, Layout, OfListener, OfServer, Process};
 use crate::deadline::Deadlines;
 use crate::handover::Story;
 use crate::proxy_protocol::Ends;
@@ -168,6 +168,11 @@ impl Context<'_> {
     /// Shows the supervisor that the loop turns.
     pub fn beat(&self, now: Millis) {
         self.counters.process(Process::Beat).set(now);
+    }
+
+    /// Shows the supervisor that the loop sleeps until something happens.
+    pub fn sleep(&self, now: Millis) {
+        self.counters.process(Process::Beat).set(now | ASLEEP);
     }
 }
 

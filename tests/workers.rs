@@ -37,6 +37,7 @@ fn main() {
         ready_means_that_every_worker_accepts_on_every_listener,
         a_user_that_does_not_exist_is_a_configuration_error,
         workers_inherit_nothing_that_is_not_theirs,
+        a_worker_that_says_nothing_has_one_thread,
     ])
 }
 
@@ -498,5 +499,17 @@ fn workers_inherit_nothing_that_is_not_theirs() {
         // Its listener and its channel; anything else would be a ghost.
         assert_eq!(fds.iter().filter(|fd| fd.starts_with("socket:")).count(), 2, "{fds:?}");
         assert!(!fds.iter().any(|fd| fd.contains("control.lock")), "{fds:?}");
+    }
+}
+
+/// A second one makes each of its system calls dearer.
+fn a_worker_that_says_nothing_has_one_thread() {
+    let daemon = Daemon::ready(
+        "[[listener]]\nname = \"front\"\nmode = \"tcp\"\nbind = \"127.0.0.1:8080\"\nservice = \"echo\"\n",
+    );
+    exchange(&mut connect(local(8080)), b"served").expect("it serves");
+    for worker in daemon.status().workers {
+        let threads = fs::read_dir(format!("/proc/{}/task", worker.pid)).expect("a living process").count();
+        assert_eq!(threads, 1, "worker {}", worker.slot);
     }
 }

@@ -229,10 +229,11 @@ enum Stage {
     Header {
         until: Millis,
     },
-    /// A connect is under way.
-    Connecting(Attempt),
+    /// A connect is under way. What an attempt remembers no open session has a
+    /// use for.
+    Connecting(Box<Attempt>),
     /// A connect could not begin, and is tried again; or every server is full.
-    Waiting(Attempt),
+    Waiting(Box<Attempt>),
     Open,
     /// Both directions are over; the sides are reset when they have what was
     /// sent to them.

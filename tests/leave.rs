@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use support::daemon::{Daemon, evenkeel, signal};
+use support::daemon::{Daemon, signal};
 use support::eventually;
 use support::servers::{connect, echo, exchange, local, tcp_server};
 
@@ -175,8 +175,7 @@ fn drain_and_stop_by_the_control_socket() {
     for (command, exit_code) in [("drain", 0), ("stop", 0)] {
         let mut daemon = daemon("workers = 2");
         let socket = daemon.socket();
-        let done = evenkeel(&[command, "--socket", socket.to_str().unwrap()]);
-        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        daemon.succeed(&[command]);
         assert_eq!(daemon.wait(Duration::from_secs(10)).code(), Some(exit_code));
         assert!(!socket.exists(), "the control socket is taken away");
     }

@@ -13,6 +13,7 @@
 #![allow(dead_code)]
 
 pub mod browser;
+pub mod clients;
 pub mod daemon;
 pub mod datagrams;
 pub mod health;
@@ -111,6 +112,9 @@ fn missing_program(needs: &[&str]) -> Option<String> {
         |name: &str| paths.split(':').any(|folder| std::path::Path::new(folder).join(name).exists());
     needs.iter().find_map(|&need| match need {
         "a machine" => machine::missing(),
+        "a PostgreSQL server" => {
+            postgres::programs().is_none().then(|| "the PostgreSQL server is not installed".to_string())
+        }
         "root" => (!nix::unistd::geteuid().is_root()).then(|| "only root has a second user".to_string()),
         "ebpf" => (!evenkeel::sys::bpf::is_permitted())
             .then(|| "this user may load no eBPF program (CAP_BPF)".to_string()),

@@ -256,8 +256,10 @@ fn a_receiver_that_dies_afterwards_costs_what_it_had() {
         let now = ask_all();
         let changed = first.iter().filter(|(id, own)| now.get(*id) != Some(*own)).count() as u64;
         assert!((1..=1000).contains(&changed));
-        let lost = daemon.listener("front").ended.get("worker_lost").copied();
-        assert_eq!(lost, Some(changed), "{}", daemon.log());
+        let lost = daemon.listener("front").ended.get("worker_lost").copied().unwrap_or(0);
+        // A new flow may by chance get the port that the lost one had: one in
+        // 28,232 each, so more than three of 1,000 in one of 15 million runs.
+        assert!((changed..=changed + 3).contains(&lost), "{changed} {lost}\n{}", daemon.log());
     });
 }
 

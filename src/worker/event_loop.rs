@@ -4,6 +4,11 @@
 //! has something to do once, and sees to deadlines. The clock is read once a
 //! turn. With nothing to do it sleeps without a time-out.
 
+mod accepting;
+mod leaving;
+mod orders;
+mod passing_on;
+
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::ExitCode;
@@ -11,32 +16,30 @@ use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
-use tracing::{error, info, warn};
+use tracing::error;
+
+use passing_on::{Incoming, Outgoing};
 
 use super::birth::Born;
 use super::complaints::Complaints;
 use super::datagrams::{self, Datagrams};
 use super::elsewhere::Elsewhere;
 use super::gate::Gate;
-use super::handover::{Cargo, Load as Freight, Passing, Progress, Receivers, Sender};
-use super::leave::{Leave, Step};
-use super::listeners::{self, Accepted, Listeners, PAUSE};
+use super::handover::{Passing, Receivers};
+use super::leave::Leave;
+use super::listeners::{self, Listeners};
 use super::load::Load;
 use super::sessions::{self, Context, Sessions};
 use super::test_hook::Busy;
 use crate::board::Board;
 use crate::config::Mode;
 use crate::control::misbehave;
-use crate::control::sessions::Query;
-use crate::control::{self, FromWorker, Place, ToWorker};
+use crate::control::{FromWorker, Place};
 use crate::counters::{Counters, Process};
-use crate::relay::CloseReason;
 use crate::sys::channel::Channel;
 use crate::sys::clock::{self, Millis};
-use crate::sys::{handshakes, process, shared};
+use crate::sys::process;
 
-/// Connections that one socket may bring in one turn.
-const ACCEPT_BUDGET: usize = 64;
 /// Descriptors that are no session's: standard error, epoll, the channel, the
 /// counters and what the system libraries open.
 const RESERVED_FILES: u64 = 64;
@@ -61,13 +64,6 @@ pub fn special_number(token: Token) -> usize {
     token.0 & !SPECIAL
 }
 
-/// Sessions on their way out.
-struct Outgoing {
-    sender: Sender,
-    /// The worker leaves afterwards, and has so long for what cannot move.
-    then_leave: Option<Option<Millis>>,
-}
-
 struct Loop<'a> {
     poll: Poll,
     channel: Channel,
@@ -82,6 +78,8 @@ struct Loop<'a> {
     leave: Option<Leave>,
     /// Its slot's sockets, until the supervisor says `Serve`.
     unserved: Vec<(Place, OwnedFd)>,
+    /// Senders that were announced before it serves.
+    before_serving: Option<Vec<Incoming>>,
     /// Those of them that another process had before.
     kept: Vec<Place>,
     sender: Option<Outgoing>,
@@ -163,6 +161,7 @@ impl<'a> Loop<'a> {
             busy: Busy::of_slot(born.slot),
             leave: None,
             unserved: sockets,
+            before_serving: Some(Vec::new()),
             kept: born.kept.clone(),
             sender: None,
             passing: None,
@@ -183,35 +182,6 @@ impl<'a> Loop<'a> {
         let channel = self.channel.as_fd().as_raw_fd();
         self.poll.registry().register(&mut SourceFd(&channel), CHANNEL, Interest::READABLE)?;
         Ok(self)
-    }
-
-    /// The supervisor lets it accept.
-    fn begin_serving(&mut self, now: Millis) {
-        self.datagrams.hold(self.receivers.is_shut(now));
-        for (place, socket) in std::mem::take(&mut self.unserved) {
-            let kept = self.kept.contains(&place);
-            if let Err(error) = self.add(place, socket, None, kept) {
-                error!(%error, "a listener cannot be polled");
-                std::process::exit(1);
-            }
-        }
-        self.tell(&FromWorker::Ready);
-    }
-
-    fn add(&mut self, place: Place, socket: OwnedFd, lent_by: Option<usize>, kept: bool) -> io::Result<()> {
-        if self.datagrams.takes(place) {
-            self.datagrams.add(self.poll.registry(), place, socket, lent_by, kept)
-        } else {
-            self.listeners.add(self.poll.registry(), place, socket, lent_by)
-        }
-    }
-
-    fn tell(&self, message: &FromWorker) {
-        if let Err(error) = control::send(&self.channel, message, &[])
-            && !self.is_orphan
-        {
-            warn!(%error, "the supervisor did not take a message");
-        }
     }
 
     fn serve(&mut self) -> io::Result<()> {
@@ -306,386 +276,5 @@ impl<'a> Loop<'a> {
         if new != old {
             lag.set(new);
         }
-    }
-
-    fn accept(&mut self, now: Millis) {
-        if self.listeners.pause_end().is_some_and(|end| end <= now) {
-            self.listeners.end_pause(self.poll.registry(), now);
-        }
-        for index in self.listeners.ready(now) {
-            for _ in 0..ACCEPT_BUDGET {
-                if !self.listeners.is_ready(index) {
-                    break;
-                }
-                if self.is_full() {
-                    return self.pause(now, None);
-                }
-                if self.is_listener_full(index) {
-                    self.hold(index, now);
-                    break;
-                }
-                match self.listeners.accept(index) {
-                    Accepted::Connection(listener, stream, peer) => {
-                        self.sessions.open(self.poll.registry(), listener, stream, peer, now);
-                    }
-                    Accepted::Empty => break,
-                    Accepted::Gone => {}
-                    Accepted::Exhausted(error) => return self.pause(now, Some(error)),
-                }
-            }
-        }
-    }
-
-    /// Whether this worker or the whole daemon has all the sessions it may.
-    fn is_full(&self) -> bool {
-        let limit = self.sessions.context().config.daemon.max_connections;
-        self.sessions.len() >= self.session_limit || (limit > 0 && self.sessions.len_of_daemon() >= limit)
-    }
-
-    fn is_listener_full(&self, index: usize) -> bool {
-        let listener = self.listeners.listener_of(index);
-        listener.is_some_and(|listener| self.sessions.context().is_listener_full(listener))
-    }
-
-    /// The same for one socket, whose listener has all the sessions it may.
-    fn hold(&mut self, index: usize, now: Millis) {
-        self.listeners.hold(self.poll.registry(), index, now + PAUSE);
-        let context = self.sessions.context();
-        context.counters.process(Process::AcceptPauses).add(1);
-        let Some(listener) = self.listeners.listener_of(index) else { return };
-        if let Some(untold) = self.complaints.note(listener, "max_connections", now) {
-            let config = &context.config.listeners[listener];
-            warn!(
-                "listener {} has all of its max_connections = {}: new clients wait in the queue; counted as \
-                 accept_pauses, {untold} more since the last such line",
-                config.name, config.limits.max_connections
-            );
-        }
-    }
-
-    /// What waits in the queues stays there, and is accepted later.
-    fn pause(&mut self, now: Millis, error: Option<io::Error>) {
-        self.listeners.pause(self.poll.registry(), now + PAUSE);
-        if let Some(error) = error {
-            self.sessions.context().counters.process(Process::AcceptPauses).add(1);
-            if !std::mem::replace(&mut self.paused_before, true) {
-                warn!(%error, "accepting pauses; further pauses are counted as accept_pauses");
-            }
-        } else {
-            self.sessions.context().counters.process(Process::AcceptPauses).add(1);
-        }
-    }
-
-    fn handle_channel(&mut self, now: Millis) {
-        loop {
-            match control::receive::<ToWorker>(&self.channel) {
-                Ok(Some((message, fds))) => self.handle_message(message, fds, now),
-                Ok(None) => return self.handle_orphaned(now),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) if error.raw_os_error().is_some() => return self.handle_orphaned(now),
-                Err(error) => warn!(%error, "a message of the supervisor was not understood"),
-            }
-        }
-    }
-
-    fn handle_message(&mut self, message: ToWorker, fds: Vec<OwnedFd>, now: Millis) {
-        match message {
-            ToWorker::Lend { slot, places } => match control::pair_up(places, fds) {
-                Ok(sockets) => self.handle_loan(slot, sockets),
-                Err(error) => warn!(%error, "a loan was refused"),
-            },
-            // Having been woken is the answer.
-            ToWorker::Ask => {}
-            ToWorker::Sessions { id, query } => self.answer(id, &query, now),
-            ToWorker::Recall { slot } => {
-                self.listeners.give_back(self.poll.registry(), slot);
-                self.datagrams.give_back(self.poll.registry(), slot);
-            }
-            ToWorker::Successors => {
-                let context = self.sessions.context();
-                match Elsewhere::open(context.config, fds) {
-                    Ok(later) => drop(context.later.set(later)),
-                    Err(error) => warn!(%error, "the next generation's counters"),
-                }
-            }
-            ToWorker::Drain { limit } => self.begin_leave(now, limit),
-            ToWorker::Serve => self.begin_serving(now),
-            ToWorker::HandOver { removed, limit, park } => {
-                // The slot's line is its successor's from here on.
-                self.load = None;
-                self.begin_handover(fds, &removed, limit, park, now);
-            }
-            ToWorker::Share { count } => self.begin_sending(fds, Freight::Sessions(count), None, now),
-            ToWorker::TakeOver { flows } => self.begin_receiving(fds, flows, now),
-            ToWorker::Unpark => {
-                self.begin_receiving(fds, true, now);
-                self.receivers.mark_parked();
-            }
-            ToWorker::Hold => {
-                // What came so far is of flows that are here.
-                self.datagrams.drain_fronts(self.poll.registry(), now);
-                self.receivers.hold(now);
-                self.datagrams.hold(true);
-                self.tell(&FromWorker::Held);
-            }
-            ToWorker::Release => self.receivers.release(),
-            ToWorker::PassFlows { to } => self.begin_passing(to, fds, now),
-            ToWorker::Birth { .. } | ToWorker::Sockets(_) | ToWorker::Begin => {
-                warn!("a message of the birth came late");
-            }
-        }
-    }
-
-    /// A list of many thousands takes milliseconds, as often as it is asked.
-    fn answer(&mut self, id: u64, query: &Query, now: Millis) {
-        let found = self.sessions.answer(query, now);
-        let sealed = serde_json::to_vec(&found)
-            .map_err(io::Error::from)
-            .and_then(|text| shared::sealed("evenkeel-sessions", &text));
-        match sealed {
-            Ok(memory) => {
-                if let Err(error) = control::send(&self.channel, &FromWorker::Found { id }, &[memory.as_fd()])
-                {
-                    warn!(%error, "the supervisor did not take the list of sessions");
-                }
-            }
-            Err(error) => warn!(%error, "the sessions could not be listed"),
-        }
-    }
-
-    fn handle_loan(&mut self, slot: usize, sockets: Vec<(Place, OwnedFd)>) {
-        info!("accepting for the empty slot {slot} as well");
-        for (place, socket) in sockets {
-            if place.listener >= self.sessions.context().config.listeners.len() {
-                continue;
-            }
-            if let Err(error) = self.add(place, socket, Some(slot), true) {
-                warn!(%error, "a lent socket could not be polled");
-            }
-        }
-    }
-
-    /// Its successor gets everything. What waits in queues that nobody will
-    /// have any more is accepted first.
-    fn begin_handover(
-        &mut self,
-        fds: Vec<OwnedFd>,
-        removed: &[Place],
-        limit: Option<Millis>,
-        park: bool,
-        now: Millis,
-    ) {
-        self.listeners.close_all_but(self.poll.registry(), removed);
-        // Of a slot that goes, nobody will read what waits.
-        self.datagrams.drain_fronts(self.poll.registry(), now);
-        self.datagrams.stop_receiving(self.poll.registry());
-        if !self.listeners.is_empty() {
-            self.begin_leave(now, limit);
-        }
-        if let Some(mut outgoing) = self.sender.take() {
-            // Its receiver died, and this is the next one.
-            outgoing.sender.fail("another receiver", &mut self.cargo(now));
-        }
-        self.begin_sending(fds, Freight::Everything, Some(limit), now);
-        if let Some(outgoing) = self.sender.as_mut().filter(|_| park) {
-            outgoing.sender.park();
-        }
-    }
-
-    fn cargo(&mut self, now: Millis) -> Cargo<'_, 'a> {
-        let Self { sessions, datagrams, poll, .. } = self;
-        Cargo { sessions, datagrams, registry: poll.registry(), now }
-    }
-
-    /// What waits in queues that nobody will have any more comes first.
-    fn sessions_may_go(&self) -> bool {
-        let leaves = self.sender.as_ref().is_some_and(|outgoing| outgoing.then_leave.is_some());
-        !leaves || self.listeners.is_empty()
-    }
-
-    /// Clients' datagrams come to other slots: their flows go there.
-    fn begin_passing(&mut self, to: Vec<usize>, fds: Vec<OwnedFd>, now: Millis) {
-        let mut fds = fds.into_iter();
-        let routes = fds.next().ok_or(io::ErrorKind::InvalidData.into()).and_then(shared::read_sealed);
-        let routes = routes.and_then(|bytes| Ok(serde_json::from_slice(&bytes)?));
-        let routes = routes.unwrap_or_else(|error: io::Error| {
-            warn!(%error, "the routes were not understood: flows stay");
-            Vec::new()
-        });
-        let ways: Vec<(usize, Channel, Token)> = to
-            .into_iter()
-            .zip(fds)
-            .map(|(slot, fd)| (slot, Channel::from_fd(fd), self.peer_token()))
-            .collect();
-        let before = self.passing.take();
-        self.passing = Some(Passing::begin(&routes, ways, &mut self.cargo(now), before));
-    }
-
-    /// Clients' datagrams are read only while the gate is open.
-    fn tend_gate(&mut self, now: Millis) {
-        if self.datagrams.is_held() && !self.receivers.is_shut(now) {
-            self.datagrams.hold(false);
-            self.receivers.forget_deadlines(now);
-        }
-    }
-
-    fn begin_sending(
-        &mut self,
-        fds: Vec<OwnedFd>,
-        load: Freight,
-        then_leave: Option<Option<Millis>>,
-        now: Millis,
-    ) {
-        let token = self.peer_token();
-        let channel = fds.into_iter().next().map(Channel::from_fd);
-        let sender =
-            channel.map(|channel| Sender::new(channel, self.poll.registry(), token, load, &self.datagrams));
-        match (sender, self.sender.is_some()) {
-            (Some(Ok(sender)), false) => self.sender = Some(Outgoing { sender, then_leave }),
-            _ => {
-                warn!("sessions cannot be handed over");
-                if let Some(limit) = then_leave {
-                    self.datagrams.linger(now);
-                    self.begin_leave(now, limit);
-                }
-            }
-        }
-    }
-
-    fn begin_receiving(&mut self, fds: Vec<OwnedFd>, flows: bool, now: Millis) {
-        let token = self.peer_token();
-        let Some(channel) = fds.into_iter().next().map(Channel::from_fd) else { return };
-        if let Err(error) = self.receivers.add(channel, self.poll.registry(), token, flows, now) {
-            warn!(%error, "sessions cannot be taken over");
-        }
-        self.datagrams.hold(self.receivers.is_shut(now));
-    }
-
-    fn peer_token(&mut self) -> Token {
-        self.peer_count += 1;
-        Token(SPECIAL | (FIRST_PEER + self.peer_count))
-    }
-
-    fn handle_peer(&mut self, token: Token, now: Millis) {
-        let room = self.session_limit;
-        let Self { sessions, datagrams, poll, receivers, .. } = self;
-        let mut cargo = Cargo { sessions, datagrams, registry: poll.registry(), now };
-        if receivers.step(token, &mut cargo, room) {
-            self.tell(&FromWorker::Unparked);
-        }
-    }
-
-    /// Sends on what may go.
-    fn drive_handover(&mut self, now: Millis) {
-        let sessions_may_go = self.sessions_may_go();
-        let Self { sessions, datagrams, poll, sender, passing, .. } = self;
-        let mut cargo = Cargo { sessions, datagrams, registry: poll.registry(), now };
-        let told = passing.as_mut().and_then(|passing| passing.step(&mut cargo));
-        if passing.as_mut().is_some_and(|passing| passing.is_over(&mut cargo)) {
-            *passing = None;
-        }
-        let progress = sender.as_mut().map(|outgoing| outgoing.sender.step(&mut cargo, sessions_may_go));
-        if let Some(message) = told {
-            self.tell(&message);
-        }
-        let moved = match progress {
-            None | Some(Progress::Waiting) => return,
-            Some(Progress::Done { moved } | Progress::Failed { moved }) => moved,
-        };
-        let outgoing = self.sender.take();
-        let gone = outgoing.as_ref().is_some_and(|outgoing| outgoing.sender.is_receiver_gone());
-        let then_leave = outgoing.and_then(|outgoing| outgoing.then_leave);
-        let left = self.sessions.len() + self.datagrams.len();
-        self.tell(&FromWorker::HandedOver { moved, left, gone });
-        if let Some(limit) = then_leave {
-            self.datagrams.linger(now);
-            self.leave = Some(Leave::finishing(now, limit));
-        }
-    }
-
-    fn handle_orphaned(&mut self, now: Millis) {
-        if std::mem::replace(&mut self.is_orphan, true) {
-            return;
-        }
-        let channel = self.channel.as_fd().as_raw_fd();
-        let _ = self.poll.registry().deregister(&mut SourceFd(&channel));
-        let timeout = self.sessions.context().config.daemon.orphan_timeout;
-        warn!("the supervisor is gone; serving on, accepting for {} s", timeout.as_secs_f32());
-        self.orphaned_until = Some(now + timeout.as_millis() as u64);
-    }
-
-    fn begin_leave(&mut self, now: Millis, limit: Option<Millis>) {
-        self.orphaned_until = None;
-        if self.leave.is_some() {
-            return;
-        }
-        // A filter there would keep the next daemon's clients out.
-        self.listeners.let_go(self.poll.registry(), &self.outliving);
-        if let Err(error) = self.listeners.keep_out() {
-            warn!(%error, "new handshakes cannot be kept out");
-        }
-        self.datagrams.begin_leave();
-        self.leave = Some(Leave::begin(now, limit));
-    }
-
-    /// Moves the leave on; true where the worker is done.
-    fn handle_leave(&mut self, now: Millis) -> bool {
-        if self.sender.is_some() && self.listeners.is_empty() {
-            return false;
-        }
-        if self.orphaned_until.is_some_and(|until| until <= now) {
-            let limit = self.sessions.context().config.daemon.drain_timeout;
-            self.begin_leave(now, Some(limit.as_millis() as u64));
-        }
-        loop {
-            let Some(leave) = &mut self.leave else { return false };
-            match leave.step(now, self.sessions.len() + self.datagrams.len()) {
-                Step::Wait => return false,
-                Step::Look => {
-                    if handshakes::half_open(&self.ports()) == Some(false)
-                        && let Some(leave) = &mut self.leave
-                    {
-                        leave.handle_nothing_half_open();
-                    }
-                }
-                Step::Empty => {
-                    self.listeners.expect_all();
-                    self.accept_all(now);
-                    let leave = self.leave.as_mut().expect("looked at above");
-                    if self.listeners.pause_end().is_some_and(|end| end > now) && !leave.is_over(now) {
-                        // Out of descriptors: the queue is served as sessions end.
-                        return false;
-                    }
-                    leave.handle_closed();
-                    self.listeners.close(self.poll.registry());
-                    self.tell(&FromWorker::QueuesClosed);
-                    self.sessions.turn(now);
-                }
-                Step::Exit => {
-                    self.datagrams.close_all(CloseReason::Drained, now);
-                    return true;
-                }
-                Step::GiveUp => {
-                    let count = self.sessions.len();
-                    let flows = self.datagrams.len();
-                    warn!("drain_timeout is over: {count} sessions are reset, {flows} flows ended");
-                    self.sessions.close_all(CloseReason::Drained);
-                    self.datagrams.close_all(CloseReason::Drained, now);
-                    return true;
-                }
-            }
-        }
-    }
-
-    fn accept_all(&mut self, now: Millis) {
-        while self.listeners.has_ready(now) {
-            self.accept(now);
-        }
-    }
-
-    fn ports(&self) -> Vec<u16> {
-        let listeners = &self.sessions.context().config.listeners;
-        let port = |place: Place| listeners[place.listener].bind[place.address].port();
-        self.listeners.sockets().map(|(place, _)| port(place)).collect()
     }
 }

@@ -20,6 +20,8 @@ pub struct Daemon {
     child: Child,
     folder: tempfile::TempDir,
     notify: UnixDatagram,
+    /// Read from there, and not asked for yet.
+    heard: std::sync::Mutex<Vec<String>>,
     pub ready: bool,
 }
 
@@ -63,7 +65,7 @@ impl Daemon {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         change(&mut command);
         let child = command.spawn().expect("the program starts");
-        Daemon { child, folder, notify, ready: false }
+        Daemon { child, folder, notify, heard: Default::default(), ready: false }
     }
 
     /// Waits for READY=1.
@@ -80,12 +82,18 @@ impl Daemon {
 
     /// What was sent to the notify socket since the last call.
     pub fn notified(&self) -> Vec<String> {
-        let mut texts = Vec::new();
+        self.hear();
+        std::mem::take(&mut self.heard.lock().expect("no thread panics with it"))
+    }
+
+    /// Reads what was sent, as a service manager does: a socket that it is
+    /// asked to keep is open for as long as the message lies unread.
+    fn hear(&self) {
         let mut buffer = [0; 4096];
         while let Ok(count) = self.notify.recv(&mut buffer) {
-            texts.push(String::from_utf8_lossy(&buffer[..count]).into_owned());
+            let text = String::from_utf8_lossy(&buffer[..count]).into_owned();
+            self.heard.lock().expect("no thread panics with it").push(text);
         }
-        texts
     }
 
     pub fn pid(&self) -> u32 {
@@ -204,8 +212,10 @@ impl Daemon {
         let mut status = None;
         within(limit, "the daemon's end", || {
             status = self.child.try_wait().expect("our child");
+            self.hear();
             status.is_some()
         });
+        self.hear();
         status.expect("waited for")
     }
 

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use support::daemon::{Daemon, evenkeel, signal};
+use support::daemon::{Daemon, signal};
 use support::servers::{connect, exchange, local};
 use support::{eventually, within};
 
@@ -120,8 +120,8 @@ fn a_stopped_worker_is_replaced_in_time_and_who_waits_is_served() {
     });
     assert!(rounds.load(Ordering::Relaxed) > 10);
     assert_eq!(restarts(&daemon), [0, 1, 0, 0]);
-    assert!(daemon.log().contains("slot=1"), "{}", daemon.log());
-    assert!(daemon.log().contains("worker hung: no sign of life for 1"), "{}", daemon.log());
+    daemon.says("slot=1");
+    daemon.says("worker hung: no sign of life for 1");
 }
 
 fn a_worker_that_is_stopped_while_nothing_happens_is_replaced_too() {
@@ -136,8 +136,7 @@ fn a_worker_that_is_stopped_while_nothing_happens_is_replaced_too() {
 
 fn a_worker_that_burns_cpu_is_replaced() {
     if !cfg!(debug_assertions) {
-        println!("SKIPPED: a release build has no way to make a worker hang");
-        return;
+        support::skip("a release build has no way to make a worker hang");
     }
     let folder = tempfile::tempdir().expect("a folder");
     let order = folder.path().join("hang");
@@ -175,16 +174,12 @@ fn a_worker_that_hangs_while_leaving_is_replaced_and_its_queue_served() {
     }
     drop(clients);
     assert!(daemon.wait(Duration::from_secs(10)).success(), "{}", daemon.log());
-    assert!(daemon.log().contains("worker hung"), "{}", daemon.log());
+    daemon.says("worker hung");
 }
 
 fn slots_that_a_scale_brought_are_watched_too() {
     let daemon = daemon(2, "300ms", "echo");
-    let scale = |count: &str| {
-        let socket = daemon.socket();
-        let done = evenkeel(&["scale", count, "--socket", socket.to_str().expect("text")]);
-        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
-    };
+    let scale = |count: &str| drop(daemon.succeed(&["scale", count]));
     scale("4");
     signal(daemon.worker(3).pid, Signal::SIGSTOP);
     eventually("it is replaced", || {

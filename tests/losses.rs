@@ -29,6 +29,7 @@ fn main() {
         killed_stewards_lose_nothing,
         a_killed_worker_loses_what_it_held_and_no_more,
         a_hanging_worker_loses_what_it_held_and_no_more,
+        a_supervisor_slow_to_speak_loses_nothing needs ["strace"],
         pgbench_and_a_hundred_sessions_see_no_change needs ["pgbench", "setpriv"],
     ])
 }
@@ -72,14 +73,17 @@ fn times_under_load(count: usize, workers: usize, event: impl Fn(&Daemon, &Serve
 
 /// Something that is done to a daemon under load; nothing is lost.
 fn during_load(daemon: &Daemon, events: impl FnOnce()) {
-    let load = Load::begin();
+    during(Load::begin(), daemon, events);
+}
+
+fn during(load: Load, daemon: &Daemon, events: impl FnOnce()) {
     events();
     let questions = load.tally.questions.load(Relaxed);
     eventually("the load goes on", || load.tally.questions.load(Relaxed) > questions + 20);
     let tally = load.end();
     println!("{tally:?}");
-    let ended: Vec<_> = daemon.status().listeners.into_iter().map(|listener| listener.ended).collect();
-    assert_eq!(tally.losses(), 0, "{tally:?}\n{ended:?}\n{}", daemon.log());
+    let listeners = daemon.status().listeners;
+    assert_eq!(tally.losses(), 0, "{tally:?}\n{listeners:#?}\n{}", daemon.log());
     // None of them had to be left behind, either.
     for trouble in ["a hand-over stopped", "a hand-over was", "left to drain", "come, "] {
         assert!(!daemon.log().contains(trouble), "{}", daemon.log());
@@ -142,6 +146,23 @@ fn upgrades_lose_nothing() {
         }
     });
     assert_eq!(it.daemon.status().pid, pid, "the same process");
+}
+
+/// Between any two words of the supervisor its workers have time for everything
+/// that they can do: a flow that has arrived where its listening socket has
+/// not would lose what its server sends.
+fn a_supervisor_slow_to_speak_loses_nothing() {
+    let servers = Servers::start();
+    let slow = ["strace", "-D", "-qq", "-o", "/dev/null", "-e", "inject=sendmsg:delay_enter=20000"];
+    let mut daemon = Daemon::start_under(&servers.config(2, ""), &slow, |_| {});
+    daemon.wait_ready();
+    during(Load::of_questions(), &daemon, || (0..3).for_each(|_| succeed(&daemon, &["reload"])));
+    during_load(&daemon, || {
+        for arguments in [&["reload"][..], &["scale", "4"], &["scale", "1"], &["scale", "2"], &["rebalance"]]
+        {
+            succeed(&daemon, arguments);
+        }
+    });
 }
 
 /// Eight times: after that it is started anew only every half minute.

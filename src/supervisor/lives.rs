@@ -92,6 +92,8 @@ impl Supervisor {
     }
 
     pub(super) fn announce(&mut self) {
+        // Before anybody is told to come: what comes has to find its slot at once.
+        self.update_steering();
         self.announced = true;
         let listeners: Vec<String> =
             self.generation.config.listeners.iter().map(|l| l.name.clone()).collect();

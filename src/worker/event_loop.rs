@@ -18,7 +18,7 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use tracing::error;
 
-use passing_on::Outgoing;
+use passing_on::{Incoming, Outgoing};
 
 use super::birth::Born;
 use super::complaints::Complaints;
@@ -79,6 +79,8 @@ struct Loop<'a> {
     leave: Option<Leave>,
     /// Its slot's sockets, until the supervisor says `Serve`.
     unserved: Vec<(Place, OwnedFd)>,
+    /// Senders that were announced before it serves.
+    before_serving: Option<Vec<Incoming>>,
     /// Those of them that another process had before.
     kept: Vec<Place>,
     sender: Option<Outgoing>,
@@ -160,6 +162,7 @@ impl<'a> Loop<'a> {
             busy: Busy::of_slot(born.slot),
             leave: None,
             unserved: sockets,
+            before_serving: Some(Vec::new()),
             kept: born.kept.clone(),
             sender: None,
             passing: None,

@@ -389,6 +389,8 @@ impl Datagrams<'_> {
             let length = received.bytes.len().min(step.saturating_mul(passed as usize));
             self.replies.push(Reply { at, length, front, listener, client: name.client, from });
             self.note_bytes(key, 0, length as u64);
+        } else {
+            self.drop_datagrams(listener, DropReason::ToClient, passed);
         }
         self.drop_datagrams(listener, DropReason::Late, count - passed);
         if is_last {

@@ -10,6 +10,7 @@ use mio::unix::SourceFd;
 use tracing::{error, info, warn};
 
 use super::Loop;
+use super::passing_on::Incoming;
 use crate::control::sessions::Query;
 use crate::control::{self, FromWorker, Place, ToWorker};
 use crate::sys::clock::Millis;
@@ -18,8 +19,12 @@ use crate::worker::elsewhere::Elsewhere;
 use crate::worker::handover::Load as Freight;
 
 impl Loop<'_> {
-    /// The supervisor lets it accept.
+    /// The supervisor lets it accept. Who hands over to it is heard from now
+    /// on: a flow needs the listening socket by which it answers its client.
     fn begin_serving(&mut self, now: Millis) {
+        for arrival in self.before_serving.take().into_iter().flatten() {
+            self.begin_receiving(arrival, now);
+        }
         self.datagrams.hold(self.receivers.is_shut(now));
         for (place, socket) in std::mem::take(&mut self.unserved) {
             let kept = self.kept.contains(&place);
@@ -87,10 +92,11 @@ impl Loop<'_> {
                 self.begin_handover(fds, &removed, limit, park, now);
             }
             ToWorker::Share { count } => self.begin_sending(fds, Freight::Sessions(count), None, now),
-            ToWorker::TakeOver { flows } => self.begin_receiving(fds, flows, now),
+            ToWorker::TakeOver { flows } => {
+                self.begin_receiving(Incoming { fds, has_flows: flows, is_parked: false }, now);
+            }
             ToWorker::Unpark => {
-                self.begin_receiving(fds, true, now);
-                self.receivers.mark_parked();
+                self.begin_receiving(Incoming { fds, has_flows: true, is_parked: true }, now);
             }
             ToWorker::Hold => {
                 // What came so far is of flows that are here.

@@ -24,6 +24,15 @@ pub(super) struct Outgoing {
     pub then_leave: Option<Option<Millis>>,
 }
 
+/// A sender of sessions and flows.
+#[derive(Debug)]
+pub(super) struct Incoming {
+    pub fds: Vec<OwnedFd>,
+    pub has_flows: bool,
+    /// Nobody is at its other end: it was parked over a restart.
+    pub is_parked: bool,
+}
+
 impl<'a> Loop<'a> {
     /// Its successor gets everything. What waits in queues that nobody will
     /// have any more is accepted first.
@@ -112,11 +121,16 @@ impl<'a> Loop<'a> {
         }
     }
 
-    pub(super) fn begin_receiving(&mut self, fds: Vec<OwnedFd>, flows: bool, now: Millis) {
+    pub(super) fn begin_receiving(&mut self, incoming: Incoming, now: Millis) {
+        if let Some(waiting) = &mut self.before_serving {
+            return waiting.push(incoming);
+        }
         let token = self.peer_token();
-        let Some(channel) = fds.into_iter().next().map(Channel::from_fd) else { return };
-        if let Err(error) = self.receivers.add(channel, self.poll.registry(), token, flows, now) {
-            warn!(%error, "sessions cannot be taken over");
+        let Some(channel) = incoming.fds.into_iter().next().map(Channel::from_fd) else { return };
+        match self.receivers.add(channel, self.poll.registry(), token, incoming.has_flows, now) {
+            Ok(()) if incoming.is_parked => self.receivers.mark_parked(),
+            Ok(()) => {}
+            Err(error) => warn!(%error, "sessions cannot be taken over"),
         }
         self.datagrams.hold(self.receivers.is_shut(now));
     }

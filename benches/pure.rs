@@ -11,6 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use evenkeel::access::Access;
 use evenkeel::balance::maglev;
 use evenkeel::config;
 use evenkeel::deadline::Deadlines;
@@ -234,6 +235,27 @@ fn spread(c: &mut Criterion) {
     group.finish();
 }
 
+/// May a client come? Every other address of the lists' range is in them.
+fn access(c: &mut Criterion) {
+    let mut group = c.benchmark_group("access");
+    for count in [0, 5, 5_000] {
+        let prefix = |number: u32| {
+            let first = Ipv4Addr::from_bits((10 << 24) | (number << 9));
+            format!("{first}/24").parse().expect("a prefix")
+        };
+        let allow: Vec<_> = (0..count).map(prefix).collect();
+        let access = Access::new(&allow, &allow[..allow.len() / 2]);
+        let mut client = 0u32;
+        group.bench_function(BenchmarkId::new("permits", count), |b| {
+            b.iter(|| {
+                client = client.wrapping_add(0x9E37_79B9) & 0x003F_FFFF;
+                access.permits(IpAddr::V4(Ipv4Addr::from_bits((10 << 24) | client)))
+            });
+        });
+    }
+    group.finish();
+}
+
 fn keys(c: &mut Criterion) {
     let key = Key { index: 77, generation: 5 };
     c.bench_function("slab key to token and back", |b| b.iter(|| Key::unpack(black_box(key).pack(true))));
@@ -245,6 +267,6 @@ criterion_group! {
         .warm_up_time(Duration::from_millis(500))
         .measurement_time(Duration::from_secs(2))
         .sample_size(30);
-    targets = maglev_tables, flows, relay, deadlines, configurations, spread, keys
+    targets = maglev_tables, flows, relay, deadlines, configurations, spread, access, keys
 }
 criterion_main!(all);

@@ -12,7 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use support::daemon::{Daemon, evenkeel, signal};
+use support::daemon::{Daemon, signal};
 use support::eventually;
 use support::servers::{connect, echo, exchange, local, tcp_server};
 
@@ -97,9 +97,7 @@ fn a_session_leaves_one_line_with_its_figures() {
     // What ends otherwise is told otherwise.
     let mut killed = connect(local(8080));
     exchange(&mut killed, b"x").unwrap();
-    let socket = scene.daemon.socket();
-    let output = evenkeel(&["sessions", "--kill", "--all", "--socket", socket.to_str().unwrap()]);
-    assert!(output.status.success());
+    scene.daemon.succeed(&["sessions", "--kill", "--all"]);
     eventually("it is told", || scene.lines().len() == 2);
     assert_eq!(fields(&scene.lines()[1])["end"], "killed");
     let mode = std::os::unix::fs::PermissionsExt::mode(&fs::metadata(&scene.path).unwrap().permissions());
@@ -226,7 +224,7 @@ fn a_file_that_cannot_be_opened_refuses_start_and_reload() {
     let (server, _) = tcp_server("127.0.0.1:0", echo);
     let mut daemon = Daemon::start(&config("/nonexistent/access.log", "", server));
     assert_eq!(daemon.wait(Duration::from_secs(10)).code(), Some(1));
-    assert!(daemon.log().contains("/nonexistent/access.log cannot be opened"), "{}", daemon.log());
+    daemon.says("/nonexistent/access.log cannot be opened");
     let scene = scene("");
     let file = scene.daemon.folder().join("evenkeel.toml");
     let text = fs::read_to_string(&file).unwrap();

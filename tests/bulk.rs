@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use socket2::SockRef;
-use support::daemon::{Daemon, evenkeel};
+use support::daemon::Daemon;
 use support::servers::{connect, echo, local, tcp_server};
 use support::{eventually, pattern, within};
 
@@ -157,11 +157,8 @@ fn a_reload_in_the_middle_loses_no_byte() {
 
 #[track_caller]
 fn reload(daemon: &Daemon) {
-    let done = evenkeel(&["reload", "--socket", daemon.socket().to_str().unwrap()]);
-    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
-    for failure in ["a hand-over stopped", "a hand-over was", "left to drain"] {
-        assert!(!daemon.log().contains(failure), "{}", daemon.log());
-    }
+    daemon.succeed(&["reload"]);
+    daemon.assert_all_handed_over();
 }
 
 fn a_reset_in_the_middle_arrives_and_spoils_nobody_elses_bytes() {

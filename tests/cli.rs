@@ -5,7 +5,7 @@ mod support;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -206,13 +206,6 @@ fn status_without_a_daemon_says_what_to_do() {
     assert!(text(&done.stderr).contains("no daemon answers") && text(&done.stderr).contains("evenkeel run"));
 }
 
-fn ask(daemon: &Daemon, arguments: &[&str]) -> Output {
-    let socket = daemon.socket();
-    let mut all = arguments.to_vec();
-    all.extend(["--socket", socket.to_str().unwrap()]);
-    evenkeel(&all)
-}
-
 fn status_shows_every_slot_and_the_spread() {
     let daemon = Daemon::ready(&format!("[daemon]\nworkers = 3\n{FRONT}"));
     let mut held = Vec::new();
@@ -221,7 +214,7 @@ fn status_shows_every_slot_and_the_spread() {
         exchange(&mut client, b"x").unwrap();
         held.push(client);
     }
-    let done = ask(&daemon, &["status", "--json"]);
+    let done = daemon.command(&["status", "--json"]);
     let json: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
     assert_eq!(json["workers"].as_array().unwrap().len(), 3);
     let listener = &json["listeners"][0];
@@ -235,7 +228,7 @@ fn status_shows_every_slot_and_the_spread() {
     let accepted: Vec<u64> =
         json["workers"].as_array().unwrap().iter().map(|w| w["accepted"].as_u64().unwrap()).collect();
     assert_eq!(accepted, per_slot);
-    let table = text(&ask(&daemon, &["status"]).stdout);
+    let table = text(&daemon.command(&["status"]).stdout);
     assert!(table.contains("SLOT") && table.contains("listener front  tcp 127.0.0.1:8080"), "{table}");
     assert!(table.contains("connections 60  active 60"), "{table}");
 }
@@ -275,7 +268,7 @@ fn slow_callers_do_not_keep_others_waiting() {
         stream.write_all(b"{\"comm").unwrap();
         slow.push(stream);
     }
-    assert!(ask(&daemon, &["status"]).status.success());
+    assert!(daemon.command(&["status"]).status.success());
     // Past the most callers at once the answer is a clear no, and only that.
     for _ in 0..100 {
         slow.push(UnixStream::connect(daemon.socket()).unwrap());
@@ -289,7 +282,7 @@ fn slow_callers_do_not_keep_others_waiting() {
     });
     assert!(refused.contains("too many callers"), "{refused}");
     drop(slow);
-    eventually("room again", || ask(&daemon, &["status"]).status.success());
+    eventually("room again", || daemon.command(&["status"]).status.success());
 }
 
 fn usage_errors_exit_with_two() {

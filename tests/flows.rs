@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use support::daemon::{Daemon, evenkeel};
+use support::daemon::Daemon;
 use support::datagrams::{Seen, ask, client, udp_server};
 use support::eventually;
 use support::servers::local;
@@ -46,21 +46,13 @@ fn mirror() -> (SocketAddr, Seen) {
     udp_server("127.0.0.1:0", |bytes| Some(bytes.to_vec()))
 }
 
+/// A change that succeeds, and by which all flows were handed over at once.
 #[track_caller]
 fn succeed(daemon: &Daemon, arguments: &[&str]) -> String {
-    let socket = daemon.socket();
-    let mut all = arguments.to_vec();
-    all.extend(["--socket", socket.to_str().unwrap()]);
-    let mut text = String::new();
-    eventually("no other change is under way", || {
-        let done = evenkeel(&all);
-        text = String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
-        let busy = text.contains("another change is under way");
-        assert!(busy || done.status.success(), "{arguments:?}: {text}\n{}", daemon.log());
-        !busy
-    });
+    let text = daemon.change(arguments);
     daemon.notified();
-    for failure in ["a hand-over stopped", "a hand-over was", "left to drain", "come, ", "slow to"] {
+    daemon.assert_all_handed_over();
+    for failure in ["come, ", "slow to"] {
         assert!(!daemon.log().contains(failure), "{}", daemon.log());
     }
     text
@@ -237,8 +229,7 @@ fn deaths(
         };
         let first = ask_all();
         std::fs::write(&file, moment).unwrap();
-        let socket = daemon.socket();
-        let _ = evenkeel(&[arguments, &["--socket", socket.to_str().unwrap()]].concat());
+        let _ = daemon.command(arguments);
         eventually("somebody has died", || !file.exists());
         eventually("all serve again", || {
             let status = daemon.status();
@@ -265,8 +256,10 @@ fn a_receiver_that_dies_afterwards_costs_what_it_had() {
         let now = ask_all();
         let changed = first.iter().filter(|(id, own)| now.get(*id) != Some(*own)).count() as u64;
         assert!((1..=1000).contains(&changed));
-        let lost = daemon.listener("front").ended.get("worker_lost").copied();
-        assert_eq!(lost, Some(changed), "{}", daemon.log());
+        let lost = daemon.listener("front").ended.get("worker_lost").copied().unwrap_or(0);
+        // A new flow may by chance get the port that the lost one had: one in
+        // 28,232 each, so more than three of 1,000 in one of 15 million runs.
+        assert!((changed..=changed + 3).contains(&lost), "{changed} {lost}\n{}", daemon.log());
     });
 }
 
@@ -281,12 +274,6 @@ fn a_sender_that_dies_costs_what_it_had_not_passed() {
     });
 }
 
-/// Writes another configuration for the next reload.
-fn rewrite(daemon: &Daemon, text: &str) {
-    let line = format!("[daemon]\ncontrol_socket = {:?}\n", daemon.socket());
-    std::fs::write(daemon.folder().join("evenkeel.toml"), text.replace("[daemon]\n", &line)).unwrap();
-}
-
 fn a_listener_steered_in_another_way_keeps_its_flows() {
     let (server, seen) = mirror();
     let daemon = Daemon::ready(&config(3, "hash", server));
@@ -299,7 +286,7 @@ fn a_listener_steered_in_another_way_keeps_its_flows() {
     };
     let first = ask_all();
     for steering in ["source", "load-aware", "hash"] {
-        rewrite(&daemon, &config(3, steering, server));
+        daemon.rewrite(&config(3, steering, server));
         succeed(&daemon, &["reload"]);
         assert!(ask_all() == first, "{steering}");
     }
@@ -310,7 +297,7 @@ fn a_server_that_goes_from_the_file_gives_its_flows_to_another() {
     let daemon = Daemon::ready(&config(2, "hash", one));
     let socket = client("127.0.0.1:0");
     ask(&socket, local(PORT), &[0; 4]);
-    rewrite(&daemon, &config(2, "hash", two));
+    daemon.rewrite(&config(2, "hash", two));
     succeed(&daemon, &["reload"]);
     ask(&socket, local(PORT), &[0; 4]);
     assert_eq!((ports(&seen).len(), ports(&other).len()), (1, 1));
@@ -375,7 +362,7 @@ fn a_foreign_socket_that_joins_later_is_reported() {
     let strangers = daemon.listener("front").strangers;
     let pid = format!("pid {}", std::process::id());
     assert!(strangers.len() == 1 && strangers[0].contains(&pid), "{strangers:?}");
-    assert!(daemon.log().contains("takes a part of its clients"), "{}", daemon.log());
+    daemon.says("takes a part of its clients");
     drop(socket);
     succeed(&daemon, &["reload"]);
     assert!(daemon.listener("front").strangers.is_empty());

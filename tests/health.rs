@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use support::daemon::{Daemon, children_of, evenkeel, runs, signal};
+use support::daemon::{Daemon, children_of, runs, signal};
 use support::datagrams::{self, let_pass, try_ask};
 use support::health::{SEEN, Switched, ask_for, reason, server, told, wait_state, who};
 use support::servers::{local, tcp_server};
@@ -303,7 +303,7 @@ fn an_nginx_status_page_is_checked() {
     nginx.reload(503);
     wait_state(&daemon, "back", "127.0.0.1:9001", "down");
     assert_eq!(reason(&daemon, "back", "127.0.0.1:9001"), "status 503, not 200-299, 401");
-    let shown = evenkeel(&["status", "--socket", daemon.socket().to_str().expect("a path")]);
+    let shown = daemon.command(&["status"]);
     assert!(
         String::from_utf8_lossy(&shown.stdout).contains("http: status 503, not 200-299, 401"),
         "{shown:?}"
@@ -487,11 +487,7 @@ fn a_reload_keeps_verdicts_and_takes_up_new_checks() {
     one.turn_off();
     wait_state(&daemon, "back", "127.0.0.1:9001", "down");
     let reload = |health: &str, servers: &[&str]| {
-        let path = daemon.folder().join("evenkeel.toml");
-        let old = fs::read_to_string(&path).expect("the configuration");
-        let socket = old.lines().find(|line| line.starts_with("control_socket")).expect("a line").to_string();
-        let text = config(health, servers).replacen("[daemon]\n", &format!("[daemon]\n{socket}\n"), 1);
-        fs::write(&path, text).expect("written");
+        daemon.rewrite(&config(health, servers));
         let generation = daemon.status().generation;
         daemon.signal(Signal::SIGHUP);
         within(SEEN, "a new generation", || daemon.status().generation > generation);

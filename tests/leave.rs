@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use support::daemon::{Daemon, evenkeel, signal};
+use support::daemon::{Daemon, signal};
 use support::eventually;
 use support::servers::{connect, echo, exchange, local, tcp_server};
 
@@ -126,7 +126,7 @@ fn a_session_that_does_not_end_is_reset_at_drain_timeout() {
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
     assert!(begin.elapsed() >= Duration::from_millis(690), "after {:?}", begin.elapsed());
     assert!(daemon.wait(Duration::from_secs(5)).success());
-    assert!(daemon.log().contains("drain_timeout is over: 1 sessions are reset"), "{}", daemon.log());
+    daemon.says("drain_timeout is over: 1 sessions are reset");
 }
 
 fn a_second_term_ends_at_once_with_exit_code_one() {
@@ -175,8 +175,7 @@ fn drain_and_stop_by_the_control_socket() {
     for (command, exit_code) in [("drain", 0), ("stop", 0)] {
         let mut daemon = daemon("workers = 2");
         let socket = daemon.socket();
-        let done = evenkeel(&[command, "--socket", socket.to_str().unwrap()]);
-        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        daemon.succeed(&[command]);
         assert_eq!(daemon.wait(Duration::from_secs(10)).code(), Some(exit_code));
         assert!(!socket.exists(), "the control socket is taken away");
     }

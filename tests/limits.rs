@@ -128,24 +128,13 @@ fn limits_hold_over_reloads_and_scaling() {
         wait_for_active(&daemon, 5);
         sessions.push(enter("127.0.0.1").expect("there is room for one"));
     }
-    let text = evenkeel_scale(&daemon, 4);
+    let text = daemon.succeed(&["scale", "4"]);
     assert!(enter("127.0.0.1").is_none(), "{text}");
-    let text = evenkeel_scale(&daemon, 1);
+    let text = daemon.succeed(&["scale", "1"]);
     assert!(enter("127.0.0.1").is_none(), "{text}");
     drop(sessions);
     wait_for_active(&daemon, 0);
     assert_eq!(enter_many("127.0.0.1", 8).len(), 6);
-}
-
-fn evenkeel_scale(daemon: &Daemon, count: usize) -> String {
-    let done = support::daemon::evenkeel(&[
-        "scale",
-        &count.to_string(),
-        "--socket",
-        daemon.socket().to_str().unwrap(),
-    ]);
-    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
-    String::from_utf8_lossy(&done.stdout).into_owned()
 }
 
 fn a_source_begins_so_many_sessions_a_second_over_four_workers() {
@@ -211,7 +200,7 @@ fn a_full_listener_lets_clients_wait_and_another_listener_serves() {
     assert!(waiting.iter_mut().all(let_in));
     let listener = daemon.listener("front");
     assert!(listener.dropped.is_empty() && listener.connections == 15, "{listener:?}");
-    assert!(daemon.log().contains("listener front has all of its max_connections = 10"), "{}", daemon.log());
+    daemon.says("listener front has all of its max_connections = 10");
 }
 
 fn five_thousand_prefixes_are_obeyed() {
@@ -239,9 +228,7 @@ fn a_reload_changes_who_may_come() {
     let daemon = Daemon::ready(&config(2, "[listener.access]\ndeny = [\"127.0.0.2\"]"));
     let _stays = enter("127.0.0.1").expect("not denied");
     assert!(enter("127.0.0.2").is_none());
-    let line = format!("[daemon]\ncontrol_socket = {:?}\n", daemon.socket());
-    let text = config(2, "[listener.access]\nallow = [\"127.0.0.2\"]").replace("[daemon]\n", &line);
-    std::fs::write(daemon.folder().join("evenkeel.toml"), text).unwrap();
+    daemon.rewrite(&config(2, "[listener.access]\nallow = [\"127.0.0.2\"]"));
     daemon.ask("reload").expect("a reload");
     assert!(enter("127.0.0.1").is_none());
     assert!(enter("127.0.0.2").is_some());

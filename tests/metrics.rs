@@ -325,8 +325,7 @@ fn the_status_document_fits_its_schema_wherever_it_comes_from() {
     traffic();
     let over_http = get(local(ADMIN), "/status.json").json();
     let mut over_socket = daemon.ask("status").unwrap()["status"].take();
-    let command =
-        support::daemon::evenkeel(&["status", "--json", "--socket", daemon.socket().to_str().unwrap()]);
+    let command = daemon.command(&["status", "--json"]);
     let printed: Value = serde_json::from_slice(&command.stdout).unwrap();
     for document in [&over_http, &over_socket, &printed] {
         assert_eq!(problems(document), Vec::<String>::new(), "{document:#}");

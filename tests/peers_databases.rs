@@ -6,20 +6,19 @@ mod support;
 use std::fs;
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use nix::sys::signal::Signal;
-use support::daemon::{Daemon, evenkeel, signal};
+use support::daemon::Daemon;
 use support::health::{SEEN, server, wait_state};
+use support::postgres::{self, Postgres};
 use support::within;
 
 fn main() {
     support::run(tests![
         redis_benchmark_meets_no_error_while_servers_are_drained_killed_and_brought_back
             needs ["redis-server", "redis-benchmark"],
-        pgbench_meets_no_error_while_servers_are_drained_killed_and_brought_back needs ["pgbench"],
+        pgbench_meets_no_error_while_servers_are_drained_killed_and_brought_back needs ["pgbench", "a PostgreSQL server"],
     ])
 }
 
@@ -38,10 +37,7 @@ fn forward(health: &str, servers: [SocketAddr; 2]) -> Daemon {
 }
 
 fn order(daemon: &Daemon, what: &str, server: SocketAddr) {
-    let socket = daemon.socket();
-    let socket = socket.to_str().expect("a path");
-    let output = evenkeel(&["server", what, &format!("db/{server}"), "--socket", socket]);
-    assert!(output.status.success(), "{output:?}");
+    daemon.succeed(&["server", what, &format!("db/{server}")]);
 }
 
 fn active(daemon: &Daemon, address: SocketAddr) -> u64 {
@@ -177,111 +173,17 @@ fn redis_benchmark_meets_no_error_while_servers_are_drained_killed_and_brought_b
     succeeds(benchmark);
 }
 
-/// Where PostgreSQL's own programs are.
-fn postgres_programs() -> Option<PathBuf> {
-    let versions = fs::read_dir("/usr/lib/postgresql").ok()?;
-    let mut folders: Vec<PathBuf> = versions.flatten().map(|version| version.path().join("bin")).collect();
-    folders.retain(|folder| folder.join("initdb").exists());
-    folders.sort();
-    folders.pop()
-}
-
-struct Postgres {
-    address: SocketAddr,
-    folder: tempfile::TempDir,
-    child: Option<Child>,
-    programs: PathBuf,
-}
-
-impl Postgres {
-    fn start(port: u16, programs: &Path) -> Postgres {
-        let address = SocketAddr::from(([127, 0, 0, 1], port));
-        let mut postgres = Postgres { address, folder: a_folder(), child: None, programs: programs.into() };
-        let mut initdb = postgres.command("initdb");
-        initdb.args(["-A", "trust", "-U", "bench", "--no-sync", "-D"]).arg(postgres.data());
-        let output = initdb.output().expect("initdb");
-        assert!(output.status.success(), "{output:?}");
-        postgres.run();
-        let filled = client("pgbench", address, &["-i", "-s", "1", "-q"]);
-        assert!(filled.status.success(), "{filled:?}");
-        postgres
-    }
-
-    fn data(&self) -> PathBuf {
-        self.folder.path().join("data")
-    }
-
-    /// PostgreSQL does not run as root.
-    fn command(&self, name: &str) -> Command {
-        let program = self.programs.join(name);
-        let mut command = if nix::unistd::geteuid().is_root() {
-            let mut command = Command::new("setpriv");
-            command.args(["--reuid", "postgres", "--regid", "postgres", "--clear-groups"]).arg(program);
-            command
-        } else {
-            Command::new(program)
-        };
-        command.stdin(Stdio::null()).current_dir("/");
-        command
-    }
-
-    fn run(&mut self) {
-        let mut command = self.command("postgres");
-        command.args(["-p", &self.address.port().to_string(), "-h", "127.0.0.1", "-k", "", "-F"]);
-        command.args(["-c", "max_connections=60", "-D"]).arg(self.data());
-        self.child = Some(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("postgres"));
-        within(SEEN, "postgres answers", || {
-            client("psql", self.address, &["-c", "select 1"]).status.success()
-        });
-    }
-
-    /// As a crash: without a word to its sessions.
-    fn kill(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            // QUIT: "immediate shutdown", of the sessions' processes too.
-            signal(child.id(), Signal::SIGQUIT);
-            let _ = child.wait();
-        }
-    }
-}
-
-impl Drop for Postgres {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
-
-/// A client program of PostgreSQL.
-fn client_command(program: &str, address: SocketAddr, arguments: &[&str]) -> Command {
-    let mut command = Command::new(program);
-    command.args(arguments).args(["-h", &address.ip().to_string(), "-p", &address.port().to_string()]);
-    command.args(["-U", "bench"]).args(if program == "psql" {
-        &["-d", "postgres"][..]
-    } else {
-        &["postgres"]
-    });
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    command
-}
-
-fn client(program: &str, address: SocketAddr, arguments: &[&str]) -> Output {
-    client_command(program, address, arguments).output().expect("a client program")
-}
-
 /// Selects for so many seconds with so many sessions; `-C` connects anew for
 /// each transaction.
 fn pgbench(seconds: u32, sessions: u32, more: &[&str]) -> Child {
     let (seconds, sessions) = (seconds.to_string(), sessions.to_string());
     let arguments = [&["-S", "-n", "-T", &seconds, "-c", &sessions][..], more].concat();
-    client_command("pgbench", FRONT.parse().expect("an address"), &arguments).spawn().expect("pgbench")
+    postgres::pgbench(FRONT.parse().expect("an address"), &arguments).spawn().expect("pgbench")
 }
 
 fn pgbench_meets_no_error_while_servers_are_drained_killed_and_brought_back() {
-    let Some(programs) = postgres_programs() else {
-        eprintln!("SKIPPED: the PostgreSQL server is not installed");
-        return;
-    };
-    let (mut one, two) = (Postgres::start(9001, &programs), Postgres::start(9002, &programs));
+    let programs = postgres::programs().expect("it is installed");
+    let (mut one, two) = (Postgres::start(9001, programs.clone()), Postgres::start(9002, programs.clone()));
     let servers = [one.address, two.address];
     // A command as a health check, as people have for databases.
     let isready = programs.join("pg_isready");

@@ -5,13 +5,12 @@ mod support;
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use support::daemon::{Daemon, evenkeel, signal};
+use support::daemon::{Daemon, signal};
 use support::servers::{connect, echo, exchange, local, tcp_server};
-use support::{eventually, pattern, within};
+use support::{clients, eventually, pattern, within};
 
 fn main() {
     support::run(tests![
@@ -40,87 +39,19 @@ fn config(workers: usize, server: &str, more: &str) -> String {
     )
 }
 
-/// Writes another configuration for the next reload.
-fn rewrite(daemon: &Daemon, text: &str) {
-    let line = format!("[daemon]\ncontrol_socket = {:?}\n", daemon.socket());
-    fs::write(daemon.folder().join("evenkeel.toml"), text.replace("[daemon]\n", &line)).unwrap();
-}
-
-fn run(daemon: &Daemon, arguments: &[&str]) -> (Option<i32>, String) {
-    let socket = daemon.socket();
-    let mut all = arguments.to_vec();
-    all.extend(["--socket", socket.to_str().unwrap()]);
-    let done = evenkeel(&all);
-    let text = String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
-    (done.status.code(), text)
-}
-
+/// A command that succeeds, and after which all sessions were handed over.
 #[track_caller]
 fn succeed(daemon: &Daemon, arguments: &[&str]) -> String {
-    let (code, text) = run(daemon, arguments);
-    assert_eq!(code, Some(0), "{arguments:?}: {text}\n{}", daemon.log());
-    // A session that could not be passed on would be finished where it is: no
-    // loss, and no hand-over either.
-    for failure in ["a hand-over stopped", "a hand-over was", "left to drain"] {
-        assert!(!daemon.log().contains(failure), "{}", daemon.log());
-    }
+    let text = daemon.succeed(arguments);
+    daemon.assert_all_handed_over();
     text
 }
 
 /// Short connections and long sessions with checked payloads, all of which
 /// must be served without one error while something is done to the daemon.
-fn under_load(daemon: &Daemon, disturb: impl FnOnce()) -> (u64, u64) {
-    let stop = AtomicBool::new(false);
-    let (short, long) = (AtomicU64::new(0), AtomicU64::new(0));
-    std::thread::scope(|scope| {
-        for _ in 0..3 {
-            scope.spawn(|| {
-                while !stop.load(Ordering::Relaxed) {
-                    let mut client = connect(local(8080));
-                    let answer = exchange(&mut client, &[5; 700]).expect("a short connection");
-                    assert!(answer == [5; 700]);
-                    short.fetch_add(1, Ordering::Relaxed);
-                }
-            });
-        }
-        for index in 0..20 {
-            let (stop, long) = (&stop, &long);
-            scope.spawn(move || {
-                let mut client = connect(local(8080));
-                let mut at = index * 1000;
-                while !stop.load(Ordering::Relaxed) {
-                    // Sizes from one byte to more than the buffers hold.
-                    let bytes = pattern(at, [1, 64, 1500, 40_000, 900_000][at % 5]);
-                    let mut writer = client.try_clone().unwrap();
-                    let answer = std::thread::scope(|inner| {
-                        inner.spawn(|| writer.write_all(&bytes).expect("a long session is written"));
-                        let mut answer = vec![0; bytes.len()];
-                        client.read_exact(&mut answer).expect("a long session is read");
-                        answer
-                    });
-                    assert!(answer == bytes, "wrong bytes");
-                    at += 1;
-                    long.fetch_add(1, Ordering::Relaxed);
-                }
-            });
-        }
-        // Ends the load too where the disturbance fails.
-        struct Stop<'a>(&'a AtomicBool);
-        impl Drop for Stop<'_> {
-            fn drop(&mut self) {
-                self.0.store(true, Ordering::Relaxed);
-            }
-        }
-        let _stop = Stop(&stop);
-        eventually("there is load", || {
-            short.load(Ordering::Relaxed) > 20 && long.load(Ordering::Relaxed) > 40
-        });
-        disturb();
-        let before = long.load(Ordering::Relaxed);
-        eventually("the load goes on", || long.load(Ordering::Relaxed) > before + 40);
-    });
+fn under_load(daemon: &Daemon, disturb: impl FnOnce()) {
+    clients::under_load(None, disturb);
     assert!(daemon.status().workers.iter().all(|worker| worker.restarts == 0), "{}", daemon.log());
-    (short.into_inner(), long.into_inner())
 }
 
 fn reloads_under_load_lose_nothing() {
@@ -182,8 +113,8 @@ fn a_wrong_file_changes_nothing_and_is_told() {
     let (server, _) = tcp_server("127.0.0.1:0", echo);
     let daemon = Daemon::ready(&config(2, &server.to_string(), ""));
     let pids: Vec<u32> = daemon.status().workers.iter().map(|worker| worker.pid).collect();
-    rewrite(&daemon, &config(2, &server.to_string(), "").replace("mode = ", "mdoe = "));
-    let (code, text) = run(&daemon, &["reload"]);
+    daemon.rewrite(&config(2, &server.to_string(), "").replace("mode = ", "mdoe = "));
+    let (code, text) = daemon.run(&["reload"]);
     assert_eq!(code, Some(1));
     assert!(text.contains("evenkeel.toml:") && text.contains("did you mean"), "{text}");
     let status = daemon.status();
@@ -198,19 +129,19 @@ fn an_address_that_is_taken_is_found_before_any_worker_is_touched() {
     let taken = std::net::TcpListener::bind("127.0.0.1:8099").unwrap();
     let more =
         "[[listener]]\nname = \"new\"\nmode = \"tcp\"\nbind = \"127.0.0.1:8099\"\nservice = \"echo\"\n";
-    rewrite(&daemon, &config(2, &server.to_string(), more));
-    let (code, text) = run(&daemon, &["reload"]);
+    daemon.rewrite(&config(2, &server.to_string(), more));
+    let (code, text) = daemon.run(&["reload"]);
     assert_eq!(code, Some(1));
     assert!(text.contains(&format!("pid {}", std::process::id())), "{text}");
     // And where the probe finds nothing, but a new worker's bind fails.
-    rewrite(&daemon, &config(2, &server.to_string(), &more.replace("127.0.0.1:8099", "192.0.2.7:80")));
-    let (code, text) = run(&daemon, &["reload"]);
+    daemon.rewrite(&config(2, &server.to_string(), &more.replace("127.0.0.1:8099", "192.0.2.7:80")));
+    let (code, text) = daemon.run(&["reload"]);
     assert_eq!(code, Some(1), "{text}");
     assert!(text.contains("192.0.2.7"), "{text}");
     let status = daemon.status();
     assert_eq!((status.generation, status.workers.iter().map(|w| w.pid).collect::<Vec<_>>()), (1, pids));
     drop(taken);
-    rewrite(&daemon, &config(2, &server.to_string(), more));
+    daemon.rewrite(&config(2, &server.to_string(), more));
     succeed(&daemon, &["reload"]);
     exchange(&mut connect(local(8099)), b"x").unwrap();
 }
@@ -224,7 +155,7 @@ fn a_removed_listener_keeps_its_sessions_and_serves_its_queue() {
     for session in &mut sessions {
         exchange(session, b"before").unwrap();
     }
-    rewrite(&daemon, &config(2, &server.to_string(), ""));
+    daemon.rewrite(&config(2, &server.to_string(), ""));
     // Some wait in the queues of workers that do not run while it begins.
     let pids: Vec<u32> = daemon.status().workers.iter().map(|worker| worker.pid).collect();
     pids.iter().for_each(|&pid| signal(pid, Signal::SIGSTOP));
@@ -257,7 +188,7 @@ fn a_new_listener_serves_when_the_reload_returns() {
         let more = format!(
             "[[listener]]\nname = \"new\"\nmode = \"tcp\"\nbind = \"127.0.0.1:{port}\"\nservice = \"echo\"\n"
         );
-        rewrite(&daemon, &config(3, &server.to_string(), &more));
+        daemon.rewrite(&config(3, &server.to_string(), &more));
         succeed(&daemon, &["reload"]);
         for _ in 0..20 {
             exchange(&mut connect(local(port)), b"at once").unwrap();
@@ -271,7 +202,7 @@ fn a_dry_run_says_what_would_change_and_touches_nothing() {
     assert!(succeed(&daemon, &["reload", "--dry-run"]).contains("nothing changes"));
     let more =
         "[[listener]]\nname = \"new\"\nmode = \"tcp\"\nbind = \"127.0.0.1:8099\"\nservice = \"echo\"\n";
-    rewrite(&daemon, &config(3, &server.to_string(), more));
+    daemon.rewrite(&config(3, &server.to_string(), more));
     let text = succeed(&daemon, &["reload", "--dry-run"]);
     assert!(text.contains("listener new is new") && text.contains("[daemon] changes"), "{text}");
     assert!(text.contains("cost: 3 workers are replaced"), "{text}");
@@ -287,7 +218,7 @@ fn sighup_reloads() {
     let told = daemon.notified().join("\n");
     assert!(told.contains("RELOADING=1") && told.contains("MONOTONIC_USEC="), "{told}");
     assert!(told.rfind("READY=1") > told.find("RELOADING=1"), "{told}");
-    rewrite(&daemon, "rubbish");
+    daemon.rewrite("rubbish");
     daemon.signal(Signal::SIGHUP);
     eventually("it is refused", || daemon.log().contains("not reloaded"));
     assert_eq!(daemon.status().generation, 2);
@@ -384,7 +315,7 @@ fn scale_stands_over_reloads_until_the_file_changes() {
     succeed(&daemon, &["scale", "3"]);
     succeed(&daemon, &["reload"]);
     assert_eq!(daemon.status().workers.len(), 3);
-    rewrite(&daemon, &config(1, &server.to_string(), ""));
+    daemon.rewrite(&config(1, &server.to_string(), ""));
     succeed(&daemon, &["reload"]);
     assert_eq!(daemon.status().workers.len(), 1);
 }
@@ -404,18 +335,16 @@ fn a_worker_killed_during_a_reload_is_replaced() {
             exchange(&mut connect(local(8080)), b"x").expect("nobody is refused");
         }
     }
-    eventually("no change is under way", || run(&daemon, &["reload"]).0 == Some(0));
+    eventually("no change is under way", || daemon.run(&["reload"]).0 == Some(0));
     eventually("old processes are gone", || daemon.children().len() == 4);
 }
 
 fn what_needs_a_restart_is_refused() {
     let (server, _) = tcp_server("127.0.0.1:0", echo);
     let daemon = Daemon::ready(&config(1, &server.to_string(), ""));
-    rewrite(
-        &daemon,
-        &config(1, &server.to_string(), "").replace("[daemon]\n", "[daemon]\nuser = \"nobody\"\n"),
-    );
-    let (code, text) = run(&daemon, &["reload"]);
+    let text = config(1, &server.to_string(), "");
+    daemon.rewrite(&text.replace("[daemon]\n", "[daemon]\nuser = \"nobody\"\n"));
+    let (code, text) = daemon.run(&["reload"]);
     assert_eq!(code, Some(1));
     assert!(text.contains("user cannot change while the daemon runs"), "{text}");
 }

@@ -7,7 +7,7 @@ use std::net::TcpStream;
 
 use evenkeel::control::sessions::Found;
 use nix::sys::signal::Signal;
-use support::daemon::{Daemon, evenkeel, signal};
+use support::daemon::{Daemon, signal};
 use support::eventually;
 use support::servers::{connect, echo, exchange, local, tcp_server};
 
@@ -52,10 +52,7 @@ fn scene() -> Scene {
 }
 
 fn sessions(daemon: &Daemon, arguments: &[&str]) -> Found {
-    let socket = daemon.socket();
-    let mut all = vec!["sessions", "--json", "--socket", socket.to_str().unwrap()];
-    all.extend(arguments);
-    let output = evenkeel(&all);
+    let output = daemon.command(&[&["sessions", "--json"], arguments].concat());
     assert!(output.status.success(), "{output:?}");
     serde_json::from_slice(&output.stdout).unwrap()
 }
@@ -118,8 +115,7 @@ fn a_worker_that_does_not_answer_is_said_and_the_others_are_listed() {
     let scene = scene();
     let stopped = scene.daemon.worker(1);
     signal(stopped.pid, Signal::SIGSTOP);
-    let socket = scene.daemon.socket();
-    let output = evenkeel(&["sessions", "--socket", socket.to_str().unwrap()]);
+    let output = scene.daemon.command(&["sessions"]);
     signal(stopped.pid, Signal::SIGCONT);
     assert_eq!(output.status.code(), Some(1));
     let error = String::from_utf8_lossy(&output.stderr);
@@ -130,16 +126,23 @@ fn a_worker_that_does_not_answer_is_said_and_the_others_are_listed() {
 
 fn what_was_mistyped_is_told() {
     let scene = scene();
-    let socket = scene.daemon.socket();
-    let socket = socket.to_str().unwrap();
     let refused = |arguments: &[&str], text: &str| {
-        let output = evenkeel(&[&["sessions", "--socket", socket], arguments].concat());
+        let output = scene.daemon.command(&[&["sessions"], arguments].concat());
         let error = String::from_utf8_lossy(&output.stderr).to_string();
         assert!(output.status.code() == Some(2) && error.contains(text), "{error}");
     };
     refused(&["--kill"], "--kill alone would end every session");
     refused(&["--client", "10.0.0"], "write an address");
     refused(&["--all"], "--kill");
+    let unknown = |arguments: &[&str], text: &str| {
+        let (code, said) = scene.daemon.run(&[&["sessions"], arguments].concat());
+        assert!(code == Some(1) && said.contains(text), "{code:?} {said}");
+    };
+    unknown(&["--listener", "oen"], "no listener \"oen\"\n  did you mean \"one\"?");
+    unknown(&["--listener", "web", "--kill"], "no listener \"web\"\n  there are: one, two");
+    unknown(&["--upstream", "nothing"], "no upstream \"nothing\"\n  there are: both");
+    unknown(&["--server", "10.9.9.9:1"], "no server \"10.9.9.9:1\"\n  there are: ");
+    assert_eq!(sessions(&scene.daemon, &["--client", "192.0.2.1"]).matched, 0);
     let rubbish = serde_json::json!({"command": "sessions", "query": {"filter": {"lisener": "one"}}});
     let limit = std::time::Duration::from_secs(5);
     let error = evenkeel::control::client::ask(&scene.daemon.socket(), &rubbish, limit).unwrap_err();

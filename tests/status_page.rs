@@ -72,10 +72,7 @@ fn the_page_lives_while_traffic_runs() {
     daemon.kill_worker(1);
     browser.until(&format!("{SEEN}.includes('1: killed 1')"));
     let server = format!("back/{}", daemon.status().upstreams[0].servers[0].address);
-    let socket = daemon.socket();
-    let done =
-        support::daemon::evenkeel(&["server", "disable", &server, "--socket", socket.to_str().unwrap()]);
-    assert!(done.status.success(), "{done:?}");
+    daemon.succeed(&["server", "disable", &server]);
     browser.until(&format!("{SEEN}.includes('disabled by hand')"));
     browser.until("document.getElementById('news').textContent.includes('is disabled')");
     assert_eq!(browser.complaints, Vec::<String>::new());

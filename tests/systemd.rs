@@ -5,16 +5,16 @@ mod support;
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use socket2::{Domain, Socket, Type};
+use support::clients::{traffic_goes_on, try_exchange, under_traffic};
 use support::daemon::{Daemon, program, signal};
 use support::machine::Machine;
 use support::servers::{connect, exchange, local};
@@ -261,7 +261,7 @@ fn missing_sockets_are_opened_by_the_same_user() {
     daemon.wait_ready();
     assert_eq!(inodes(8080), 3);
     serve(60);
-    assert!(daemon.log().contains("slots 2 to 2 open their own"), "{}", daemon.log());
+    daemon.says("slots 2 to 2 open their own");
 }
 
 fn a_socket_of_no_listener_is_closed_and_said() {
@@ -287,12 +287,6 @@ fn sockets_for_another_process_are_left_alone() {
 
 fn oom_score(pid: u32) -> String {
     fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).expect("a living process").trim().to_string()
-}
-
-fn try_exchange(address: SocketAddr) -> std::io::Result<()> {
-    let mut client = TcpStream::connect_timeout(&address, Duration::from_secs(20))?;
-    client.set_read_timeout(Some(Duration::from_secs(20)))?;
-    exchange(&mut client, b"hello").map(drop)
 }
 
 fn the_unit_starts_and_stops_within_the_drain_timeout() {
@@ -354,38 +348,6 @@ fn socket_machine(more: &str, workers: usize) -> Machine {
         ("/etc/systemd/system/evenkeel.service.d/socket.conf", &drop_in),
         ("/etc/systemd/system/evenkeel.service.d/more.conf", more),
     ])
-}
-
-/// Short sessions from several clients while something happens: how many were
-/// served, and the errors. A session that is open when the service is killed
-/// may end; nobody may be refused or left waiting.
-fn under_traffic(happens: impl FnOnce(&AtomicU64)) -> (u64, Vec<std::io::Error>) {
-    let (stop, served) = (AtomicBool::new(false), AtomicU64::new(0));
-    let errors = std::sync::Mutex::new(Vec::new());
-    std::thread::scope(|scope| {
-        for _ in 0..4 {
-            scope.spawn(|| {
-                while !stop.load(Ordering::Relaxed) {
-                    match try_exchange(local(8080)) {
-                        Ok(()) => drop(served.fetch_add(1, Ordering::Relaxed)),
-                        Err(error) => errors.lock().expect("no panic").push(error),
-                    }
-                }
-            });
-        }
-        // Whatever fails in there, the clients must end.
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| happens(&served)));
-        stop.store(true, Ordering::Relaxed);
-        if let Err(panic) = result {
-            std::panic::resume_unwind(panic);
-        }
-    });
-    (served.load(Ordering::Relaxed), errors.into_inner().expect("no panic"))
-}
-
-fn traffic_goes_on(served: &AtomicU64) {
-    let before = served.load(Ordering::Relaxed);
-    within(Duration::from_secs(20), "traffic goes on", || served.load(Ordering::Relaxed) > before + 50);
 }
 
 fn a_restart_with_a_socket_unit_refuses_nobody() {

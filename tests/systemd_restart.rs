@@ -6,11 +6,10 @@ mod support;
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpStream, UdpSocket};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use support::clients::{traffic_goes_on, under_traffic};
 use support::daemon::signal;
 use support::machine::Machine;
 use support::servers::{connect, echo, exchange, local, tcp_server};
@@ -76,39 +75,6 @@ impl Long {
         self.send();
         self.receive();
     }
-}
-
-/// Short sessions while something happens: how many, and the errors.
-fn under_traffic(happens: impl FnOnce(&AtomicU64)) -> (u64, Vec<std::io::Error>) {
-    let (stop, served, errors) = (AtomicBool::new(false), AtomicU64::new(0), Mutex::new(Vec::new()));
-    let attempt = || -> std::io::Result<()> {
-        let mut client = TcpStream::connect_timeout(&local(8080), Duration::from_secs(20))?;
-        client.set_read_timeout(Some(Duration::from_secs(20)))?;
-        exchange(&mut client, b"hello").map(drop)
-    };
-    std::thread::scope(|scope| {
-        for _ in 0..4 {
-            scope.spawn(|| {
-                while !stop.load(Ordering::Relaxed) {
-                    match attempt() {
-                        Ok(()) => drop(served.fetch_add(1, Ordering::Relaxed)),
-                        Err(error) => errors.lock().expect("no panic").push(error),
-                    }
-                }
-            });
-        }
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| happens(&served)));
-        stop.store(true, Ordering::Relaxed);
-        if let Err(panic) = result {
-            std::panic::resume_unwind(panic);
-        }
-    });
-    (served.load(Ordering::Relaxed), errors.into_inner().expect("no panic"))
-}
-
-fn traffic_goes_on(served: &AtomicU64) {
-    let before = served.load(Ordering::Relaxed);
-    within(Duration::from_secs(20), "traffic goes on", || served.load(Ordering::Relaxed) > before + 50);
 }
 
 fn a_restart_refuses_nobody_and_cuts_nobody() {

@@ -5,18 +5,18 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use evenkeel::control::status::Server;
 use nix::sys::signal::Signal;
+use support::clients::{Stop, under_load};
 use support::daemon::{Daemon, runs, signal};
 use support::http;
 use support::servers::{connect, echo, exchange, local, tcp_server};
 use support::upgradable::Upgradable;
-use support::{datagrams, eventually, pattern, within};
+use support::{datagrams, eventually, within};
 
 fn main() {
     support::run(tests![
@@ -47,90 +47,11 @@ fn config(workers: usize, server: &str) -> String {
     )
 }
 
-/// What was served while something was done to a daemon.
-#[derive(Debug, Default)]
-struct Served {
-    short: AtomicU64,
-    long: AtomicU64,
-    datagrams: AtomicU64,
-}
-
-/// Stops the clients of a test at its end, however it ends.
-struct Stop<'a>(&'a AtomicBool);
-
-impl Drop for Stop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
-/// Short connections, long sessions with checked payloads and datagrams, all
-/// of which must be served without one error.
-fn under_load(disturb: impl FnOnce()) -> Served {
-    let (stop, served) = (AtomicBool::new(false), Served::default());
-    std::thread::scope(|scope| {
-        let (stop, served) = (&stop, &served);
-        for _ in 0..3 {
-            scope.spawn(move || {
-                while !stop.load(Ordering::Relaxed) {
-                    let mut client = connect(local(8080));
-                    let answer = exchange(&mut client, &[5; 700]).expect("a short session is served");
-                    assert!(answer == [5; 700]);
-                    served.short.fetch_add(1, Ordering::Relaxed);
-                }
-            });
-        }
-        for index in 0..20 {
-            scope.spawn(move || {
-                let mut client = connect(local(8080));
-                let mut at = index * 1000;
-                while !stop.load(Ordering::Relaxed) {
-                    let bytes = pattern(at, [1, 64, 1500, 40_000, 900_000][at % 5]);
-                    let mut writer = client.try_clone().expect("a duplicate");
-                    let answer = std::thread::scope(|inner| {
-                        inner.spawn(|| writer.write_all(&bytes).expect("a long session is written"));
-                        let mut answer = vec![0; bytes.len()];
-                        client.read_exact(&mut answer).expect("a long session is read");
-                        answer
-                    });
-                    assert!(answer == bytes, "wrong bytes");
-                    at += 1;
-                    served.long.fetch_add(1, Ordering::Relaxed);
-                }
-            });
-        }
-        for index in 0..4u8 {
-            scope.spawn(move || {
-                let client = datagrams::client("127.0.0.1:0");
-                while !stop.load(Ordering::Relaxed) {
-                    let answer = datagrams::ask(&client, local(8081), &[index; 100]);
-                    assert_eq!(answer, [index; 100]);
-                    served.datagrams.fetch_add(1, Ordering::Relaxed);
-                    // Some hundred a second are enough.
-                    std::thread::park_timeout(Duration::from_millis(2));
-                }
-            });
-        }
-        let _stop = Stop(stop);
-        let goes_on = || {
-            let counts = [&served.short, &served.long, &served.datagrams].map(|c| c.load(Ordering::Relaxed));
-            within(Duration::from_secs(30), "the load goes on", || {
-                let now = [&served.short, &served.long, &served.datagrams].map(|c| c.load(Ordering::Relaxed));
-                now.iter().zip(counts).all(|(now, before)| *now > before + 20)
-            });
-        };
-        goes_on();
-        disturb();
-        goes_on();
-    });
-    served
-}
-
 fn upgrades_under_load_lose_nothing() {
     let (server, _) = tcp_server("127.0.0.1:0", echo);
     let it = Upgradable::ready(&config(3, &server.to_string()));
     let pid = it.daemon.pid();
-    let served = under_load(|| {
+    let served = under_load(Some(8081), || {
         for round in 1..=10 {
             it.install_version(round);
             assert_eq!(it.upgrade().trim(), format!("generation {} serves", round + 1));
@@ -352,7 +273,7 @@ fn the_admin_address_refuses_nobody_and_no_counter_goes_back() {
             before
         });
         let ending = Stop(&stop);
-        let served = under_load(|| {
+        let served = under_load(Some(8081), || {
             for round in 0..5 {
                 it.install_version(round);
                 it.upgrade();

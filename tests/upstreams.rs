@@ -2,7 +2,6 @@
 
 mod support;
 
-use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -13,7 +12,7 @@ use evenkeel::control::client;
 use evenkeel::control::status;
 use nix::sys::signal::Signal;
 use serde_json::json;
-use support::daemon::{Daemon, evenkeel, signal};
+use support::daemon::{Daemon, signal};
 use support::datagrams::{self, named_server};
 use support::servers::{connect, echo, exchange, local, tcp_server};
 use support::{eventually, within};
@@ -52,27 +51,6 @@ fn config(workers: usize, upstream: &str, servers: &[(SocketAddr, &str)]) -> Str
     text + CHECKS
 }
 
-fn rewrite(daemon: &Daemon, text: &str) {
-    let line = format!("[daemon]\ncontrol_socket = {:?}\n", daemon.socket());
-    fs::write(daemon.folder().join("evenkeel.toml"), text.replace("[daemon]\n", &line)).unwrap();
-}
-
-fn run(daemon: &Daemon, arguments: &[&str]) -> (Option<i32>, String) {
-    let socket = daemon.socket();
-    let mut all = arguments.to_vec();
-    all.extend(["--socket", socket.to_str().unwrap()]);
-    let done = evenkeel(&all);
-    let text = String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
-    (done.status.code(), text)
-}
-
-#[track_caller]
-fn succeed(daemon: &Daemon, arguments: &[&str]) -> String {
-    let (code, text) = run(daemon, arguments);
-    assert_eq!(code, Some(0), "{arguments:?}: {text}");
-    text
-}
-
 /// `evenkeel server CHANGE back/ADDRESS`
 #[track_caller]
 fn order(daemon: &Daemon, words: &[&str], server: SocketAddr) -> String {
@@ -80,7 +58,7 @@ fn order(daemon: &Daemon, words: &[&str], server: SocketAddr) -> String {
     let mut all = vec!["server"];
     all.extend(words);
     all.push(&name);
-    succeed(daemon, &all)
+    daemon.succeed(&all)
 }
 
 /// A verdict, as if a check had found it.
@@ -193,7 +171,7 @@ fn a_changed_weight_changes_the_split_at_once() {
     order(&daemon, &["weight", "3"], one);
     // Round robin is exact; what the last rotation owed is paid at first.
     assert!(share(visits(40)).abs_diff(30) <= 1);
-    let human = succeed(&daemon, &["status"]);
+    let human = daemon.succeed(&["status"]);
     assert!(human.contains("weight by hand, 1 in the file"), "{human}");
     order(&daemon, &["weight", "0"], one);
     assert_eq!(share(visits(10)), 0);
@@ -274,8 +252,8 @@ fn waiting_sessions_survive_a_reload_and_come_in_their_order() {
         waiting.push(connect(local(8080)));
         eventually("one more who waits", || daemon.status().upstreams[0].waiting == count);
     }
-    rewrite(&daemon, &(text + "# another\n"));
-    succeed(&daemon, &["reload"]);
+    daemon.rewrite(&(text + "# another\n"));
+    daemon.succeed(&["reload"]);
     eventually("those who wait at the new worker", || daemon.status().upstreams[0].waiting == 3);
     drop(first);
     for stream in &mut waiting {
@@ -377,8 +355,8 @@ fn when_all_are_down_clients_are_closed_or_any_is_tried() {
     assert_eq!([one, two].map(|server| server_status(&daemon, server).state), ["down", "down"]);
     assert!(visit().is_err());
     eventually("the reason", || daemon.listener("front").ended.get("no_server") == Some(&1));
-    rewrite(&daemon, &text("try-any"));
-    succeed(&daemon, &["reload"]);
+    daemon.rewrite(&text("try-any"));
+    daemon.succeed(&["reload"]);
     // Down they are over the reload, and tried all the same.
     assert_eq!([one, two].map(|server| server_status(&daemon, server).state), ["down", "down"]);
     let names = visits(8);
@@ -396,8 +374,8 @@ fn sessions_of_a_server_that_goes_down_are_reset_where_that_is_asked() {
         assert_eq!(exchange(stream, b"kept").unwrap(), b"kept");
     }
     verdict(&daemon, one, "up");
-    rewrite(&daemon, &text("reset"));
-    succeed(&daemon, &["reload"]);
+    daemon.rewrite(&text("reset"));
+    daemon.succeed(&["reload"]);
     verdict(&daemon, one, "down");
     let of_one = sessions.iter().filter(|(_, name)| *name == b'1').count();
     assert!(of_one > 0);
@@ -440,15 +418,15 @@ fn verdicts_and_orders_outlive_a_reload() {
     verdict(&daemon, one, "down");
     order(&daemon, &["drain"], two);
     // Another order in the file: they are known by address.
-    rewrite(&daemon, &config(3, "", &[(three, ""), (one, ""), (two, "")]));
-    succeed(&daemon, &["reload"]);
+    daemon.rewrite(&config(3, "", &[(three, ""), (one, ""), (two, "")]));
+    daemon.succeed(&["reload"]);
     assert_eq!(servers.map(|server| server_status(&daemon, server).state), ["down", "draining", "up"]);
     assert_eq!(visits(12), [b'3'; 12]);
     // One that is gone for a while is as the file has it when it returns.
-    rewrite(&daemon, &config(3, "", &[(three, ""), (one, "")]));
-    succeed(&daemon, &["reload"]);
-    rewrite(&daemon, &config(3, "", &[(three, ""), (one, ""), (two, "")]));
-    succeed(&daemon, &["reload"]);
+    daemon.rewrite(&config(3, "", &[(three, ""), (one, "")]));
+    daemon.succeed(&["reload"]);
+    daemon.rewrite(&config(3, "", &[(three, ""), (one, ""), (two, "")]));
+    daemon.succeed(&["reload"]);
     assert_eq!(servers.map(|server| server_status(&daemon, server).state), ["down", "up", "up"]);
 }
 
@@ -511,7 +489,7 @@ fn a_client_keeps_its_server_by_source_hash_while_another_drains() {
 fn an_unknown_server_is_answered_by_what_there_is() {
     let (one, _) = naming_server("127.0.0.1:9001");
     let daemon = Daemon::ready(&config(1, "", &[(one, "")]));
-    let ask = |server: &str| run(&daemon, &["server", "drain", server]);
+    let ask = |server: &str| daemon.run(&["server", "drain", server]);
     let (code, text) = ask("bakc/127.0.0.1:9001");
     assert_eq!(code, Some(1));
     assert!(text.contains("no upstream \"bakc\"") && text.contains("did you mean \"back\"?"), "{text}");

@@ -20,6 +20,8 @@ pub struct Daemon {
     child: Child,
     folder: tempfile::TempDir,
     notify: UnixDatagram,
+    /// Read from there, and not asked for yet.
+    heard: std::sync::Mutex<Vec<String>>,
     pub ready: bool,
 }
 
@@ -53,14 +55,7 @@ impl Daemon {
         let folder = tempfile::tempdir().expect("a folder for a test");
         // Workers that are another user must reach it.
         let _ = fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755));
-        let socket = folder.path().join("control.sock");
-        let line = format!("control_socket = {socket:?}\n");
-        let text = match config.split_once("[daemon]\n") {
-            Some((before, after)) => format!("{before}[daemon]\n{line}{after}"),
-            None => format!("[daemon]\n{line}{config}"),
-        };
-        let path = folder.path().join("evenkeel.toml");
-        fs::write(&path, text).expect("a configuration is written");
+        let path = write_config(folder.path(), config);
         let notify = UnixDatagram::bind(folder.path().join("notify")).expect("a notify socket");
         notify.set_nonblocking(true).expect("non-blocking");
         let log = fs::File::create(folder.path().join("log")).expect("a log file");
@@ -70,7 +65,7 @@ impl Daemon {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         change(&mut command);
         let child = command.spawn().expect("the program starts");
-        Daemon { child, folder, notify, ready: false }
+        Daemon { child, folder, notify, heard: Default::default(), ready: false }
     }
 
     /// Waits for READY=1.
@@ -87,12 +82,18 @@ impl Daemon {
 
     /// What was sent to the notify socket since the last call.
     pub fn notified(&self) -> Vec<String> {
-        let mut texts = Vec::new();
+        self.hear();
+        std::mem::take(&mut self.heard.lock().expect("no thread panics with it"))
+    }
+
+    /// Reads what was sent, as a service manager does: a socket that it is
+    /// asked to keep is open for as long as the message lies unread.
+    fn hear(&self) {
         let mut buffer = [0; 4096];
         while let Ok(count) = self.notify.recv(&mut buffer) {
-            texts.push(String::from_utf8_lossy(&buffer[..count]).into_owned());
+            let text = String::from_utf8_lossy(&buffer[..count]).into_owned();
+            self.heard.lock().expect("no thread panics with it").push(text);
         }
-        texts
     }
 
     pub fn pid(&self) -> u32 {
@@ -107,12 +108,73 @@ impl Daemon {
         self.folder.path().join("control.sock")
     }
 
+    /// Writes another configuration, made as for `start`, for the next reload.
+    pub fn rewrite(&self, config: &str) {
+        write_config(self.folder(), config);
+    }
+
+    /// Runs the program with these arguments against this daemon.
+    pub fn command(&self, arguments: &[&str]) -> Output {
+        let socket = self.socket();
+        evenkeel(&[arguments, &["--socket", socket.to_str().expect("a plain path")]].concat())
+    }
+
+    /// The same: the exit code, and all that was said.
+    pub fn run(&self, arguments: &[&str]) -> (Option<i32>, String) {
+        let Output { status, stdout, stderr } = self.command(arguments);
+        (status.code(), String::from_utf8_lossy(&[stdout, stderr].concat()).into_owned())
+    }
+
+    /// A command that must succeed; what it said.
+    #[track_caller]
+    pub fn succeed(&self, arguments: &[&str]) -> String {
+        let (code, text) = self.run(arguments);
+        assert_eq!(code, Some(0), "{arguments:?}: {text}\n{}", self.log());
+        text
+    }
+
+    /// The same, once no other change is under way: workers that were replaced
+    /// before may be about to leave.
+    #[track_caller]
+    pub fn change(&self, arguments: &[&str]) -> String {
+        let mut said = String::new();
+        within(Duration::from_secs(60), "no other change is under way", || {
+            let (code, text) = self.run(arguments);
+            let busy = text.contains("another change is under way");
+            assert!(busy || code == Some(0), "{arguments:?}: {text}\n{}", self.log());
+            said = text;
+            !busy
+        });
+        said
+    }
+
+    /// Fails where something was not handed over but finished where it was:
+    /// no loss, and no hand-over either.
+    #[track_caller]
+    pub fn assert_all_handed_over(&self) {
+        let log = self.log();
+        for failure in ["a hand-over stopped", "a hand-over was", "left to drain"] {
+            assert!(!log.contains(failure), "{log}");
+        }
+    }
+
     /// Everything it logged.
     pub fn log(&self) -> String {
         let mut text = String::new();
         let mut file = fs::File::open(self.folder.path().join("log")).expect("the log");
         let _ = file.read_to_string(&mut text);
         text
+    }
+
+    /// Waits until the log says this: a line is written a moment after what it
+    /// tells of.
+    #[track_caller]
+    pub fn says(&self, text: &str) {
+        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        while !self.log().contains(text) {
+            assert!(std::time::Instant::now() < deadline, "{text:?} is not in\n{}", self.log());
+            std::thread::park_timeout(Duration::from_millis(5));
+        }
     }
 
     /// Its status; a steward that is just being replaced, or was not told of
@@ -161,12 +223,10 @@ impl Daemon {
         let mut status = None;
         within(limit, "the daemon's end", || {
             status = self.child.try_wait().expect("our child");
-            // As a service manager does: a socket that it was sent to keep is
-            // open for as long as the message lies here.
-            self.notified();
+            self.hear();
             status.is_some()
         });
-        self.notified();
+        self.hear();
         status.expect("waited for")
     }
 
@@ -193,6 +253,18 @@ impl Drop for Daemon {
             eprintln!("--- the daemon's log\n{}", self.log());
         }
     }
+}
+
+/// Writes a configuration whose control socket lies beside it; its path.
+fn write_config(folder: &Path, config: &str) -> PathBuf {
+    let line = format!("control_socket = {:?}\n", folder.join("control.sock"));
+    let text = match config.split_once("[daemon]\n") {
+        Some((before, after)) => format!("{before}[daemon]\n{line}{after}"),
+        None => format!("[daemon]\n{line}{config}"),
+    };
+    let path = folder.join("evenkeel.toml");
+    fs::write(&path, text).expect("a configuration is written");
+    path
 }
 
 /// Runs the program to its end.

@@ -1,10 +1,13 @@
-//! UDP clients and servers, as threads of the test.
+//! UDP clients and servers, as threads of the test, and a daemon between them.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use socket2::SockRef;
+
+use super::daemon::Daemon;
+use super::servers::local;
 
 /// What a server saw: who sent what, in order.
 pub type Seen = Arc<Mutex<Vec<(SocketAddr, Vec<u8>)>>>;
@@ -83,5 +86,37 @@ pub fn let_pass(time: Duration) {
     let end = Instant::now() + time;
     while let Some(left) = end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
         std::thread::park_timeout(left);
+    }
+}
+
+/// The beginning of the UDP listener that all of these tests have.
+pub const UDP_FRONT: &str = "[[listener]]\nname = \"front\"\nmode = \"udp\"\nupstream = \"back\"\n";
+
+/// The text of a daemon on 127.0.0.1:5300 in front of these servers.
+pub fn config(workers: usize, udp: &str, balance: &str, servers: &[SocketAddr]) -> String {
+    let mut text = format!(
+        "[daemon]\nworkers = {workers}\n{UDP_FRONT}bind = \"127.0.0.1:5300\"\n[listener.udp]\n{udp}\n\
+         [[upstream]]\nname = \"back\"\nbalance = \"{balance}\"\n"
+    );
+    for server in servers {
+        text += &format!("[[upstream.server]]\naddress = \"{server}\"\n");
+    }
+    text
+}
+
+/// That daemon, ready, with its clients shared out in turn.
+pub fn forward(workers: usize, udp: &str, servers: &[SocketAddr]) -> Daemon {
+    Daemon::ready(&config(workers, udp, "round-robin", servers))
+}
+
+/// Where it listens.
+pub fn front() -> SocketAddr {
+    local(5300)
+}
+
+/// Sends it the same datagram so many times.
+pub fn send(socket: &UdpSocket, bytes: &[u8], count: usize) {
+    for _ in 0..count {
+        socket.send_to(bytes, front()).unwrap();
     }
 }

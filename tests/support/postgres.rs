@@ -17,7 +17,7 @@ pub fn programs() -> Option<PathBuf> {
     folders.filter(|folder| folder.join("initdb").exists()).max()
 }
 
-/// A server; it ends with this value.
+/// A server; it ends with this value, or earlier by `kill`.
 pub struct Postgres {
     pub address: SocketAddr,
     folder: tempfile::TempDir,
@@ -39,21 +39,33 @@ impl Postgres {
         initdb.args(["-A", "trust", "-U", "bench", "--no-sync", "-D"]).arg(postgres.data());
         let output = initdb.output().expect("initdb");
         assert!(output.status.success(), "{output:?}");
-        let mut command = postgres.command("postgres");
-        command.args(["-p", &port.to_string(), "-h", "127.0.0.1", "-k", "", "-F"]);
-        command.args(["-c", "max_connections=60", "-D"]).arg(postgres.data());
-        postgres.child = Some(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("postgres"));
-        within(Duration::from_secs(60), "postgres answers", || {
-            let mut ready = postgres.command("pg_isready");
-            ready
-                .args(["-q", "-h", "127.0.0.1", "-p", &port.to_string()])
-                .status()
-                .expect("pg_isready")
-                .success()
-        });
+        postgres.run();
         let filled = pgbench(address, &["-i", "-s", "1", "-q"]).output().expect("pgbench");
         assert!(filled.status.success(), "{filled:?}");
         postgres
+    }
+
+    /// Starts the server, for the first time or after `kill`.
+    #[track_caller]
+    pub fn run(&mut self) {
+        let port = self.address.port().to_string();
+        let mut command = self.command("postgres");
+        command.args(["-p", &port, "-h", "127.0.0.1", "-k", "", "-F"]);
+        command.args(["-c", "max_connections=60", "-D"]).arg(self.data());
+        self.child = Some(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("postgres"));
+        within(Duration::from_secs(60), "postgres answers", || {
+            let mut ready = self.command("pg_isready");
+            ready.args(["-q", "-h", "127.0.0.1", "-p", &port]).status().expect("pg_isready").success()
+        });
+    }
+
+    /// As a crash: without a word to its sessions.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // QUIT: "immediate shutdown", of the sessions' processes too.
+            signal(child.id(), Signal::SIGQUIT);
+            let _ = child.wait();
+        }
     }
 
     fn data(&self) -> PathBuf {
@@ -78,11 +90,7 @@ impl Postgres {
 
 impl Drop for Postgres {
     fn drop(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            // "Immediate shutdown", of the sessions' processes too.
-            signal(child.id(), Signal::SIGQUIT);
-            let _ = child.wait();
-        }
+        self.kill();
     }
 }
 

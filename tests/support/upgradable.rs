@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::daemon::{Daemon, evenkeel, program};
+use super::daemon::{Daemon, program};
 use super::eventually;
 
 /// A daemon that runs from a file of its own, which a test may replace.
@@ -62,13 +62,7 @@ impl Upgradable {
 
     /// A command to it: the exit code, and what it said.
     pub fn run(&self, arguments: &[&str]) -> (Option<i32>, String) {
-        let socket = self.daemon.socket();
-        let mut all = arguments.to_vec();
-        all.extend(["--socket", socket.to_str().expect("plain")]);
-        let done = evenkeel(&all);
-        let text =
-            String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
-        (done.status.code(), text)
+        self.daemon.run(arguments)
     }
 
     /// An upgrade that succeeds, and that leaves nothing behind.
@@ -78,9 +72,7 @@ impl Upgradable {
         assert_eq!(code, Some(0), "{text}\n{}", self.daemon.log());
         // Or the socket that systemd is told by would be full at last.
         self.daemon.notified();
-        for failure in ["a hand-over stopped", "a hand-over was", "left to drain"] {
-            assert!(!self.daemon.log().contains(failure), "{}", self.daemon.log());
-        }
+        self.daemon.assert_all_handed_over();
         text
     }
 

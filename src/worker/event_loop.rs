@@ -255,7 +255,7 @@ impl<'a> Loop<'a> {
                 load.end_turn(now, over, self.sessions.len());
             }
             #[cfg(debug_assertions)]
-            self.hang.spin_if_told();
+            self.hang.spin_if_told(self.sessions.keep());
         }
     }
 

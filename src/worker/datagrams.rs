@@ -23,7 +23,7 @@ mod story;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use mio::{Registry, Token};
 use tracing::{info, warn};
@@ -162,6 +162,11 @@ impl<'a> Datagrams<'a> {
             routes: Vec::new(),
             passages: Vec::new(),
         }
+    }
+
+    /// The memory of the flows, which outlives this process.
+    pub fn memory(&self) -> BorrowedFd<'_> {
+        self.flows.memory()
     }
 
     /// Whether a listening socket is to be polled here.

@@ -15,7 +15,7 @@ use crate::board::{Address, Health};
 use crate::config::Target;
 use crate::control::Place;
 use crate::counters::{OfFlows, OfListener, OfServer, Process};
-use crate::flow::{self, DropReason, Flow, FlowKey};
+use crate::flow::{self, DropReason, FlowKey};
 use crate::relay::CloseReason;
 use crate::slab::Key;
 use crate::sys::clock::Millis;
@@ -167,6 +167,7 @@ impl Datagrams<'_> {
         if place >= self.uplinks.len() {
             self.uplinks.resize_with(place + 1, || None);
         }
+        self.flows.set_socket(key, Some(socket.as_raw_fd()), can_cut);
         self.uplinks[place].replace(Uplink { socket, can_cut, queued: false })
     }
 
@@ -366,7 +367,7 @@ impl Datagrams<'_> {
 
     fn handle_reply(&mut self, key: Key, at: usize, now: Millis) {
         let received = self.arena.get(at);
-        let Some(name) = self.flows.get(key).map(Flow::key) else {
+        let Some(name) = self.flows.get(key).map(|flow| flow.key()) else {
             // The last reply of the flow was in this very batch.
             let front = self.replies.last().map_or(0, |reply| reply.listener);
             return self.drop_datagrams(front, DropReason::Late, received.count());

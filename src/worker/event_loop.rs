@@ -147,13 +147,14 @@ impl<'a> Loop<'a> {
         let for_sessions = if modes(Mode::Udp) { files - for_flows } else { files };
         let session_limit = (for_sessions / 2).max(1) as usize;
         let poll = Poll::new().ok()?;
+        let registry = poll.registry().try_clone().ok()?;
         let bell = born.board_bell.as_raw_fd();
         poll.registry().register(&mut SourceFd(&bell), BOARD, Interest::READABLE).ok()?;
         let state = Loop {
             poll,
             channel,
             listeners: Listeners::default(),
-            datagrams: Datagrams::new(context.clone(), for_flows as usize, clock::coarse()),
+            datagrams: Datagrams::new(context.clone(), registry, for_flows as usize, clock::coarse()),
             outliving: born.outliving.clone(),
             sessions: Sessions::new(context, clock::coarse()),
             session_limit,

@@ -10,9 +10,9 @@ use std::time::Duration;
 use evenkeel::sys::listen::{self, MulticastInterface, Options};
 use nix::sys::signal::Signal;
 use socket2::SockRef;
-use support::daemon::{Daemon, evenkeel, signal};
+use support::daemon::{Daemon, signal};
 use support::datagrams::{Seen, let_pass, receive, udp_server};
-use support::{eventually, within};
+use support::eventually;
 
 fn main() {
     support::run(tests![
@@ -109,8 +109,7 @@ fn partition_works_for_ipv6_groups() {
     {
         let status = Command::new("ip").args(arguments.split(' ')).status().unwrap();
         if !status.success() {
-            println!("SKIPPED: this host makes no tap interfaces");
-            return;
+            support::skip("this host makes no tap interfaces");
         }
     }
     let (server, seen) = udp_server("127.0.0.1:0", |_| None);
@@ -160,24 +159,12 @@ fn a_killed_worker_costs_no_datagram_and_doubles_none() {
     assert_eq!(daemon.listener("group").active_per_slot, slots, "the shares are as they were");
 }
 
-/// A command, once no worker that was replaced before is left.
-fn change(daemon: &Daemon, arguments: &[&str]) {
-    let socket = daemon.socket();
-    let all = [arguments, &["--socket", socket.to_str().unwrap()]].concat();
-    within(Duration::from_secs(20), "the change is made", || {
-        let out = evenkeel(&all);
-        let busy = String::from_utf8_lossy(&out.stderr).contains("another change is under way");
-        assert!(busy || out.status.success(), "{out:?}");
-        !busy
-    });
-}
-
 fn another_number_of_workers_divides_the_group_anew() {
     let (server, seen) = udp_server("127.0.0.1:0", |_| None);
     let daemon = Daemon::ready(&config(2, "", server));
     let sources = sources();
     for (round, count) in ["4", "3", "1", "2"].into_iter().enumerate() {
-        change(&daemon, &["scale", count]);
+        daemon.change(&["scale", count]);
         let what = format!("scaled {round}");
         send_all(&sources, GROUP, &what, 2);
         each_came(&seen, &what, 2 * SOURCES, 1);
@@ -188,7 +175,7 @@ fn another_number_of_workers_divides_the_group_anew() {
     for (what, multicast, often) in [("copies", "copy", 2), ("shares", "partition", 1)] {
         let text = text.replace("[listener.udp]", &format!("[listener.udp]\nmulticast = \"{multicast}\""));
         std::fs::write(&path, text).unwrap();
-        change(&daemon, &["reload"]);
+        daemon.change(&["reload"]);
         send_all(&sources, GROUP, what, 2);
         each_came(&seen, what, 2 * SOURCES, often);
     }

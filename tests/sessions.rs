@@ -134,6 +134,15 @@ fn what_was_mistyped_is_told() {
     refused(&["--kill"], "--kill alone would end every session");
     refused(&["--client", "10.0.0"], "write an address");
     refused(&["--all"], "--kill");
+    let unknown = |arguments: &[&str], text: &str| {
+        let (code, said) = scene.daemon.run(&[&["sessions"], arguments].concat());
+        assert!(code == Some(1) && said.contains(text), "{code:?} {said}");
+    };
+    unknown(&["--listener", "oen"], "no listener \"oen\"\n  did you mean \"one\"?");
+    unknown(&["--listener", "web", "--kill"], "no listener \"web\"\n  there are: one, two");
+    unknown(&["--upstream", "nothing"], "no upstream \"nothing\"\n  there are: both");
+    unknown(&["--server", "10.9.9.9:1"], "no server \"10.9.9.9:1\"\n  there are: ");
+    assert_eq!(sessions(&scene.daemon, &["--client", "192.0.2.1"]).matched, 0);
     let rubbish = serde_json::json!({"command": "sessions", "query": {"filter": {"lisener": "one"}}});
     let limit = std::time::Duration::from_secs(5);
     let error = evenkeel::control::client::ask(&scene.daemon.socket(), &rubbish, limit).unwrap_err();

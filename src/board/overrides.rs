@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::Admin;
-use crate::config::{Config, did_you_mean};
+use crate::config::{Config, did_you_mean, no_such};
 
 /// What a caller asks for one server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -120,8 +120,7 @@ impl Overrides {
 fn find(config: &Config, upstream: &str, server: &str) -> Result<(), String> {
     let names: Vec<&str> = config.upstreams.iter().map(|upstream| upstream.name.as_str()).collect();
     let Some(found) = config.upstreams.iter().find(|other| other.name == upstream) else {
-        let otherwise = format!("there are: {}", names.join(", "));
-        return Err(format!("no upstream \"{upstream}\"\n  {}", did_you_mean(upstream, &names, &otherwise)));
+        return Err(no_such("upstream", upstream, &names));
     };
     let addresses: Vec<String> = found.servers.iter().map(|server| server.address.to_string()).collect();
     if addresses.iter().any(|address| address == server) {

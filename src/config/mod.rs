@@ -33,7 +33,7 @@ pub use older::read_older;
 pub use problem::{Problem, Problems};
 pub use reader::{Block, Entry};
 pub use show::show;
-pub use suggest::did_you_mean;
+pub use suggest::{did_you_mean, no_such};
 pub use summary::{ListenerSummary, ServerSummary, Summary, UpstreamSummary, summary};
 pub use words::Word;
 

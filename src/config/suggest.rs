@@ -8,6 +8,16 @@ pub fn did_you_mean(typed: &str, known: &[&str], otherwise: &str) -> String {
     otherwise.to_string()
 }
 
+/// The same for the name of a thing of this kind: `no listener "wbe"`, and on a
+/// line of its own the nearest one, or all that there are.
+pub fn no_such(kind: &str, typed: &str, known: &[&str]) -> String {
+    let otherwise = match known {
+        [] => "there is none".to_string(),
+        known => format!("there are: {}", known.join(", ")),
+    };
+    format!("no {kind} \"{typed}\"\n  {}", did_you_mean(typed, known, &otherwise))
+}
+
 /// The nearest word, at most two edits away; one for words of up to three
 /// letters, where two make another word of it (tcp and udp).
 fn nearest<'k>(typed: &str, known: &[&'k str]) -> Option<&'k str> {

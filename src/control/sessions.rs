@@ -5,6 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::config::{Config, Mode, no_such};
+
 /// The longest list that one process writes, and that an answer has: some
 /// 25 MB of JSON.
 pub const MOST_SESSIONS: usize = 100_000;
@@ -84,6 +86,37 @@ pub struct Line {
 }
 
 impl Filter {
+    /// What is wrong with a filter that took nothing: a name that this
+    /// configuration does not have. Sessions of names that are gone are taken.
+    pub fn mistake(&self, config: &Config) -> Option<String> {
+        if let Some(name) = &self.listener {
+            match config.listeners.iter().find(|listener| listener.name == *name) {
+                None => {
+                    let names: Vec<&str> = config.listeners.iter().map(|one| one.name.as_str()).collect();
+                    return Some(no_such("listener", name, &names));
+                }
+                Some(listener) if listener.mode == Mode::Udp => {
+                    let way_out = "evenkeel status counts its flows";
+                    return Some(format!(
+                        "listener \"{name}\" is udp: it has flows and no sessions\n  {way_out}"
+                    ));
+                }
+                Some(_) => {}
+            }
+        }
+        let upstreams = || config.upstreams.iter();
+        if let Some(name) = self.upstream.as_ref().filter(|name| upstreams().all(|one| one.name != **name)) {
+            let names: Vec<&str> = upstreams().map(|one| one.name.as_str()).collect();
+            return Some(no_such("upstream", name, &names));
+        }
+        let wanted = self.server.as_ref()?;
+        let here = upstreams().filter(|one| self.upstream.as_ref().is_none_or(|name| one.name == *name));
+        let servers: Vec<String> =
+            here.flat_map(|one| &one.servers).map(|server| server.address.to_string()).collect();
+        let known: Vec<&str> = servers.iter().map(String::as_str).collect();
+        (!known.contains(&wanted.as_str())).then(|| no_such("server", wanted, &known))
+    }
+
     /// Whether it takes a session with this client.
     pub fn takes_client(&self, client: Option<SocketAddr>) -> bool {
         let address: Option<IpAddr> = client.map(|client| client.ip().to_canonical());

@@ -313,6 +313,7 @@ impl Knowledge {
     /// The sessions that the query takes, and how many workers were silent.
     fn find_sessions(&self, query: Query) -> Result<(Found, usize), String> {
         let limit = query.limit.min(MOST_SESSIONS);
+        let filter = query.filter.clone();
         let (memories, silent) = match self.answer_to(Request::Sessions(query))? {
             Answer::Found { memories, silent } => (memories, silent),
             Answer::Text(answer) => return Err(answer.err().unwrap_or_default()),
@@ -322,7 +323,12 @@ impl Knowledge {
             let text = shared::read_sealed(memory).map_err(|e| e.to_string())?;
             all.add(serde_json::from_slice(&text).map_err(|e| e.to_string())?, limit);
         }
-        Ok((all, silent))
+        let view = self.view();
+        let mistake = view.configs.first().and_then(|(config, _)| filter.mistake(config));
+        match mistake.filter(|_| all.matched == 0) {
+            Some(mistake) => Err(mistake),
+            None => Ok((all, silent)),
+        }
     }
 
     fn answer_to(&self, request: Request) -> Result<Answer, String> {

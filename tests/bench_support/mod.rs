@@ -6,6 +6,7 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -13,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::{Value, json};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -33,6 +35,13 @@ impl Run {
     pub fn number(&self, pointer: &str) -> f64 {
         let json = self.json();
         json.pointer(pointer).and_then(Value::as_f64).unwrap_or_else(|| panic!("{pointer} in {json:#}"))
+    }
+
+    /// Fails unless this is how it ended: the exit code, exchanges, errors.
+    #[track_caller]
+    pub fn ended(&self, code: i32, requests: u64, errors: u64) {
+        let found = (self.code, self.number("/requests"), self.error_count());
+        assert_eq!(found, (code, requests as f64, errors), "{}{}", self.stdout, self.stderr);
     }
 
     /// Errors of a kind; 0 where it is not listed.
@@ -88,8 +97,8 @@ pub enum Tcp {
     Discard,
     /// Sends as much as it can.
     Source,
-    /// Waits so many milliseconds before the first answer of every tenth connection.
-    Slow(u64),
+    /// The first answer of every tenth connection is due after so many milliseconds.
+    Slow(u16),
 }
 
 /// Starts a TCP server; its address.
@@ -144,7 +153,9 @@ fn converse(mut stream: TcpStream, kind: Tcp, slot: u64, number: u64) -> std::io
             Tcp::Close => return Ok(()),
             Tcp::CloseAfter(most) if offset >= most => return Ok(()),
             Tcp::Slow(millis) if number.is_multiple_of(10) && offset == 0 => {
-                thread::sleep(std::time::Duration::from_millis(millis));
+                // Nobody waits for the answer once the client is gone.
+                let gone = PollFd::new(stream.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP));
+                poll(&mut [gone], PollTimeout::from(millis))?;
             }
             _ => {}
         }

@@ -8,7 +8,24 @@ use evenkeel::doctor::{self, Command, Question};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
-use crate::support::{addr, elsewhere, isolated, json, skipped};
+use crate::scene::{addr, elsewhere, json};
+use crate::support::{Test, skip};
+use crate::tests;
+
+pub fn tests() -> Vec<Test> {
+    tests![
+        a_usual_host_is_enough_for_a_usual_configuration,
+        too_few_descriptors_cost_sessions_and_name_the_unit_line,
+        a_cut_backlog_and_cut_buffers_name_their_listener_and_line,
+        ports_run_out_where_servers_are_few_and_sessions_many,
+        a_listening_port_that_may_be_lent_is_to_be_reserved_beside_the_others,
+        low_ports_conntrack_migration_and_fast_open_are_judged,
+        bpf_may_be_loaded_with_its_capability_or_with_all,
+        a_host_that_tells_nothing_is_unknown_and_not_well,
+        this_host_is_read_and_a_changed_limit_shows,
+        a_hidden_proc_sys_is_said_and_the_rest_still_told,
+    ]
+}
 
 /// A host with the values that Linux has by default.
 fn host() -> Host {
@@ -50,7 +67,6 @@ fn sysctl(line: &str) -> Remedy {
     Remedy::Sysctl(line.into())
 }
 
-#[test]
 fn a_usual_host_is_enough_for_a_usual_configuration() {
     for finding in judge(&host(), Some(&config())) {
         let expected = if finding.name == "BPF" { Level::Note } else { Level::Ok };
@@ -60,7 +76,6 @@ fn a_usual_host_is_enough_for_a_usual_configuration() {
     assert_eq!(files.cost, "room for about 7936 sessions of 2 sockets");
 }
 
-#[test]
 fn too_few_descriptors_cost_sessions_and_name_the_unit_line() {
     let mut config = config();
     config.daemon.max_connections = 100_000;
@@ -77,7 +92,6 @@ fn too_few_descriptors_cost_sessions_and_name_the_unit_line() {
     assert!(files.remedy.contains(&sysctl("fs.nr_open = 2500128")), "{files:?}");
 }
 
-#[test]
 fn a_cut_backlog_and_cut_buffers_name_their_listener_and_line() {
     let mut config = config();
     let host = Host { somaxconn: Some(128), ..host() };
@@ -91,7 +105,6 @@ fn a_cut_backlog_and_cut_buffers_name_their_listener_and_line() {
     assert_eq!((buffers.level, &buffers.remedy[..]), (Level::Short, &lines[..]));
 }
 
-#[test]
 fn ports_run_out_where_servers_are_few_and_sessions_many() {
     let mut config = config();
     let host = Host { open_files: Some((1_000_000, 1_000_000)), ..host() };
@@ -104,7 +117,6 @@ fn ports_run_out_where_servers_are_few_and_sessions_many() {
     assert!(ports.remedy.contains(&sysctl("net.ipv4.ip_local_port_range = 1024 65535")));
 }
 
-#[test]
 fn a_listening_port_that_may_be_lent_is_to_be_reserved_beside_the_others() {
     let mut config = config();
     config.listeners[0].bind.push(addr("0.0.0.0:40000"));
@@ -116,7 +128,6 @@ fn a_listening_port_that_may_be_lent_is_to_be_reserved_beside_the_others() {
     assert_eq!(one(&host, &config, "listening ports").level, Level::Ok);
 }
 
-#[test]
 fn low_ports_conntrack_migration_and_fast_open_are_judged() {
     let mut config = config();
     config.listeners[0].bind[0].set_port(80);
@@ -139,7 +150,6 @@ fn low_ports_conntrack_migration_and_fast_open_are_judged() {
     assert_eq!((fast.level, &fast.remedy[..]), (Level::Short, &[sysctl("net.ipv4.tcp_fastopen = 3")][..]));
 }
 
-#[test]
 fn bpf_may_be_loaded_with_its_capability_or_with_all() {
     let level = |capabilities| one(&Host { capabilities, ..host() }, &config(), "BPF").level;
     assert_eq!(level(Some(1 << 39)), Level::Ok);
@@ -148,7 +158,6 @@ fn bpf_may_be_loaded_with_its_capability_or_with_all() {
     assert_eq!(level(None), Level::Unknown);
 }
 
-#[test]
 fn a_host_that_tells_nothing_is_unknown_and_not_well() {
     for finding in judge(&Host::default(), Some(&config())) {
         let expected = if finding.name == "conntrack" { Level::Ok } else { Level::Unknown };
@@ -157,41 +166,35 @@ fn a_host_that_tells_nothing_is_unknown_and_not_well() {
     }
 }
 
-#[test]
 fn this_host_is_read_and_a_changed_limit_shows() {
-    isolated(|| {
-        let report = |json| doctor::run(&Command { question: Question::Host, json }, Some(&config()));
-        assert_eq!(report(false).exit_code, 0);
-        if fs::write("/proc/sys/net/core/somaxconn", "100").is_err() {
-            return skipped("the limits of this network cannot be set");
-        }
-        let text = report(false).text;
-        assert!(text.contains("/etc/sysctl.d: net.core.somaxconn = 4096"), "{text}");
-        assert!(text.contains("1 limit is short") || text.contains(" limits are short"), "{text}");
-        let findings = json(&report(true).text)["findings"].clone();
-        let queue = findings.as_array().expect("findings").iter().find(|one| one["name"] == "accept queue");
-        assert_eq!(queue.expect("the finding")["level"], "short");
-    });
+    let report = |json| doctor::run(&Command { question: Question::Host, json }, Some(&config()));
+    assert_eq!(report(false).exit_code, 0);
+    if fs::write("/proc/sys/net/core/somaxconn", "100").is_err() {
+        skip("the limits of this network cannot be set");
+    }
+    let text = report(false).text;
+    assert!(text.contains("/etc/sysctl.d: net.core.somaxconn = 4096"), "{text}");
+    assert!(text.contains("1 limit is short") || text.contains(" limits are short"), "{text}");
+    let findings = json(&report(true).text)["findings"].clone();
+    let queue = findings.as_array().expect("findings").iter().find(|one| one["name"] == "accept queue");
+    assert_eq!(queue.expect("the finding")["level"], "short");
 }
 
-#[test]
 fn a_hidden_proc_sys_is_said_and_the_rest_still_told() {
-    isolated(|| {
-        let text = elsewhere(|| {
-            let hide = || -> nix::Result<()> {
-                unshare(CloneFlags::CLONE_NEWNS)?;
-                mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
-                mount(Some("none"), "/proc/sys", Some("tmpfs"), MsFlags::empty(), None::<&str>)
-            };
-            match hide() {
-                Ok(()) => doctor::run(&Command { question: Question::Host, json: false }, None).text,
-                Err(e) => format!("skipped {e}"),
-            }
-        });
-        if text.starts_with("skipped") {
-            return skipped(&text);
+    let text = elsewhere(|| {
+        let hide = || -> nix::Result<()> {
+            unshare(CloneFlags::CLONE_NEWNS)?;
+            mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
+            mount(Some("none"), "/proc/sys", Some("tmpfs"), MsFlags::empty(), None::<&str>)
+        };
+        match hide() {
+            Ok(()) => doctor::run(&Command { question: Question::Host, json: false }, None).text,
+            Err(e) => format!("skipped {e}"),
         }
-        assert!(text.contains("/proc/sys/net/core/somaxconn cannot be read here"), "{text}");
-        assert!(text.contains("kernel unknown") && text.contains("open files"), "{text}");
     });
+    if text.starts_with("skipped") {
+        skip(&text);
+    }
+    assert!(text.contains("/proc/sys/net/core/somaxconn cannot be read here"), "{text}");
+    assert!(text.contains("kernel unknown") && text.contains("open files"), "{text}");
 }

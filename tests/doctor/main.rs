@@ -7,4 +7,11 @@ mod limits;
 mod listen;
 mod matrix;
 mod refusals;
+mod scene;
+#[path = "../support/mod.rs"]
 mod support;
+
+fn main() {
+    let areas = [holders::tests(), limits::tests(), listen::tests(), matrix::tests(), refusals::tests()];
+    support::run(areas.into_iter().flatten().collect())
+}

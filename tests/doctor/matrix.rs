@@ -1,12 +1,29 @@
 //! The matrix of this kernel: what it says, and that it asked.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
 
 use evenkeel::doctor::matrix::{Kind, Matrix, Outcome, Reuse, Trial, Verdict, trials};
 use evenkeel::sys::isolated::Network;
 
-use crate::support::{elsewhere, json, lacks_other_users, skipped};
+use crate::scene::{elsewhere, json};
+use crate::support::{Test, skip};
+use crate::tests;
+
+pub fn tests() -> Vec<Test> {
+    tests![
+        this_kernel_applies_the_rules_that_listeners_rely_on,
+        another_user_is_refused_what_reuseport_gives_and_granted_what_reuseaddr_gives needs ["root"],
+        without_a_second_user_its_cells_say_so_and_guess_nothing,
+        every_cell_is_asked_answered_and_reasoned,
+        the_classic_sentences_are_held_against_the_answers,
+        a_thief_by_reuseaddr_gets_every_datagram_and_reuseport_alone_keeps_it_out needs ["root"],
+        the_table_explains_every_letter_it_uses,
+        where_no_namespace_is_allowed_the_loopback_answers_the_same,
+        a_kernel_whose_reuseport_does_nothing_shows_in_the_cells,
+        a_kernel_that_refuses_to_listen_shows_in_the_cells,
+        a_bind_that_a_filter_refuses_shows_with_its_own_error,
+    ]
+}
 
 /// What Linux 6.18 does wherever the addresses overlap. A word is what the
 /// first socket set (nothing, RA, RP, both), a letter what the second set:
@@ -69,36 +86,23 @@ fn differences(matrix: &Matrix, table: &[(Kind, &str)], same_uid: bool) -> Vec<S
     differences
 }
 
-#[test]
 fn this_kernel_applies_the_rules_that_listeners_rely_on() {
-    let matrix = measured();
-    let differences = differences(&matrix, &SAME_USER, true);
-    if !is_known(&matrix) {
-        return skipped(&format!(
-            "Linux {} is not in the table; differences: {differences:?}",
-            matrix.kernel
-        ));
-    }
-    assert!(differences.is_empty(), "{}", differences.join("\n"));
+    answers_as_in(&SAME_USER, true);
 }
 
-#[test]
 fn another_user_is_refused_what_reuseport_gives_and_granted_what_reuseaddr_gives() {
-    if lacks_other_users() {
-        return;
-    }
+    answers_as_in(&ANOTHER_USER, false);
+}
+
+fn answers_as_in(table: &[(Kind, &str)], same_uid: bool) {
     let matrix = measured();
-    let differences = differences(&matrix, &ANOTHER_USER, false);
+    let differences = differences(&matrix, table, same_uid);
     if !is_known(&matrix) {
-        return skipped(&format!(
-            "Linux {} is not in the table; differences: {differences:?}",
-            matrix.kernel
-        ));
+        skip(&format!("Linux {} is not in the table; differences: {differences:?}", matrix.kernel));
     }
     assert!(differences.is_empty(), "{}", differences.join("\n"));
 }
 
-#[test]
 fn without_a_second_user_its_cells_say_so_and_guess_nothing() {
     let text = elsewhere(|| {
         // A user namespace of this one user, whoever runs the test.
@@ -111,7 +115,7 @@ fn without_a_second_user_its_cells_say_so_and_guess_nothing() {
         measured().json()
     });
     if text == "no user namespace" {
-        return skipped(&text);
+        skip(&text);
     }
     let cells = json(&text)["cells"].as_array().expect("cells").clone();
     let other = cells.iter().filter(|cell| cell["same_uid"] == false);
@@ -124,12 +128,9 @@ fn without_a_second_user_its_cells_say_so_and_guess_nothing() {
     assert_eq!(ours.count(), 0);
 }
 
-#[test]
-fn every_cell_is_asked_answered_and_reasoned_within_seconds() {
-    let started = Instant::now();
+fn every_cell_is_asked_answered_and_reasoned() {
+    // It ends by itself with an error where it takes a minute.
     let matrix = measured();
-    let took = started.elapsed();
-    assert!(took.as_secs() < 30, "{took:?}");
     assert_eq!(matrix.trials.len(), trials().len());
     // 5 kinds on 13 pairs and one on 7, 16 combinations, two users.
     assert_eq!(matrix.trials.len(), (5 * 13 + 7) * 16 * 2);
@@ -140,11 +141,10 @@ fn every_cell_is_asked_answered_and_reasoned_within_seconds() {
     }
 }
 
-#[test]
 fn the_classic_sentences_are_held_against_the_answers() {
     let matrix = measured();
     if !is_known(&matrix) {
-        return skipped(&format!("Linux {} is not in the table", matrix.kernel));
+        skip(&format!("Linux {} is not in the table", matrix.kernel));
     }
     let verdicts: BTreeMap<&str, Verdict> =
         matrix.rules().iter().map(|rule| (rule.name, rule.verdict)).collect();
@@ -166,17 +166,12 @@ fn the_classic_sentences_are_held_against_the_answers() {
     assert_eq!(verdicts, expected);
 }
 
-#[test]
 fn a_thief_by_reuseaddr_gets_every_datagram_and_reuseport_alone_keeps_it_out() {
-    if lacks_other_users() {
-        return;
-    }
     let matrix = measured();
     assert_eq!(matrix.extras.theft, Ok((0, 100)));
     assert_eq!(matrix.extras.theft_refused.word(), "EADDRINUSE");
 }
 
-#[test]
 fn the_table_explains_every_letter_it_uses() {
     let text = measured().text();
     let legend: Vec<char> =
@@ -192,7 +187,6 @@ fn the_table_explains_every_letter_it_uses() {
     }
 }
 
-#[test]
 fn where_no_namespace_is_allowed_the_loopback_answers_the_same() {
     let usual = measured();
     let text = elsewhere(|| {
@@ -207,12 +201,11 @@ fn where_no_namespace_is_allowed_the_loopback_answers_the_same() {
         cells.filter(|cell| cell["same_uid"] == true).map(|cell| cell["bind"].clone()).collect()
     };
     if usual.network == Network::Shared {
-        return skipped("no network namespace is allowed to begin with");
+        skip("no network namespace is allowed to begin with");
     }
     assert_eq!(answers(&told["cells"]), answers(&json(&usual.json())["cells"]));
 }
 
-#[test]
 fn a_kernel_whose_reuseport_does_nothing_shows_in_the_cells() {
     // Success without effect: the kernel no longer knows who asked.
     let text = elsewhere(|| {
@@ -234,7 +227,6 @@ fn a_kernel_whose_reuseport_does_nothing_shows_in_the_cells() {
     assert_eq!(rule["verdict"], "differs");
 }
 
-#[test]
 fn a_kernel_that_refuses_to_listen_shows_in_the_cells() {
     let text = elsewhere(|| {
         deny(libc::SYS_listen, None, libc::EADDRINUSE);
@@ -259,7 +251,6 @@ fn a_kernel_that_refuses_to_listen_shows_in_the_cells() {
     assert!(seen > 0);
 }
 
-#[test]
 fn a_bind_that_a_filter_refuses_shows_with_its_own_error() {
     // Only where the address is as long as IPv4's, so that first sockets of
     // IPv6 are still made.

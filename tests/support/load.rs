@@ -82,8 +82,10 @@ impl Servers {
             ("collect", "tcp", 8081, self.collect),
             ("flows", "udp", 5300, self.mirror),
         ] {
+            // On a slow machine `stuck` stands still for longer than by default.
+            let patience = if mode == "tcp" { "half_close_timeout = \"10m\"\n" } else { "" };
             text += &format!(
-                "[[listener]]\nname = \"{name}\"\nmode = \"{mode}\"\nbind = \"127.0.0.1:{port}\"\n\
+                "[[listener]]\nname = \"{name}\"\nmode = \"{mode}\"\nbind = \"127.0.0.1:{port}\"\n{patience}\
                  upstream = \"{name}\"\n[[upstream]]\nname = \"{name}\"\n[[upstream.server]]\naddress = \"{server}\"\n"
             );
         }

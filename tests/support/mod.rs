@@ -2,12 +2,14 @@
 //!
 //! Each test runs in a process of its own, in a network namespace of its own
 //! (inside a user namespace where the user is not root): two tests that share
-//! a SO_REUSEPORT port would steal each other's connections. Where the host
-//! allows neither, all are reported as ignored, with the reason.
+//! a SO_REUSEPORT port would steal each other's connections. What cannot run
+//! here is reported as ignored, with `SKIPPED:` and the reason: all tests where
+//! the host allows neither namespace, those that need what is missing, and
+//! those that find it out by themselves (`skip`).
 //!
 //! ```ignore
 //! mod support;
-//! fn main() { support::run(support::tests![one_test, another_test]) }
+//! fn main() { support::run(tests![one_test, another_test]) }
 //! ```
 
 #![allow(dead_code)]
@@ -27,14 +29,17 @@ pub mod servers;
 pub mod upgradable;
 
 use std::io::{Read, Write};
+use std::panic::{catch_unwind, resume_unwind};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use evenkeel::sys::isolated::{self, Network};
-use libtest_mimic::{Arguments, Failed, Measurement, Trial};
+use libtest_mimic::{Arguments, Completion, Failed, Measurement, Trial};
 
 /// Set for the process that runs one test.
 const INSIDE: &str = "EVENKEEL_TEST_INSIDE";
+/// The exit code of a test's process that cannot do here what it is for.
+const SKIPPED: i32 = 77;
 /// No test takes longer; one that does hangs.
 const TEST_LIMIT: Duration = Duration::from_secs(180);
 /// Nor a bench.
@@ -73,11 +78,11 @@ pub fn run(tests: Vec<Test>) {
         let missing = no_network.clone().or_else(|| missing_program(test.needs));
         let name = test.name;
         match missing {
-            Some(reason) => {
-                Trial::test(format!("{name} SKIPPED: {reason}"), || Ok(())).with_ignored_flag(true)
-            }
-            None if is_bench => Trial::bench(name, move |_| in_own_process(name, BENCH_LIMIT).map(Some)),
-            None => Trial::test(name, move || in_own_process(name, TEST_LIMIT * soak() as u32).map(drop)),
+            Some(reason) => Trial::ignorable_test(name, move || Ok(ignored(&reason))),
+            None if is_bench => Trial::bench(name, move |_| in_own_process(name, BENCH_LIMIT).map(End::took)),
+            None => Trial::ignorable_test(name, move || {
+                in_own_process(name, TEST_LIMIT * soak() as u32).map(End::completion)
+            }),
         }
     });
     libtest_mimic::run(&arguments, trials.collect()).exit();
@@ -90,7 +95,46 @@ fn run_inside(tests: &[Test], name: &str) {
     }
     assert_ne!(network, Network::Shared, "the host allows no network namespace");
     let test = tests.iter().find(|test| test.name == name).expect("the test exists");
-    (test.body)();
+    if let Err(panic) = catch_unwind(test.body) {
+        let Skip(reason) = *panic.downcast().unwrap_or_else(|other| resume_unwind(other));
+        println!("{reason}");
+        std::process::exit(SKIPPED);
+    }
+}
+
+/// Ends a test that finds out by itself that it cannot run here: it is reported
+/// as ignored, with the reason.
+pub fn skip(reason: &str) -> ! {
+    // Unwinds like a panic, so that what the test started is ended, and says nothing.
+    resume_unwind(Box::new(Skip(reason.to_string())))
+}
+
+struct Skip(String);
+
+fn ignored(reason: &str) -> Completion {
+    Completion::ignored_with(format!("SKIPPED: {}", reason.trim_end()))
+}
+
+/// How a test's process ended that did not fail.
+enum End {
+    Passed(Measurement),
+    Skipped(String),
+}
+
+impl End {
+    fn completion(self) -> Completion {
+        match self {
+            End::Passed(_) => Completion::Completed,
+            End::Skipped(reason) => ignored(&reason),
+        }
+    }
+
+    fn took(self) -> Option<Measurement> {
+        match self {
+            End::Passed(took) => Some(took),
+            End::Skipped(_) => None,
+        }
+    }
 }
 
 const PROBE: &str = "is a network of its own possible?";
@@ -115,14 +159,21 @@ fn missing_program(needs: &[&str]) -> Option<String> {
         "a PostgreSQL server" => {
             postgres::programs().is_none().then(|| "the PostgreSQL server is not installed".to_string())
         }
-        "root" => (!nix::unistd::geteuid().is_root()).then(|| "only root has a second user".to_string()),
+        "root" => (!other_users()).then(|| "only root has a second user".to_string()),
         "ebpf" => (!evenkeel::sys::bpf::is_permitted())
             .then(|| "this user may load no eBPF program (CAP_BPF)".to_string()),
         program => (!installed(program)).then(|| format!("{program} is not installed")),
     })
 }
 
-fn in_own_process(name: &str, limit: Duration) -> Result<Measurement, Failed> {
+/// Are there several users for this one? In a user namespace of one user only
+/// root in name.
+pub fn other_users() -> bool {
+    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    nix::unistd::geteuid().is_root() && map.split_whitespace().nth(2).is_some_and(|count| count != "1")
+}
+
+fn in_own_process(name: &str, limit: Duration) -> Result<End, Failed> {
     let begin = Instant::now();
     let mut child = Command::new(std::env::current_exe()?)
         .env(INSIDE, name)
@@ -156,12 +207,14 @@ fn in_own_process(name: &str, limit: Duration) -> Result<Measurement, Failed> {
     // Shown with --nocapture or where it failed.
     let printed = printed.join().unwrap_or_default();
     let text = text.join().unwrap_or_default();
-    if status.success() {
-        let _ = std::io::stderr().write_all(printed.as_bytes());
-        let avg = begin.elapsed().as_nanos() as u64;
-        Ok(Measurement { avg, variance: 0 })
-    } else {
-        Err(format!("{status}\n{printed}{text}").into())
+    match status.code() {
+        Some(0) => {
+            let _ = std::io::stderr().write_all(printed.as_bytes());
+            let avg = begin.elapsed().as_nanos() as u64;
+            Ok(End::Passed(Measurement { avg, variance: 0 }))
+        }
+        Some(SKIPPED) => Ok(End::Skipped(printed)),
+        _ => Err(format!("{status}\n{printed}{text}").into()),
     }
 }
 

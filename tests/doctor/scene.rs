@@ -1,75 +1,29 @@
-//! What the tests of this folder stand on: a network a test, processes that
-//! hold a socket, other users, and a visible word where a test cannot run.
+//! What the tests of this folder stand on: processes that hold a socket, other
+//! users, and `doctor` itself.
 
-use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use evenkeel::doctor::{self, Outcome, Question};
 use evenkeel::explain::{self, BindFailure, Explanation};
 use evenkeel::sys::holders::{self, Protocol};
-use evenkeel::sys::isolated::{Network, in_child, leave_network};
+use evenkeel::sys::isolated::in_child;
 use evenkeel::sys::listen::{self, OpenError, Options};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
-use nix::unistd::{Gid, Uid, fchown, geteuid, setgroups, setresgid, setresuid};
+use nix::unistd::{Gid, Uid, fchown, setgroups, setresgid, setresuid};
 use socket2::{Domain, Socket, Type};
+
+use crate::support::{eventually, other_users};
 
 pub const NOBODY: u32 = 65534;
 pub const SOMEBODY: u32 = 65533;
 /// Nothing here takes longer than a few seconds.
 pub const LIMIT: Duration = Duration::from_secs(60);
-
-const INSIDE: &str = "EVENKEEL_TEST_INSIDE";
-
-/// Says that a test did not run. Not by `println`, which a test that passes
-/// keeps to itself.
-pub fn skipped(reason: &str) {
-    let name = std::thread::current().name().unwrap_or("a test").to_string();
-    let _ = writeln!(io::stderr(), "SKIPPED: {name}: {reason}");
-}
-
-/// Runs the body of this test in a process and a network of its own: the
-/// test program starts itself again for this one test.
-pub fn isolated(body: impl FnOnce()) {
-    if std::env::var_os(INSIDE).is_some() {
-        return body();
-    }
-    let name = std::thread::current().name().expect("a test's thread has its name").to_string();
-    let mut command = Command::new(std::env::current_exe().expect("a running program has a path"));
-    command.args([&name, "--exact", "--nocapture", "--include-ignored"]).env(INSIDE, "1");
-    // SAFETY: between fork and exec only namespaces are changed; allocation
-    // there is what glibc and musl allow.
-    unsafe {
-        command.pre_exec(|| match leave_network()? {
-            Network::Own | Network::OwnOneUser => Ok(()),
-            Network::Shared => Err(io::ErrorKind::Unsupported.into()),
-        });
-    }
-    match command.stdout(Stdio::null()).status() {
-        Ok(status) => assert!(status.success(), "{name} failed inside its network: {status}"),
-        Err(e) => skipped(&format!("no network of its own: {e}")),
-    }
-}
-
-/// Are several users known here? In a user namespace of one user only root
-/// in name.
-pub fn other_users() -> bool {
-    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-    geteuid().is_root() && map.split_whitespace().nth(2).is_some_and(|count| count != "1")
-}
-
-/// True, with a word, where the test needs other users and has none.
-pub fn lacks_other_users() -> bool {
-    let lacks = !other_users();
-    if lacks {
-        skipped("needs root and a second user");
-    }
-    lacks
-}
 
 /// Gives up everything for this user. In a child only.
 pub fn become_user(uid: u32) {
@@ -77,6 +31,17 @@ pub fn become_user(uid: u32) {
     let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
     setresgid(group, group, group).expect("root takes any group");
     setresuid(user, user, user).expect("root takes any user");
+}
+
+/// Becomes this user without any right over this network, even where there is
+/// only one user: then as that user of a user namespace below. In a child only.
+pub fn lose_rights(uid: u32) {
+    if other_users() {
+        return become_user(uid);
+    }
+    unshare(CloneFlags::CLONE_NEWUSER).expect("a user namespace in a user namespace");
+    std::fs::write("/proc/self/uid_map", format!("{uid} 0 1")).expect("a user may name itself");
+    setresuid(Uid::from_raw(uid), Uid::from_raw(uid), Uid::from_raw(uid)).expect("the name it has");
 }
 
 /// What `work` says in a child process, where it may change anything.
@@ -121,14 +86,6 @@ impl Drop for Holder {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
-    }
-}
-
-pub fn eventually(what: &str, condition: impl Fn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !condition() {
-        assert!(Instant::now() < deadline, "in vain: {what}");
-        std::thread::yield_now();
     }
 }
 

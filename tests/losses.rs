@@ -103,7 +103,7 @@ fn reloads_lose_nothing() {
             daemon,
             &servers
                 .config(3, "")
-                .replace("[[upstream]]", &format!("backlog = {}\n[[upstream]]", 1000 + round)),
+                .replace("mode = \"tcp\"\n", &format!("mode = \"tcp\"\nbacklog = {}\n", 1000 + round)),
         );
         succeed(daemon, &["reload"]);
     });

@@ -16,6 +16,7 @@ use evenkeel::balance::maglev;
 use evenkeel::config;
 use evenkeel::deadline::Deadlines;
 use evenkeel::flow::{Arrival, FlowKey, Flows, Limits};
+use evenkeel::keep::Keep;
 use evenkeel::relay::{End, Lent, MAX_READ, Pipe, Pipes, Readiness, Session, Side};
 use evenkeel::slab::Key;
 use evenkeel::spread::{Spread, Verdict};
@@ -112,6 +113,9 @@ impl Pipe for NoPipe {
     fn take(&self, _: &mut [u8]) -> io::Result<usize> {
         Ok(0)
     }
+    fn number(&self) -> i32 {
+        -1
+    }
 }
 
 impl End for Endless {
@@ -146,7 +150,7 @@ impl End for Endless {
 fn relay(c: &mut Criterion) {
     let mut group = c.benchmark_group("relay");
     let ready = Readiness { readable: true, writable: false, probe: false };
-    let mut scratch = vec![0; MAX_READ];
+    let mut keep = Keep::create(1).expect("memory");
     let mut pipes = Pipes::new(0, || None);
     for length in [64, 16 * 1024] {
         let (client, server) = (Endless::new(length), Endless::new(length));
@@ -157,7 +161,7 @@ fn relay(c: &mut Criterion) {
                 for (side, end) in [(Side::Client, &client), (Side::Server, &server)] {
                     end.waits.set(true);
                     session.handle_ready(side, ready);
-                    let mut lent = Lent { scratch: &mut scratch, pipes: &mut pipes, session: 0, now: 0 };
+                    let mut lent = Lent { keep: &mut keep, pipes: &mut pipes, session: 0, now: 0 };
                     black_box(session.drive([&client, &server], &mut lent, MAX_READ));
                 }
             });

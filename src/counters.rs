@@ -323,6 +323,23 @@ impl<'a> Counters<'a> {
         }
     }
 
+    /// Called by a slot's new worker that is to get what the last one held: of
+    /// that the gauges tell until it is here. What each source has is counted
+    /// again as it comes.
+    pub fn begin_recovery(&self, layout: &Layout) {
+        for listener in 0..self.listener_count {
+            if let Some(table) = self.sources(layout, listener) {
+                table.begin_life();
+            }
+            self.flows(listener, OfFlows::Quarantined).set(0);
+        }
+        for upstream in 0..layout.numbering.upstream_count() {
+            self.upstream(upstream, OfUpstream::Waiting).set(0);
+            self.upstream(upstream, OfUpstream::WaitingSince).set(0);
+        }
+        self.process(Process::LoopLag).set(0);
+    }
+
     /// Called by a slot's new worker: what the last one held is lost with it,
     /// so that accepted = active + ended by some reason, always.
     pub fn begin_life(&self, layout: &Layout) {
@@ -383,11 +400,16 @@ impl Cell<'_> {
         self.set(self.get().wrapping_add(count));
     }
 
+    /// Takes one from a gauge that has no owner any more: several keepers may
+    /// do so at once.
+    pub fn take_one(self) {
+        let _ = self.0.fetch_update(Relaxed, Relaxed, |value| value.checked_sub(1));
+    }
+
     /// Takes one from a gauge. Owner only.
     pub fn less_one(self) {
-        let value = self.get();
-        debug_assert!(value > 0, "a gauge went below zero");
-        self.set(value.saturating_sub(1));
+        // While a dead worker's sessions arrive, a gauge may be one too small.
+        self.set(self.get().saturating_sub(1));
     }
 }
 

@@ -28,6 +28,7 @@ pub mod explain;
 pub mod flow;
 pub mod handover;
 pub mod health;
+pub mod keep;
 pub mod loadgen;
 pub mod logging;
 pub mod proxy_protocol;

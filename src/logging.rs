@@ -42,6 +42,13 @@ impl Log {
     pub fn flush(&mut self) {
         self.queue.flush();
     }
+
+    /// Does something while no thread writes. The next line begins another
+    /// one.
+    pub fn without_thread<T>(&mut self, act: impl FnOnce() -> T) -> T {
+        self.queue.flush();
+        act()
+    }
 }
 
 impl Drop for Log {

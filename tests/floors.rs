@@ -30,6 +30,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("slab", 1),
     ("explain", 1),
     ("handover", 1),
+    ("keep", 1),
     ("health", 1),
     ("access", 1),
     ("proxy_protocol", 1),

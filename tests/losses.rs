@@ -27,8 +27,10 @@ fn main() {
         rebalancing_loses_nothing,
         upgrades_lose_nothing,
         killed_stewards_lose_nothing,
-        a_killed_worker_loses_what_it_held_and_no_more,
-        a_hanging_worker_loses_what_it_held_and_no_more,
+        a_killed_worker_without_a_keeper_loses_what_it_held_and_no_more,
+        a_hanging_worker_without_a_keeper_loses_what_it_held_and_no_more,
+        killed_workers_lose_nothing,
+        hanging_workers_lose_nothing,
         a_supervisor_slow_to_speak_loses_nothing needs ["strace"],
         pgbench_and_a_hundred_sessions_see_no_change needs ["pgbench", "setpriv"],
     ])
@@ -103,7 +105,7 @@ fn reloads_lose_nothing() {
             daemon,
             &servers
                 .config(3, "")
-                .replace("[[upstream]]", &format!("backlog = {}\n[[upstream]]", 1000 + round)),
+                .replace("mode = \"tcp\"\n", &format!("mode = \"tcp\"\nbacklog = {}\n", 1000 + round)),
         );
         succeed(daemon, &["reload"]);
     });
@@ -186,11 +188,12 @@ fn broken(sessions: &mut Vec<TcpStream>) -> u64 {
     (before - sessions.len()) as u64
 }
 
-/// What status says was lost is what clients lost, exactly.
-fn crashes(count: usize, more: &str, environment: &std::path::Path, crash: impl Fn(&Daemon, usize)) {
+/// What status says was lost is what clients lost, exactly: what the worker
+/// held, or nothing where it had a keeper.
+fn crashes(count: usize, crash_proof: bool, environment: &std::path::Path, crash: impl Fn(&Daemon, usize)) {
     let (server, _) = tcp_server("127.0.0.1:0", echo);
     let text = format!(
-        "[daemon]\nworkers = 3\n{more}\n[[listener]]\nname = \"front\"\nmode = \"tcp\"\nbind = \"127.0.0.1:8080\"\n\
+        "[daemon]\nworkers = 3\ncrash_proof = {crash_proof}\nhang_timeout = \"500ms\"\n[[listener]]\nname = \"front\"\nmode = \"tcp\"\nbind = \"127.0.0.1:8080\"\n\
          upstream = \"back\"\n[[upstream]]\nname = \"back\"\n[[upstream.server]]\naddress = \"{server}\"\n"
     );
     let mut daemon = Daemon::start_with(&text, |command| {
@@ -213,29 +216,44 @@ fn crashes(count: usize, more: &str, environment: &std::path::Path, crash: impl 
             worker.restarts > restarts && worker.state == "ready"
         });
         let now = broken(&mut sessions);
-        assert_eq!(now, held, "round {round}: {:?}", daemon.listener("front"));
+        let due = if crash_proof { 0 } else { held };
+        assert_eq!(now, due, "round {round}: {:?}", daemon.listener("front"));
         lost += now;
         assert_eq!(daemon.listener("front").ended.get("worker_lost").copied().unwrap_or(0), lost);
     }
-    assert!(lost > 0);
+    assert!(crash_proof || lost > 0);
     let listener = daemon.listener("front");
     assert_eq!(listener.connections, listener.active + listener.ended.values().sum::<u64>());
     println!("{lost} sessions lost in {count} crashes, each counted");
 }
 
-fn a_killed_worker_loses_what_it_held_and_no_more() {
-    crashes(rounds(), "", std::path::Path::new("/nonexistent"), |daemon, slot| {
+fn killed(crash_proof: bool) {
+    crashes(rounds(), crash_proof, std::path::Path::new("/nonexistent"), |daemon, slot| {
         daemon.kill_worker(slot);
     });
 }
 
-fn a_hanging_worker_loses_what_it_held_and_no_more() {
+fn hung(crash_proof: bool) {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("hang");
     let count = 5 * support::soak();
-    crashes(count, "hang_timeout = \"300ms\"", &file, |_, slot| {
-        std::fs::write(&file, slot.to_string()).unwrap()
-    });
+    crashes(count, crash_proof, &file, |_, slot| std::fs::write(&file, slot.to_string()).unwrap());
+}
+
+fn a_killed_worker_without_a_keeper_loses_what_it_held_and_no_more() {
+    killed(false);
+}
+
+fn a_hanging_worker_without_a_keeper_loses_what_it_held_and_no_more() {
+    hung(false);
+}
+
+fn killed_workers_lose_nothing() {
+    killed(true);
+}
+
+fn hanging_workers_lose_nothing() {
+    hung(true);
 }
 
 fn pgbench_and_a_hundred_sessions_see_no_change() {

@@ -215,7 +215,8 @@ fn an_empty_slot_is_served_by_a_neighbour() {
 }
 
 fn counters_survive_their_worker() {
-    let daemon = echo_daemon(1);
+    let text = IDENTIFY.replace("identify", "echo");
+    let daemon = Daemon::ready(&format!("[daemon]\nworkers = 1\ncrash_proof = false\n{text}"));
     for _ in 0..100 {
         exchange(&mut connect(local(8080)), b"12345").unwrap();
     }

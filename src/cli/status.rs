@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use super::{ask, out};
-use crate::control::status::{Check, Difference, Flows, Listener, Status, Upstream, Worker};
+use crate::control::status::{Check, Difference, Flows, Keeper, Listener, Status, Upstream, Worker};
 use crate::spread::{Circumstances, Verdict};
 
 /// Prints what the daemon says.
@@ -78,7 +78,24 @@ fn workers(out: &mut String, workers: &[Worker]) {
 fn remarks(worker: &Worker) -> String {
     let help = worker.helped_by.map(|slot| format!("slot {slot} accepts for it"));
     let replaced = worker.restart_reasons.iter().map(|(reason, count)| format!("{reason} {count}"));
-    help.into_iter().chain(replaced).map(|remark| format!("  {remark}")).collect()
+    let kept = worker.keeper.as_ref().map(describe_keeper);
+    help.into_iter().chain(replaced).chain(kept).map(|remark| format!("  {remark}")).collect()
+}
+
+/// Who keeps its sessions, and what came of that.
+fn describe_keeper(keeper: &Keeper) -> String {
+    let who = match keeper.pid {
+        0 => "no keeper".to_string(),
+        pid => format!("keeper {pid}"),
+    };
+    let did = match keeper.takeovers {
+        0 => String::new(),
+        count => format!(
+            ": {count} deaths, {} sessions and {} flows kept, {} self-check resets, {} lost",
+            keeper.sessions, keeper.flows, keeper.self_check_resets, keeper.lost
+        ),
+    };
+    format!("{who}{did}")
 }
 
 fn describe_listener(out: &mut String, listener: &Listener) {

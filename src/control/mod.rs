@@ -72,6 +72,10 @@ pub enum ToWorker {
         /// still have sessions: after its configuration they come before those
         /// of all slots.
         before: usize,
+        /// What the gauges of its counters say is what its predecessor had, and
+        /// is on its way here.
+        #[serde(default)]
+        recovers: bool,
     },
     /// Sockets that its slot has already, one descriptor a place.
     Sockets(Vec<Place>),
@@ -90,14 +94,26 @@ pub enum ToWorker {
         /// Nobody answers: what was sent is as good as taken.
         #[serde(default)]
         park: bool,
+        /// To a keeper: the receiver counts in the dead worker's counters, and
+        /// the gauges are its to settle.
+        #[serde(default)]
+        shares: bool,
+        /// To a keeper: its worker died by its own doing.
+        #[serde(default)]
+        fault: bool,
     },
     /// Take what was parked at the other end of this descriptor before a
     /// restart, to its end, and say `Unparked`.
     Unpark,
     /// Take what the worker at the other end of this descriptor passes. Where
     /// flows are among it, no client's datagram is read before they are here.
+    /// From a keeper of the same counters the receiver `recovers`.
     #[allow(missing_docs)]
-    TakeOver { flows: bool },
+    TakeOver {
+        flows: bool,
+        #[serde(default)]
+        recovers: bool,
+    },
     /// Read no client's datagram from now on, and say so (`Held`): they are
     /// about to be steered anew.
     Hold,
@@ -150,6 +166,11 @@ pub enum FromWorker {
     HandedOver { moved: usize, left: usize, gone: bool },
     /// It has read what was parked for it.
     Unparked,
+    /// This process keeps its sessions should it die, and why none does.
+    #[allow(missing_docs)]
+    Keeper { pid: Option<u32>, why: String },
+    /// From a keeper: what it found when its worker had died.
+    Recovered(Kept),
     /// It reads no client's datagram.
     Held,
     /// So many flows are where their datagrams come; so many others could not
@@ -166,6 +187,25 @@ pub enum FromWorker {
     Awake,
 }
 
+/// What a keeper found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    /// Sessions that go on.
+    pub sessions: u64,
+    /// Flows that go on.
+    pub flows: u64,
+    /// Bytes that were received and not yet sent.
+    pub bytes: u64,
+    /// Connections that were accepted and not written down yet.
+    pub adopted: u64,
+    /// Sessions whose numbers did not agree: reset.
+    pub self_check_resets: u64,
+    /// Other sessions that could not go on: reset.
+    pub lost: u64,
+    /// What the operator is to know.
+    pub complaints: Vec<String>,
+}
+
 /// How each UDP listener of this name is steered from now on.
 pub type Routes = Vec<(String, Route)>;
 
@@ -174,7 +214,12 @@ pub type Routes = Vec<(String, Route)>;
 pub enum PeerMessage {
     /// A bundle of flows: its memory, then their sockets. Answered by `Taken`.
     #[allow(missing_docs)]
-    Flows { count: usize },
+    Flows {
+        count: usize,
+        /// Of the bundles of this hand-over; 0 where the sender counts none.
+        #[serde(default)]
+        number: u64,
+    },
     /// No further flows will come.
     FlowsDone,
     /// Datagrams of a client that came to the sender a moment too late. One
@@ -182,10 +227,20 @@ pub enum PeerMessage {
     Straggler(Straggler),
     /// A bundle: its memory, then the sessions' sockets.
     #[allow(missing_docs)]
-    Sessions { count: usize },
-    /// The bundle was taken but for these, by their place in it.
+    Sessions {
+        count: usize,
+        #[serde(default)]
+        number: u64,
+    },
+    /// The bundle was taken but for these, by their place in it. May be said
+    /// twice of the same one: by a worker, and by its keeper, which does not
+    /// know whether it was said.
     #[allow(missing_docs)]
-    Taken { refused: Vec<usize> },
+    Taken {
+        refused: Vec<usize>,
+        #[serde(default)]
+        number: u64,
+    },
     /// The last bundle was not understood, and nothing more is wanted.
     Refused,
     /// Nothing more will come.
@@ -316,6 +371,9 @@ pub struct WorkerState {
     pub restart_reasons: BTreeMap<String, u64>,
     /// The neighbour that accepts for it while it is empty.
     pub helped_by: Option<usize>,
+    /// Who keeps its sessions; `None` where nobody is to.
+    #[serde(default)]
+    pub keeper: Option<status::Keeper>,
 }
 
 /// From the steward to the supervisor.
@@ -374,6 +432,12 @@ pub fn receive<T: DeserializeOwned>(channel: &Channel) -> io::Result<Option<(T, 
     let Some(packet) = channel.receive()? else { return Ok(None) };
     let message = serde_json::from_slice(&packet.bytes)?;
     Ok(Some((message, packet.fds)))
+}
+
+/// Looks at the next message, which stays to be received.
+pub fn peek<T: DeserializeOwned>(channel: &Channel) -> io::Result<Option<T>> {
+    let Some(bytes) = channel.peek()? else { return Ok(None) };
+    Ok(Some(serde_json::from_slice(&bytes)?))
 }
 
 /// Sends sockets in as many messages as they need.

@@ -78,9 +78,34 @@ pub struct Worker {
     /// Lines of the access log that were dropped because nobody took them.
     #[serde(default)]
     pub access_log_dropped: u64,
+    /// Who keeps its sessions; missing with `crash_proof = false`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub keeper: Option<Keeper>,
     /// The slot that accepts for it while it is empty.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub helped_by: Option<usize>,
+}
+
+/// A slot's keeper: with what is here the sessions of a worker that died went
+/// on. All but `pid` are sums since the supervisor began.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Keeper {
+    /// 0 where there is none at present.
+    pub pid: u32,
+    /// Deaths of a worker at which there was one.
+    pub takeovers: u64,
+    pub sessions: u64,
+    pub flows: u64,
+    /// What was received and not yet sent.
+    pub bytes: u64,
+    /// Sessions whose numbers did not agree.
+    pub self_check_resets: u64,
+    /// Other sessions that could not go on.
+    pub lost: u64,
+    /// Why there is none.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub unavailable: Option<String>,
 }
 
 /// One listener, over all slots.

@@ -81,6 +81,9 @@ pub struct Record {
     /// What its line of the access log will say.
     #[serde(default)]
     pub story: Option<Story>,
+    /// How often it was being worked on when a worker died by its own doing.
+    #[serde(default)]
+    pub crashes: u8,
 }
 
 /// What the access log says of a session beside its state. Times are
@@ -100,6 +103,13 @@ pub struct Story {
 /// How far a session is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Stage {
+    /// Accepted, and nothing else: whether it may come in is still to be asked.
+    Accepted {
+        /// Its PROXY header was read.
+        header_read: bool,
+        /// It was counted as accepted.
+        counted: bool,
+    },
     /// Its PROXY header is awaited; what has come of it lies in the socket.
     #[allow(missing_docs)]
     Header { until: u64 },
@@ -122,8 +132,10 @@ pub enum Stage {
 pub struct Arrival {
     /// What was said of it.
     pub record: Record,
-    /// Its relay, with the bytes that it kept.
+    /// Its relay, without the bytes that it kept.
     pub session: Session,
+    /// Those.
+    pub kept: Vec<u8>,
 }
 
 /// Writes a bundle; each record comes with the bytes that its relay keeps.
@@ -164,14 +176,14 @@ pub fn decode(bytes: &[u8], socket_count: usize) -> Result<Vec<Arrival>, BundleE
     let mut arrivals = Vec::new();
     for (index, record) in bundle.sessions.into_iter().enumerate() {
         let own = kept.split_off(..record.relay.kept()).ok_or(BundleError::Lengths)?;
-        let session = Session::restore(&record.relay, own).ok_or(BundleError::State(index))?;
+        let session = Session::restore(&record.relay).ok_or(BundleError::State(index))?;
         if matches!(record.stage, Stage::Connecting { .. }) && !record.relay.is_relay() {
             return Err(BundleError::State(index));
         }
-        if matches!(record.stage, Stage::Header { .. }) && record.server.is_some() {
+        if matches!(record.stage, Stage::Header { .. } | Stage::Accepted { .. }) && record.server.is_some() {
             return Err(BundleError::State(index));
         }
-        arrivals.push(Arrival { record, session });
+        arrivals.push(Arrival { record, session, kept: own.to_vec() });
     }
     if kept.is_empty() { Ok(arrivals) } else { Err(BundleError::Lengths) }
 }
@@ -186,6 +198,9 @@ impl Record {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::config::Service;
+    use crate::keep::Keep;
+    use crate::relay::Progress;
     use proptest::prelude::*;
     use proptest::test_runner::TestRunner;
 
@@ -213,7 +228,7 @@ pub(crate) mod tests {
     }
 
     fn record(session: &Session, server: bool) -> (Record, Vec<u8>) {
-        let (relay, kept) = session.snapshot().expect("unbroken");
+        let (relay, kept) = session.snapshot(&Keep::create(1).unwrap()).expect("unbroken");
         let server = server.then(|| "10.0.0.1:80".to_string());
         let record = Record {
             listener: "web".into(),
@@ -224,6 +239,7 @@ pub(crate) mod tests {
             born: 5,
             moved: 9,
             story: None,
+            crashes: 0,
         };
         (record, kept)
     }
@@ -242,12 +258,11 @@ pub(crate) mod tests {
         });
         let mut unknown = record(&Session::relay(), false);
         unknown.0.stage = Stage::Header { until: 78 };
-        vec![
-            record(&Session::relay(), true),
-            record(&Session::echo(b"kept bytes"), false),
-            connecting,
-            unknown,
-        ]
+        let mut keeping = record(&Session::echo(), false);
+        let up = Progress { received: 10, sent: 0, kept: 10, has_ended: false };
+        keeping.0.relay = Snapshot::resume(Some(Service::Echo), [up, Progress::default()]);
+        keeping.1 = b"kept bytes".to_vec();
+        vec![record(&Session::relay(), true), keeping, connecting, unknown]
     }
 
     #[test]
@@ -256,7 +271,7 @@ pub(crate) mod tests {
         let arrivals = decode(&encode(&sessions), 6).expect("a sane bundle");
         for ((record, kept), arrival) in sessions.iter().zip(&arrivals) {
             assert_eq!(*record, arrival.record);
-            assert_eq!(arrival.session.snapshot().unwrap(), (record.relay.clone(), kept.clone()));
+            assert_eq!(*kept, arrival.kept);
         }
         assert_eq!(arrivals.len(), 4);
     }

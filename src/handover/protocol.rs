@@ -142,6 +142,11 @@ impl<T> Sender<T> {
         self.is_parking = true;
     }
 
+    /// Whether nobody answers.
+    pub fn is_parking(&self) -> bool {
+        self.is_parking
+    }
+
     /// What to do; sessions go only where they may.
     pub fn next(&mut self, now: u64, sessions_may_go: bool) -> Next {
         if self.under_way.is_some() {

@@ -12,7 +12,8 @@
 use std::io;
 
 use super::{End, Lent};
-use super::{Half, HalfState, Pipe, Pipes, Residue, Session, Side};
+use super::{Half, HalfState, Pipe, Session, Side};
+use crate::keep::Owner;
 
 /// The most that is put into a pipe at once, and so the most that a direction
 /// keeps: larger ones were no faster.
@@ -55,7 +56,9 @@ impl Session {
         if own.pipe.is_none() {
             own.pipe = lent.pipes.lend(lent.session, half as u8, lent.now);
         }
-        let pipe = lent.pipes.get(own.pipe?);
+        let number = own.pipe?;
+        let pipe = lent.pipes.get(number);
+        lent.keep.claim_pipe(lent.owner(half), number, pipe.number());
         let from = own.from;
         match ends[from as usize].fill(pipe, MAX_PIPED) {
             // An end of file, or urgent data, which no pipe takes up: only a
@@ -76,7 +79,7 @@ impl Session {
                 return None;
             }
             Err(error) => {
-                self.break_side(from, &error);
+                self.break_side(from, &error, lent.keep, lent.session);
                 self.halves[half].state = HalfState::Finishing;
             }
         }
@@ -93,25 +96,29 @@ impl Session {
                 own.piped -= count as u32;
                 own.sent += count as u64;
             }
-            Err(error) if !is_unsupported(&error) => self.handle_send_error(to, &error),
+            Err(error) if !is_unsupported(&error) => self.handle_send_error(to, &error, lent),
             // The receiver takes bytes from no pipe.
             Ok(_) | Err(_) => {
                 own.copies = true;
-                self.unpipe(half, lent.pipes, lent.now);
+                self.unpipe(half, lent);
             }
         }
     }
 
     /// Gives back a pipe that is empty, or whose bytes nobody waits for.
-    pub(super) fn put_back<P>(&mut self, half: usize, pipes: &mut Pipes<P>, now: u64) {
+    pub(super) fn put_back<P>(&mut self, half: usize, lent: &mut Lent<'_, P>) {
         let own = &mut self.halves[half];
         let Some(number) = own.pipe else { return };
         if own.state == HalfState::Ended && own.piped > 0 {
-            pipes.discard(number);
+            lent.keep.release_pipe(number);
+            lent.pipes.discard(number);
         } else if own.piped > 0 {
             return;
-        } else if pipes.take_back(number, now) {
-            own.streak = 0;
+        } else {
+            lent.keep.release_pipe(number);
+            if lent.pipes.take_back(number, lent.now) {
+                own.streak = 0;
+            }
         }
         own.pipe = None;
         own.piped = 0;
@@ -119,43 +126,62 @@ impl Session {
 
     /// Turns what is in a direction's pipe into plain bytes, and gives the pipe
     /// back.
-    pub fn unpipe<P: Pipe>(&mut self, half: usize, pipes: &mut Pipes<P>, now: u64) {
+    pub fn unpipe<P: Pipe>(&mut self, half: usize, lent: &mut Lent<'_, P>) {
         let own = &mut self.halves[half];
         let Some(number) = own.pipe else { return };
-        let mut bytes = vec![0; own.piped as usize].into_boxed_slice();
+        if own.piped == 0 {
+            return self.put_back(half, lent);
+        }
+        let owner = Owner { session: lent.session, half: half as u8 };
+        let Some(residue) = lent.keep.reserve_for_pipe(owner, own.piped as usize, own.sent) else {
+            return self.lose_pipe(half, &io::ErrorKind::OutOfMemory.into(), lent);
+        };
+        let length = own.piped as usize;
         let mut at = 0;
-        while at < bytes.len() {
-            match pipes.get(number).take(&mut bytes[at..]) {
+        while at < length {
+            match lent.pipes.get(number).take(&mut lent.keep.whole_mut(&residue)[at..]) {
                 Ok(count) if count > 0 => at += count,
-                // Bytes that are lost end the session, and never silently.
                 failure => {
                     let error = failure.err().unwrap_or_else(|| io::ErrorKind::UnexpectedEof.into());
-                    let from = own.from;
-                    pipes.discard(number);
-                    (own.pipe, own.piped) = (None, 0);
-                    own.end();
-                    return self.break_side(from, &error);
+                    lent.keep.release(residue);
+                    return self.lose_pipe(half, &error, lent);
                 }
             }
         }
-        if !bytes.is_empty() {
-            own.residue = Some(Box::new(Residue { bytes, sent: 0 }));
-        }
+        let own = &mut self.halves[half];
+        own.residue = Some(residue);
         (own.piped, own.streak) = (0, 0);
-        self.put_back(half, pipes, now);
+        self.put_back(half, lent);
     }
 
-    /// The same for both directions, before a snapshot.
-    pub fn unpipe_all<P: Pipe>(&mut self, pipes: &mut Pipes<P>, now: u64) {
-        (0..2).for_each(|half| self.unpipe(half, pipes, now));
+    /// Bytes that are lost end the session, and never silently.
+    fn lose_pipe<P>(&mut self, half: usize, error: &io::Error, lent: &mut Lent<'_, P>) {
+        let own = &mut self.halves[half];
+        let from = own.from;
+        if let Some(number) = own.pipe.take() {
+            lent.keep.release_pipe(number);
+            lent.pipes.discard(number);
+        }
+        own.piped = 0;
+        own.end(lent.keep);
+        self.break_side(from, error, lent.keep, lent.session);
+    }
+
+    /// The same as `unpipe` for both directions, before a snapshot.
+    pub fn unpipe_all<P: Pipe>(&mut self, lent: &mut Lent<'_, P>) {
+        (0..2).for_each(|half| self.unpipe(half, lent));
     }
 
     /// Gives back whatever it has borrowed: the session is over.
-    pub fn abandon<P>(&mut self, pipes: &mut Pipes<P>) {
+    pub fn abandon<P>(&mut self, lent: &mut Lent<'_, P>) {
         for half in &mut self.halves {
             if let Some(number) = half.pipe.take() {
-                pipes.discard(number);
+                lent.keep.release_pipe(number);
+                lent.pipes.discard(number);
                 half.piped = 0;
+            }
+            if let Some(residue) = half.residue.take() {
+                lent.keep.release(residue);
             }
         }
     }

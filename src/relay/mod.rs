@@ -29,7 +29,10 @@ use serde::{Deserialize, Serialize};
 pub use bulk::MAX_PIPED;
 pub use pipes::{Holder, Pipe, Pipes};
 pub use reason::CloseReason;
-pub use snapshot::Snapshot;
+pub use snapshot::{Progress, Snapshot};
+
+use crate::config::Service;
+use crate::keep::{Keep, Owner, Residue};
 
 /// The largest single read. Larger reads were no faster (measured: 256 KiB
 /// took 30 % less CPU a byte than 64 KiB); it also bounds what is kept when
@@ -59,14 +62,20 @@ pub trait End {
 /// What a session borrows for one call of `drive`.
 #[derive(Debug)]
 pub struct Lent<'a, P> {
-    /// A buffer of at least one byte.
-    pub scratch: &'a mut [u8],
+    /// Where bytes lie that are on their way, and what is told of it.
+    pub keep: &'a mut Keep,
     /// Pipes for bulk.
     pub pipes: &'a mut Pipes<P>,
-    /// The session's number, under which it holds a pipe.
+    /// The session's number, under which it holds a pipe and keeps bytes.
     pub session: u32,
     /// In milliseconds.
     pub now: u64,
+}
+
+impl<P> Lent<'_, P> {
+    fn owner(&self, half: usize) -> Owner {
+        Owner { session: self.session, half: half as u8 }
+    }
 }
 
 /// The two sides of a session.
@@ -149,7 +158,7 @@ struct Half {
     piped: u32,
     /// Bytes that came in large reads in a row.
     streak: u32,
-    residue: Option<Box<Residue>>,
+    residue: Option<Residue>,
     received: u64,
     sent: u64,
 }
@@ -159,13 +168,6 @@ enum HalfState {
     Open,
     Finishing,
     Ended,
-}
-
-/// What was received and not yet sent.
-#[derive(Debug)]
-struct Residue {
-    bytes: Box<[u8]>,
-    sent: usize,
 }
 
 /// Why a direction stopped.
@@ -182,11 +184,18 @@ impl Session {
         Session::new(Half::new(Side::Client, Some(Side::Server)), Half::new(Side::Server, Some(Side::Client)))
     }
 
-    /// A client that gets back what it sends, after a greeting.
-    pub fn echo(greeting: &[u8]) -> Session {
-        let mut half = Half::new(Side::Client, Some(Side::Client));
-        half.keep(greeting);
-        Session::new(half, Half::ended())
+    /// A client that gets back what it sends.
+    pub fn echo() -> Session {
+        Session::new(Half::new(Side::Client, Some(Side::Client)), Half::ended())
+    }
+
+    /// A client of a service, or of an upstream.
+    pub fn of_service(service: Option<Service>) -> Session {
+        match service {
+            None => Session::relay(),
+            Some(Service::Echo | Service::Identify) => Session::echo(),
+            Some(Service::Discard) => Session::discard(),
+        }
     }
 
     /// A client whose bytes are dropped.
@@ -254,7 +263,7 @@ impl Session {
         budget: usize,
     ) -> Stop {
         let stop = self.move_on(half, ends, lent, budget);
-        self.put_back(half, lent.pipes, lent.now);
+        self.put_back(half, lent);
         stop
     }
 
@@ -275,7 +284,7 @@ impl Session {
                 return Stop::Ended;
             }
             if to.is_some_and(|to| self.sides[to as usize].broken.is_some()) {
-                self.halves[half].end();
+                self.halves[half].end(lent.keep);
                 return Stop::Ended;
             }
             if to.is_some_and(|to| !self.sides[to as usize].writable) {
@@ -285,44 +294,50 @@ impl Session {
                 }
             }
             if self.halves[half].residue.is_some() {
-                self.send_residue(half, ends);
+                self.send_residue(half, ends, lent);
             } else if self.halves[half].piped > 0 {
                 self.drain(half, ends, lent);
             } else if state == HalfState::Finishing {
-                self.finish(half, ends);
+                self.finish(half, ends, lent);
             } else if !self.sides[from as usize].readable {
                 return Stop::Blocked;
             } else if left == 0 {
                 return Stop::Spent;
             } else {
                 let moved = if self.halves[half].is_bulk() { self.fill(half, ends, lent) } else { None };
-                let moved = moved.unwrap_or_else(|| self.transfer(half, ends, lent.scratch));
+                let moved = moved.unwrap_or_else(|| self.transfer(half, ends, lent));
                 left = left.saturating_sub(moved);
             }
         }
     }
 
-    fn send_residue<E: End>(&mut self, half: usize, ends: [&E; 2]) {
+    fn send_residue<E: End>(&mut self, half: usize, ends: [&E; 2], lent: &mut Lent<'_, E::Pipe>) {
         let to = self.halves[half].to.expect("only a direction with a receiver keeps bytes");
-        let residue = self.halves[half].residue.as_mut().expect("the caller looked");
-        let rest = &residue.bytes[residue.sent..];
-        match ends[to as usize].send(rest) {
-            Ok(count) if count == rest.len() => {
-                self.halves[half].residue = None;
-                self.halves[half].sent += count as u64;
-            }
-            Ok(count) => {
-                residue.sent += count;
-                self.halves[half].sent += count as u64;
+        let mut residue = self.halves[half].residue.take().expect("the caller looked");
+        let length = lent.keep.rest_length(&residue);
+        lent.keep.claim_sending(lent.owner(half));
+        let sent = ends[to as usize].send(lent.keep.rest(&residue));
+        if let Ok(count) = sent {
+            self.halves[half].sent += count as u64;
+            if count == length {
+                lent.keep.release(residue);
+            } else {
+                lent.keep.advance(&mut residue, count);
+                self.halves[half].residue = Some(residue);
                 self.sides[to as usize].writable = false;
             }
-            Err(error) => self.handle_send_error(to, &error),
+        } else {
+            self.halves[half].residue = Some(residue);
+        }
+        lent.keep.unclaim();
+        if let Err(error) = sent {
+            self.handle_send_error(to, &error, lent);
         }
     }
 
     /// The end of the stream goes on to the other side, unless it was no
     /// orderly one. Where it is the last of the session, closing says it.
-    fn finish<E: End>(&mut self, half: usize, ends: [&E; 2]) {
+    fn finish<E: End>(&mut self, half: usize, ends: [&E; 2], lent: &mut Lent<'_, E::Pipe>) {
         let Half { from, to, .. } = self.halves[half];
         let is_last = self.broken.is_none() && self.halves[1 - half].state == HalfState::Ended;
         if self.sides[from as usize].broken.is_none()
@@ -330,18 +345,32 @@ impl Session {
             && let Some(to) = to
             && let Err(error) = ends[to as usize].finish()
         {
-            self.break_side(to, &error);
+            self.break_side(to, &error, lent.keep, lent.session);
         }
-        self.halves[half].end();
+        self.halves[half].end(lent.keep);
     }
 
     /// One read, and the write of what it brought; answers how much that was.
-    fn transfer<E: End>(&mut self, half: usize, ends: [&E; 2], scratch: &mut [u8]) -> usize {
+    fn transfer<E: End>(&mut self, half: usize, ends: [&E; 2], lent: &mut Lent<'_, E::Pipe>) -> usize {
+        // From before the read until what it brought is out or kept.
+        lent.keep.claim(lent.owner(half), self.halves[half].sent);
+        let moved = self.transfer_claimed(half, ends, lent);
+        lent.keep.unclaim();
+        moved
+    }
+
+    fn transfer_claimed<E: End>(
+        &mut self,
+        half: usize,
+        ends: [&E; 2],
+        lent: &mut Lent<'_, E::Pipe>,
+    ) -> usize {
         let Half { from, to, read_bits, .. } = self.halves[half];
+        let scratch = lent.keep.scratch();
         let size = scratch.len().min(1 << read_bits);
         let count = match ends[from as usize].receive(&mut scratch[..size]) {
             Ok(0) => {
-                self.halves[half].state = HalfState::Finishing;
+                self.handle_end(half, lent.keep, lent.session);
                 return 0;
             }
             Ok(count) => count,
@@ -352,52 +381,77 @@ impl Session {
             Err(error) => {
                 // The kernel hands out what came before a reset first, so
                 // nothing more can be read.
-                self.break_side(from, &error);
+                self.break_side(from, &error, lent.keep, lent.session);
                 self.halves[half].state = HalfState::Finishing;
                 return 0;
             }
         };
+        let sent = to.map(|to| ends[to as usize].send(&scratch[..count]));
         self.halves[half].received += count as u64;
         self.halves[half].handle_read(count, count == size);
         if count < size && !self.sides[from as usize].probe {
             self.sides[from as usize].readable = false;
         }
-        let Some(to) = to else { return count };
-        let sent = match ends[to as usize].send(&scratch[..count]) {
+        let (Some(to), Some(sent)) = (to, sent) else { return count };
+        let sent = match sent {
             Ok(sent) => sent,
             Err(error) => {
-                self.handle_send_error(to, &error);
+                self.handle_send_error(to, &error, lent);
                 0
             }
         };
-        let half = &mut self.halves[half];
-        half.sent += sent as u64;
+        let own = &mut self.halves[half];
+        own.sent += sent as u64;
         if sent < count {
             // A short write filled the send buffer: an edge will come.
             self.sides[to as usize].writable = false;
-            half.keep(&scratch[sent..count]);
-            half.read_bits = half.read_bits.saturating_sub(1).max(MIN_READ_BITS);
+            own.read_bits = own.read_bits.saturating_sub(1).max(MIN_READ_BITS);
+            self.keep_from_scratch(lent.owner(half), sent, count, lent.keep);
         } else if count == size {
-            half.read_bits = (half.read_bits + 1).min(MAX_READ_BITS);
+            own.read_bits = (own.read_bits + 1).min(MAX_READ_BITS);
         }
         count
     }
 
-    fn handle_send_error(&mut self, to: Side, error: &io::Error) {
+    /// Keeps this part of the scratch for the other side.
+    fn keep_from_scratch(&mut self, owner: Owner, from: usize, to: usize, keep: &mut Keep) {
+        let half = usize::from(owner.half);
+        debug_assert!(self.halves[half].residue.is_none(), "nothing is received while something waits");
+        if from == to {
+            return;
+        }
+        self.halves[half].residue = keep.keep_scratch(owner, from, to, self.halves[half].sent);
+        if self.halves[half].residue.is_none() {
+            // Bytes that are lost end the session, and never silently.
+            self.halves[half].end(keep);
+            self.break_side(self.halves[half].from, &io::ErrorKind::OutOfMemory.into(), keep, owner.session);
+        }
+    }
+
+    /// A side has finished: from here on an end is passed on.
+    fn handle_end(&mut self, half: usize, keep: &Keep, session: u32) {
+        keep.finish(Owner { session, half: half as u8 });
+        self.halves[half].state = HalfState::Finishing;
+    }
+
+    fn handle_send_error<P>(&mut self, to: Side, error: &io::Error, lent: &mut Lent<'_, P>) {
         if error.kind() == io::ErrorKind::WouldBlock {
             self.sides[to as usize].writable = false;
         } else {
-            self.break_side(to, error);
+            self.break_side(to, error, lent.keep, lent.session);
         }
     }
 
     /// A side is gone. What it sent before may still wait to be read.
-    fn break_side(&mut self, side: Side, error: &io::Error) {
+    fn break_side(&mut self, side: Side, error: &io::Error, keep: &Keep, session: u32) {
         let state = &mut self.sides[side as usize];
         state.readable = true;
         state.probe = true;
-        state.broken.get_or_insert(CloseReason::of_error(side, error));
-        self.broken.get_or_insert(side);
+        let reason = *state.broken.get_or_insert(CloseReason::of_error(side, error));
+        if self.broken.is_none() {
+            self.broken = Some(side);
+            keep.break_off(session, reason);
+        }
     }
 
     /// Whether one side has finished and the other has not.
@@ -418,9 +472,8 @@ impl Session {
     }
 
     /// Bytes that were received and not yet sent.
-    pub fn kept_bytes(&self) -> usize {
-        let residue =
-            |half: &Half| half.residue.as_ref().map_or(0, |residue| residue.bytes.len() - residue.sent);
+    pub fn kept_bytes(&self, keep: &Keep) -> usize {
+        let residue = |half: &Half| half.residue.as_ref().map_or(0, |residue| keep.rest_length(residue));
         self.halves.iter().map(|half| residue(half) + half.piped as usize).sum()
     }
 }
@@ -446,20 +499,15 @@ impl Half {
         Half { state: HalfState::Ended, ..Half::new(Side::Server, None) }
     }
 
-    fn keep(&mut self, bytes: &[u8]) {
-        debug_assert!(self.residue.is_none(), "nothing is received while something waits");
-        if !bytes.is_empty() {
-            self.residue = Some(Box::new(Residue { bytes: bytes.into(), sent: 0 }));
-        }
-    }
-
     fn keeps_any(&self) -> bool {
         self.residue.is_some() || self.piped > 0
     }
 
     /// What it keeps nobody waits for; its pipe goes back at the next turn.
-    fn end(&mut self) {
+    fn end(&mut self, keep: &mut Keep) {
         self.state = HalfState::Ended;
-        self.residue = None;
+        if let Some(residue) = self.residue.take() {
+            keep.release(residue);
+        }
     }
 }

@@ -17,6 +17,8 @@ const RETRY_AFTER: u64 = 10_000;
 pub trait Pipe {
     /// Takes bytes out of it.
     fn take(&self, into: &mut [u8]) -> std::io::Result<usize>;
+    /// The descriptor of its reading end.
+    fn number(&self) -> i32;
 }
 
 /// Pipes by number.

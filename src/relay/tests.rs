@@ -8,6 +8,39 @@ use std::io;
 use proptest::prelude::*;
 
 use super::*;
+use crate::keep::Keep;
+
+thread_local! {
+    /// Each test has a thread of its own.
+    static KEEP: RefCell<Keep> = RefCell::new(Keep::create(4).expect("memory"));
+}
+
+fn with_keep<T>(work: impl FnOnce(&mut Keep) -> T) -> T {
+    KEEP.with_borrow_mut(work)
+}
+
+/// Lends what a session needs.
+fn lending<T>(pipes: &mut Pipes<FakePipe>, now: u64, work: impl FnOnce(&mut Lent<'_, FakePipe>) -> T) -> T {
+    with_keep(|keep| work(&mut Lent { keep, pipes, session: 1, now }))
+}
+
+fn kept_bytes(session: &Session) -> usize {
+    with_keep(|keep| session.kept_bytes(keep))
+}
+
+/// The session as another process has it.
+fn moved(mut session: Session) -> Session {
+    with_keep(|keep| {
+        let Some((snapshot, bytes)) = session.snapshot(keep) else { return session };
+        assert_eq!(snapshot.kept(), bytes.len());
+        let json = serde_json::to_string(&snapshot).unwrap();
+        let snapshot = serde_json::from_str(&json).unwrap();
+        session.abandon(&mut Lent { keep, pipes: &mut pipes(0), session: 1, now: 0 });
+        let mut restored = Session::restore(&snapshot).expect("its own state is sane");
+        assert!(restored.take_kept(&snapshot, &bytes, keep, 1));
+        restored
+    })
+}
 
 /// A pretend socket: what its peer will send, and room for what it takes.
 #[derive(Default)]
@@ -46,6 +79,9 @@ impl Pipe for FakePipe {
         let count = into.len().min(bytes.len()).min(40_000);
         into[..count].iter_mut().for_each(|byte| *byte = bytes.pop_front().expect("counted"));
         Ok(count)
+    }
+    fn number(&self) -> i32 {
+        -1
     }
 }
 
@@ -186,7 +222,7 @@ fn drive_with(
     now: u64,
     budget: usize,
 ) -> Drive {
-    session.drive(ends, &mut Lent { scratch: &mut [0; 64 * 1024], pipes, session: 1, now }, budget)
+    lending(pipes, now, |lent| session.drive(ends, lent, budget))
 }
 
 /// A session whose client has sent enough to be in bulk.
@@ -209,7 +245,7 @@ fn bytes_pass_and_nothing_is_kept() {
     session.handle_ready(Side::Client, READ);
     assert_eq!(drive(&mut session, &client, &server), Drive::Idle);
     assert_eq!(server.taken(), b"question");
-    assert_eq!(session.kept_bytes(), 0);
+    assert_eq!(kept_bytes(&session), 0);
     assert_eq!(session.client_bytes(), [8, 0]);
 }
 
@@ -224,15 +260,14 @@ fn a_preface_goes_with_what_the_client_has_sent_and_counts_for_nobody() {
         }
         let mut session = Session::relay();
         session.handle_ready(Side::Client, Readiness { readable: true, ..Readiness::default() });
-        let mut scratch = vec![0; 1 << 18];
         let before = session.client_bytes()[0];
-        let count = session.introduce(b"PREFACE ", &client, &mut scratch);
+        let count = with_keep(|keep| session.introduce(b"PREFACE ", &client, keep, 1));
         assert_eq!((before, session.client_bytes()[0]), (0, count as u64));
         // Its state travels like any other.
-        if let Some((snapshot, bytes)) = session.snapshot() {
+        if let Some((_, bytes)) = with_keep(|keep| session.snapshot(keep)) {
             assert!(bytes.starts_with(b"PREFACE "));
-            session = Session::restore(&snapshot, &bytes).expect("a sane state");
         }
+        session = moved(session);
         for _ in 0..200 {
             server.state.borrow_mut().room = room;
             session.handle_ready(Side::Server, WRITE);
@@ -312,27 +347,28 @@ fn a_client_that_stops_reading_stops_the_server_from_being_read() {
     session.handle_ready(Side::Server, READ);
     assert_eq!(drive(&mut session, &client, &server), Drive::Idle);
     assert_eq!(server.state.borrow().receives, 1);
-    assert!(session.kept_bytes() <= MAX_READ);
+    assert!(kept_bytes(&session) <= MAX_READ);
 }
 
 #[test]
 fn a_session_over_its_budget_asks_to_be_driven_again() {
     let (client, server) = (Fake::with_room(0), Fake::with_room(usize::MAX));
     let mut session = Session::relay();
-    client.push(&[1; 300_000]);
+    client.push(&[1; 600_000]);
     session.handle_ready(Side::Client, READ);
     let mut turns = 0;
     let mut none = pipes(0);
     while drive_with(&mut session, [&client, &server], &mut none, 0, 100_000) == Drive::Again {
         turns += 1;
     }
-    assert_eq!((turns, server.taken().len()), (2, 300_000));
+    assert_eq!((turns, server.taken().len()), (2, 600_000));
 }
 
 #[test]
 fn echo_sends_the_greeting_and_then_what_it_gets() {
     let client = Fake::with_room(1000);
-    let mut session = Session::echo(b"hello ");
+    let mut session = Session::echo();
+    with_keep(|keep| session.greet(b"hello ", keep, 1));
     client.push(b"back");
     client.end(Ending::Finish);
     session.handle_ready(Side::Client, END);
@@ -362,7 +398,7 @@ fn a_finish_reaches_a_side_that_takes_no_bytes() {
     client.push(&[1; 5]);
     session.handle_ready(Side::Client, READ);
     assert_eq!(drive(&mut session, &client, &server), Drive::Idle);
-    assert_eq!(session.kept_bytes(), 5);
+    assert_eq!(kept_bytes(&session), 5);
     server.state.borrow_mut().room = 5;
     session.handle_ready(Side::Server, WRITE);
     client.end(Ending::Finish);
@@ -382,7 +418,7 @@ fn bulk_goes_through_a_pipe_that_is_lent_only_while_it_holds_bytes() {
     session.handle_ready(Side::Server, WRITE);
     server.state.borrow_mut().room = 40_000;
     assert_eq!(drive_with(&mut session, [&client, &server], &mut pipes, 0, 1 << 20), Drive::Idle);
-    assert_eq!((pipes.lent_count(), session.kept_bytes()), (1, 60_000));
+    assert_eq!((pipes.lent_count(), kept_bytes(&session)), (1, 60_000));
     server.state.borrow_mut().room = 60_000;
     session.handle_ready(Side::Server, WRITE);
     assert_eq!(drive_with(&mut session, [&client, &server], &mut pipes, 0, 1 << 20), Drive::Idle);
@@ -426,8 +462,8 @@ fn without_a_free_pipe_bulk_is_copied_and_a_slow_holder_has_to_give_its_up() {
     other.handle_ready(Side::Client, READ);
     drive_with(&mut other, [&others[0], &others[1]], &mut pipes, 2_000, 1 << 20);
     let holder = pipes.take_wish(2_000).expect("one is");
-    slow.unpipe(usize::from(holder.half), &mut pipes, 2_000);
-    assert_eq!((pipes.lent_count(), slow.kept_bytes()), (0, 100_000));
+    lending(&mut pipes, 2_000, |lent| slow.unpipe(usize::from(holder.half), lent));
+    assert_eq!((pipes.lent_count(), kept_bytes(&slow)), (0, 100_000));
     ends[1].state.borrow_mut().room = 100_000;
     slow.handle_ready(Side::Server, WRITE);
     drive_with(&mut slow, [&ends[0], &ends[1]], &mut pipes, 2_000, 1 << 20);
@@ -457,7 +493,7 @@ fn what_a_pipe_holds_when_its_session_ends_goes_to_nobody() {
     session.handle_ready(Side::Server, WRITE);
     drive_with(&mut session, [&client, &server], &mut pipes, 0, 1 << 20);
     assert_eq!(pipes.lent_count(), 1);
-    session.abandon(&mut pipes);
+    lending(&mut pipes, 0, |lent| session.abandon(lent));
     assert_eq!(pipes.lent_count(), 0);
     in_bulk(&Fake::with_room(0), &Fake::with_room(0), &mut pipes);
 }
@@ -538,16 +574,11 @@ proptest! {
                         session.handle_ready(side, END);
                     }
                 }
-                Step::TakeAway => (0..2).for_each(|half| session.unpipe(half, &mut pipes, 0)),
+                Step::TakeAway => lending(&mut pipes, 0, |lent| session.unpipe_all(lent)),
                 Step::Move => {
-                    session.unpipe_all(&mut pipes, 0);
+                    lending(&mut pipes, 0, |lent| session.unpipe_all(lent));
                     prop_assert_eq!(pipes.lent_count(), 0);
-                    if let Some((snapshot, bytes)) = session.snapshot() {
-                        prop_assert_eq!(snapshot.kept(), bytes.len());
-                        let json = serde_json::to_string(&snapshot).unwrap();
-                        let snapshot = serde_json::from_str(&json).unwrap();
-                        session = Session::restore(&snapshot, &bytes).expect("its own state is sane");
-                    }
+                    session = moved(session);
                 }
                 Step::Drive(budget) => {
                     let mut turns = 0;
@@ -582,7 +613,7 @@ proptest! {
             Some(_) => prop_assert!(reset),
             None => prop_assert!(!reset && endings.iter().any(Option::is_none)),
         }
-        session.abandon(&mut pipes);
+        lending(&mut pipes, 0, |lent| session.abandon(lent));
         prop_assert_eq!(pipes.lent_count(), 0);
     }
 }

@@ -154,6 +154,7 @@ fn worker(state: &WorkerState, sources: &[Source]) -> Worker {
         accept_pauses: sum(Process::AcceptPauses),
         port_shortages: sum(Process::PortShortages),
         access_log_dropped: sum(Process::AccessDropped),
+        keeper: state.keeper.clone(),
         helped_by: state.helped_by,
     }
 }
@@ -408,6 +409,7 @@ mod tests {
             state: state.into(),
             restarts: 0,
             restart_reasons,
+            keeper: None,
             helped_by: None,
         }
     }

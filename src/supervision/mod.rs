@@ -226,6 +226,11 @@ impl Supervision {
         state.phase = Phase::Waiting { until: now + state.backoff.handle_death(ready_for) };
     }
 
+    /// Earlier deaths of this slot's workers are no reason to wait.
+    pub fn forgive(&mut self, slot: usize) {
+        self.slots[slot].backoff = Backoff::default();
+    }
+
     fn handle_leave(&mut self, now: u64, actions: &mut Vec<Action>) {
         if self.leaving {
             return;

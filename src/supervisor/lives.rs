@@ -171,6 +171,8 @@ impl Supervisor {
                 self.unpark(slot);
             }
             FromWorker::Opened | FromWorker::Ready => {}
+            FromWorker::Keeper { pid, why } => self.handle_keeper(token, pid, why),
+            FromWorker::Recovered(kept) => self.handle_recovered(slot, &kept),
             FromWorker::Unparked => self.handle_unparked(slot),
             FromWorker::QueuesClosed if retiring => self.retiring[slot].release_sockets(),
             FromWorker::QueuesClosed if role == Role::Old => {
@@ -180,7 +182,11 @@ impl Supervisor {
             FromWorker::QueuesClosed => self.slots[slot].release_sockets(),
             FromWorker::HandedOver { moved, left, gone } => {
                 info!(slot, "{moved} sessions handed over, {left} left");
-                if role == Role::Old && gone && !retiring {
+                let is_keeper = self.slot_mut(slot, retiring).find(token).is_some_and(|(_, p)| p.is_keeper);
+                if is_keeper && !gone && left > 0 {
+                    // Its receiver was silent, not dead.
+                    self.pair_old_keeper(slot, retiring, token);
+                } else if role == Role::Old && gone && !retiring {
                     // The rest goes to whoever comes next in that place.
                     info!(slot, "the worker that was to have them is being replaced");
                 } else if role == Role::Old {
@@ -230,6 +236,7 @@ impl Supervisor {
             self.read_process(token)?;
             self.handle_ended(token, status)?;
         }
+        self.reap_keepers();
         self.reap_upgrade();
         if self.steward.reap(self.poll.registry(), clock::coarse()) {
             self.start_steward();
@@ -240,21 +247,29 @@ impl Supervisor {
     pub(super) fn handle_ended(&mut self, token: Token, status: ExitStatus) -> Result<(), Refusal> {
         self.forget_in_inquiries(token);
         let Some((index, retiring, role)) = self.locate(token) else { return Ok(()) };
+        let is_kept = self.bequeath(token, status);
         let slot = if retiring { &mut self.retiring[index] } else { &mut self.slots[index] };
-        if let Some((_, process)) = slot.find(token) {
+        if let Some((_, process)) = slot.find(token).filter(|_| !is_kept) {
             process.close_channel(self.poll.registry());
         }
         match role {
             Role::Current => {
                 slot.handed_over = false;
-                // At once, not only when a successor says so.
-                slot.forget_gauges(token);
-                slot.current = None;
+                let dead = slot.current.take();
+                if is_kept {
+                    slot.old.extend(dead);
+                } else if let Some(dead) = dead {
+                    // At once, not only when a successor says so.
+                    slot.forget_gauges(&dead);
+                }
                 if status.success() && self.leave.is_some() {
                     info!(slot = index, "worker has left");
                 } else {
                     warn!(slot = index, "worker ended: {status}");
                     self.count_end(index, status);
+                }
+                if cfg!(debug_assertions) && std::env::var_os("EVENKEEL_TEST_HASTE").is_some() {
+                    self.supervision.forgive(index);
                 }
                 self.note_shift_end_of(index);
                 self.step(Event::Exited { slot: index, clean: status.success() })?;
@@ -264,9 +279,15 @@ impl Supervisor {
                 slot.next = None;
                 self.abort_reload(&format!("worker {index} ended: {status}"));
             }
+            Role::Old if is_kept => {
+                warn!(slot = index, "an old worker ended: {status}");
+                self.pair_old_keeper(index, retiring, token);
+            }
             Role::Old => {
-                slot.forget_gauges(token);
-                slot.old.retain(|process| process.token != token);
+                if let Some(at) = slot.old.iter().position(|process| process.token == token) {
+                    let dead = slot.old.remove(at);
+                    slot.forget_gauges(&dead);
+                }
                 if !status.success() {
                     warn!(slot = index, "an old worker ended: {status}");
                 }

@@ -12,6 +12,7 @@ mod admin;
 mod figures;
 mod generation;
 mod inquiry;
+mod keep;
 mod leave;
 mod ledger;
 mod lives;
@@ -53,6 +54,7 @@ use crate::sys::clock::{self, Millis};
 use crate::sys::signals::Signals;
 use generation::Generation;
 use inquiry::Inquiry;
+use keep::Keepers;
 use leave::Leave;
 use notify::Notify;
 use park::Lot;
@@ -138,6 +140,7 @@ struct Supervisor {
     strangers: Strangers,
     /// Helpers, and the slots whose flows they have to give back.
     to_give_back: Vec<(usize, usize)>,
+    keepers: Keepers,
     transfers: Transfers,
     /// What `scale` set, and what the file said then.
     scaled: Option<(usize, Workers)>,
@@ -221,6 +224,7 @@ pub fn run(start: Start) -> Result<ExitCode, Refusal> {
         shift: None,
         strangers: Strangers::default(),
         to_give_back: Vec::new(),
+        keepers: Keepers::default(),
         transfers: Transfers::default(),
         scaled: None,
         past: None,

@@ -79,7 +79,13 @@ impl Supervisor {
         match pair {
             Ok((a, b)) => {
                 if let Some(worker) = &mut self.slots[slot].current {
-                    let message = ToWorker::HandOver { removed: Vec::new(), limit, park: true };
+                    let message = ToWorker::HandOver {
+                        removed: Vec::new(),
+                        limit,
+                        park: true,
+                        shares: false,
+                        fault: false,
+                    };
                     worker.tell(&message, &[a.as_fd()]);
                 }
                 self.lots.push(Lot { slot, a, b, given: false, refused: 0 });
@@ -145,7 +151,7 @@ impl Supervisor {
             let _ = lot.a.set_nonblocking();
             while let Ok(Some((message, _))) = control::receive::<PeerMessage>(&lot.a) {
                 match message {
-                    PeerMessage::Taken { refused } => lot.refused += refused.len(),
+                    PeerMessage::Taken { refused, .. } => lot.refused += refused.len(),
                     PeerMessage::Done => return true,
                     _ => {}
                 }

@@ -29,7 +29,7 @@ use super::generation::Generation;
 use super::slot::Slot;
 use super::steering::FlowSlots;
 use super::upgrade::Upgrade;
-use super::{Refusal, Supervisor, access_log, activation, plan, prepare};
+use super::{Refusal, Supervisor, access_log, activation, keep, plan, prepare};
 use crate::config::{Config, Mode, Workers};
 use crate::control::{Place, ToWorker};
 use crate::counters::OfListener;
@@ -258,7 +258,7 @@ impl Supervisor {
         warn!("generation {} was refused: {why}", reload.generation.number);
         for slot in &mut self.slots {
             if let Some(mut process) = slot.next.take() {
-                process.kill();
+                process.end();
                 // Reaped as an old one that has nothing to hand over.
                 slot.old.push(process);
             }
@@ -335,6 +335,7 @@ impl Supervisor {
             self.slots[slot].old.push(old);
             self.hand_over(slot, false, slot, removed)
         });
+        self.pair_keepers(slot);
         self.slots[slot].tell(&ToWorker::Serve);
         self.lend_again(slot);
         if self.slots[slot].old.is_empty() {
@@ -348,25 +349,21 @@ impl Supervisor {
     /// The worker that took over has died: what the old ones still have goes to
     /// the next one, before that reads any datagram.
     pub(super) fn hand_over_again(&mut self, slot: usize) {
-        let limit = Some(self.generation.config.daemon.drain_timeout.as_millis() as u64);
         let Slot { current: Some(new), old, handed_over, .. } = &mut self.slots[slot] else { return };
         *handed_over = false;
-        for old in old {
-            let Ok((ours, theirs)) = Channel::pair() else { continue };
-            old.tell(&ToWorker::HandOver { removed: Vec::new(), limit, park: false }, &[ours.as_fd()]);
-            new.tell(&ToWorker::TakeOver { flows: true }, &[theirs.as_fd()]);
-        }
+        old.iter_mut().for_each(|old| keep::pair(old, new, true));
     }
 
     /// Where a slot loses its worker while others are being swapped, the new one
     /// that was proved for it takes its place at once.
     pub(super) fn take_proved(&mut self, slot: usize) -> bool {
         let swaps = self.reload.as_ref().is_some_and(|reload| matches!(reload.stage, Stage::Swapping(_)));
-        let Some(mut new) = self.slots[slot].next.take_if(|_| swaps) else { return false };
-        new.tell(&ToWorker::Serve, &[]);
+        let Some(new) = self.slots[slot].next.take_if(|_| swaps) else { return false };
         let place = &mut self.slots[slot];
         place.ledgers.push(Rc::clone(&new.generation));
         place.current = Some(new);
+        self.pair_keepers(slot);
+        self.slots[slot].tell(&ToWorker::Serve);
         self.watch.begin(slot, clock::coarse());
         self.tables_changed = true;
         let generation = Rc::clone(&self.generation);
@@ -399,7 +396,7 @@ impl Supervisor {
             for process in &mut slot.old {
                 if process.kill_at.take_if(|at| *at <= now).is_some() {
                     warn!(slot = slot.number, pid = process.pid(), "an old worker does not end: killed");
-                    process.kill();
+                    process.end();
                 }
             }
         }
@@ -416,9 +413,10 @@ impl Supervisor {
         old.set_bound(longest);
         match pair {
             Ok((ours, theirs)) => {
-                old.tell(&ToWorker::HandOver { removed, limit, park: false }, &[ours.as_fd()]);
+                let message = ToWorker::HandOver { removed, limit, park: false, shares: false, fault: false };
+                old.tell(&message, &[ours.as_fd()]);
                 if let Some(new) = &mut self.slots[to].current {
-                    new.tell(&ToWorker::TakeOver { flows: true }, &[theirs.as_fd()]);
+                    new.tell(&ToWorker::TakeOver { flows: true, recovers: false }, &[theirs.as_fd()]);
                 }
                 true
             }
@@ -538,7 +536,7 @@ impl Supervisor {
                 continue;
             }
             if let Some(process) = &mut self.slots[to].current {
-                process.tell(&ToWorker::TakeOver { flows: false }, &[theirs.as_fd()]);
+                process.tell(&ToWorker::TakeOver { flows: false, recovers: false }, &[theirs.as_fd()]);
             }
             if let Some(process) = &mut self.slots[from].current {
                 process.tell(&ToWorker::Share { count }, &[ours.as_fd()]);

@@ -153,6 +153,11 @@ impl Supervisor {
     }
 }
 
+/// Whether a process brought its end upon itself, rather than somebody else.
+pub fn is_own_fault(status: ExitStatus) -> bool {
+    reason_of(status) != "killed"
+}
+
 fn reason_of(status: ExitStatus) -> &'static str {
     let signal = status.signal().and_then(|number| Signal::try_from(number).ok());
     match signal {

@@ -191,7 +191,7 @@ impl Supervisor {
         for to in getters {
             let Ok((ours, theirs)) = Channel::pair() else { continue };
             let Some(process) = &mut self.slots[to].current else { continue };
-            process.tell(&ToWorker::TakeOver { flows: true }, &[theirs.as_fd()]);
+            process.tell(&ToWorker::TakeOver { flows: true, recovers: false }, &[theirs.as_fd()]);
             slots.push(to);
             channels.push(ours.into_fd());
         }

@@ -53,6 +53,12 @@ pub struct Process {
     pub generation: Rc<Generation>,
     /// An old one that lives then is stuck.
     pub kill_at: Option<Millis>,
+    /// Who stands in its place should it die.
+    pub keeper: Option<Child>,
+    /// The worker is dead, and this is its keeper.
+    pub is_keeper: bool,
+    /// It died by its own doing.
+    pub is_fault: bool,
 }
 
 /// Which of a slot's processes.
@@ -169,14 +175,12 @@ impl Slot {
         current.into_iter().chain(next).chain(old).find(|(_, process)| process.token == token)
     }
 
-    /// A process is dead: what it held is nobody's, unless another of the slot
-    /// counts in the same generation.
-    pub fn forget_gauges(&mut self, token: Token) {
-        let Some(generation) = self.find(token).map(|(_, process)| Rc::clone(&process.generation)) else {
-            return;
-        };
-        let is_same = |process: &&mut Process| process.generation.number == generation.number;
-        if self.processes().filter(is_same).count() == 1 && self.number < generation.slot_count() {
+    /// A process was dead and is none of the slot's any more: what it held is
+    /// nobody's, unless another one counts in the same generation.
+    pub fn forget_gauges(&mut self, dead: &Process) {
+        let generation = &dead.generation;
+        let is_same = |process: &mut Process| process.generation.number == generation.number;
+        if !self.processes().any(is_same) && self.number < generation.slot_count() {
             generation.counters(self.number).begin_life(&generation.layout);
         }
     }
@@ -213,8 +217,16 @@ impl Slot {
         let arguments = ["worker".to_string(), self.number.to_string()];
         let child = image.spawn(&arguments, theirs)?;
         let fd = ours.as_fd().as_raw_fd();
-        let mut process =
-            Process { child, channel: Some(ours), token, generation: Rc::clone(generation), kill_at: None };
+        let mut process = Process {
+            child,
+            channel: Some(ours),
+            token,
+            generation: Rc::clone(generation),
+            kill_at: None,
+            keeper: None,
+            is_keeper: false,
+            is_fault: false,
+        };
         let born = registry
             .register(&mut SourceFd(&fd), token, Interest::READABLE)
             .and_then(|()| self.tell_birth(&process, prepared, trial));
@@ -224,6 +236,11 @@ impl Slot {
             return Err(error);
         }
         Ok(process)
+    }
+
+    /// Whether a dead worker's keeper has what the gauges of these counters say.
+    fn has_keeper_of(&self, generation: &Generation) -> bool {
+        self.old.iter().any(|old| old.is_keeper && old.generation.number == generation.number)
     }
 
     fn tell_birth(&self, process: &Process, prepared: &Prepared, trial: bool) -> io::Result<()> {
@@ -241,6 +258,7 @@ impl Slot {
             trial,
             logs_access: log.is_some(),
             before: before.as_ref().map_or(0, |before| before.slot_count()),
+            recovers: self.has_keeper_of(generation),
         };
         let own = generation.regions[self.number].as_fd();
         let readable = generation.readable.iter().map(AsFd::as_fd);
@@ -363,7 +381,7 @@ impl Slot {
 
     /// Ends all its processes at once.
     pub fn kill(&mut self) {
-        self.processes().for_each(Process::kill);
+        self.processes().for_each(Process::end);
     }
 }
 
@@ -373,6 +391,9 @@ impl Process {
             pid: self.pid(),
             channel: self.channel.as_ref().map(|channel| packer.keep(channel)),
             generation: packer.place(&self.generation),
+            keeper: self.keeper.as_ref().map(Child::id),
+            is_keeper: self.is_keeper,
+            is_fault: self.is_fault,
         }
     }
 
@@ -391,7 +412,16 @@ impl Process {
                 .map_err(|error| format!("a worker's channel: {error}"))?;
         }
         let generation = generations.get(state.generation).cloned().ok_or("a generation is missing")?;
-        Ok(Process { child: Child::of_number(state.pid), channel, token, generation, kill_at: None })
+        Ok(Process {
+            child: Child::of_number(state.pid),
+            channel,
+            token,
+            generation,
+            kill_at: None,
+            keeper: state.keeper.map(Child::of_number),
+            is_keeper: state.is_keeper,
+            is_fault: state.is_fault,
+        })
     }
 
     pub fn pid(&self) -> u32 {
@@ -440,9 +470,24 @@ impl Process {
         self.kill_at = Some(clock::coarse().saturating_add(limit).saturating_add(STUCK_AFTER));
     }
 
-    /// Ends it at once.
+    /// The worker is dead: its keeper is the process from here on.
+    pub fn become_keeper(&mut self, keeper: Child, is_fault: bool) {
+        self.child = keeper;
+        self.is_keeper = true;
+        self.is_fault = is_fault;
+    }
+
+    /// Ends it at once; what it has is its keeper's.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
+    }
+
+    /// Ends it with all that it has.
+    pub fn end(&mut self) {
+        if let Some(keeper) = &mut self.keeper {
+            let _ = keeper.kill();
+        }
+        self.kill();
     }
 
     /// Waits for its end.

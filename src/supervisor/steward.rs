@@ -75,7 +75,8 @@ impl Steward {
     pub fn pack<'a>(&'a self, packer: &mut Packer<'a>) -> Option<ChildState> {
         let process = self.process.as_ref()?;
         let channel = Some(packer.keep(&process.channel));
-        Some(ChildState { pid: process.child.id(), channel, generation: 0 })
+        let pid = process.child.id();
+        Some(ChildState { pid, channel, generation: 0, keeper: None, is_keeper: false, is_fault: false })
     }
 
     /// As the image before this one left it.

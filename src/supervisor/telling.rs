@@ -100,6 +100,7 @@ impl Supervisor {
             restarts: restart_reasons.values().sum(),
             restart_reasons,
             helped_by: self.supervision.lent_to(slot),
+            keeper: self.keeper_state(slot),
         }
     }
 }

@@ -116,6 +116,22 @@ impl Channel {
         }
     }
 
+    /// The bytes of the next message, which stays to be received with what
+    /// belongs to it; `None` = the other end is gone.
+    pub fn peek(&self) -> io::Result<Option<Vec<u8>>> {
+        match self.peek_next() {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => self.peek_next(),
+            result => result,
+        }
+    }
+
+    fn peek_next(&self) -> io::Result<Option<Vec<u8>>> {
+        let mut bytes = vec![0u8; MAX_BYTES];
+        let length = nix::sys::socket::recv(self.socket.as_raw_fd(), &mut bytes, MsgFlags::MSG_PEEK)?;
+        bytes.truncate(length);
+        Ok(Some(bytes).filter(|bytes| !bytes.is_empty()))
+    }
+
     fn receive_next(&self) -> io::Result<Option<Packet>> {
         let mut bytes = vec![0u8; MAX_BYTES];
         let mut space = cmsg_space!([RawFd; MAX_FDS]);
@@ -170,6 +186,18 @@ mod tests {
         let mut text = String::new();
         File::from(packet.fds.into_iter().next().unwrap()).read_to_string(&mut text).unwrap();
         assert_eq!(text, "inside");
+    }
+
+    #[test]
+    fn what_is_looked_at_stays_to_be_received() {
+        let (a, b) = Channel::pair().unwrap();
+        a.send(b"first", &[b.as_fd()]).unwrap();
+        assert_eq!(b.peek().unwrap().unwrap(), b"first");
+        assert_eq!(b.peek().unwrap().unwrap(), b"first");
+        let packet = b.receive().unwrap().unwrap();
+        assert_eq!((packet.bytes.as_slice(), packet.fds.len()), (&b"first"[..], 1));
+        drop(a);
+        assert!(b.peek().unwrap().is_none());
     }
 
     #[test]

@@ -6,10 +6,13 @@
 
 pub mod accounts;
 pub mod activation;
+pub mod area;
 pub mod bell;
+pub mod beside;
 pub mod bpf;
 pub mod channel;
 pub mod clock;
+pub mod counts;
 pub mod datagram;
 pub mod exec;
 pub mod filter;
@@ -27,6 +30,7 @@ pub mod queues;
 pub mod shared;
 pub mod signals;
 pub mod stream;
+pub mod table;
 
 use std::io;
 

@@ -42,6 +42,11 @@ impl Pipe {
         splice(&self.reader, to, most)
     }
 
+    /// The descriptor of its reading end.
+    pub fn number(&self) -> i32 {
+        self.reader.as_raw_fd()
+    }
+
     /// Takes bytes out of it.
     pub fn take(&self, into: &mut [u8]) -> io::Result<usize> {
         Ok(nix::unistd::read(&self.reader, into)?)

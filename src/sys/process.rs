@@ -209,6 +209,13 @@ pub fn start_clean(command: &mut Command) {
     unsafe { command.pre_exec(clean) };
 }
 
+/// Whether this process is the parent of a process with this number, dead or
+/// alive.
+pub fn is_child(pid: u32) -> bool {
+    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+    i32::try_from(pid).is_ok_and(|pid| pid > 0 && waitid(Id::Pid(Pid::from_raw(pid)), flags).is_ok())
+}
+
 /// Whether a child was stopped or continued by a signal since the last call;
 /// `None` where neither is news. Does not take notice of its end.
 pub fn try_stop(pid: u32) -> Option<bool> {

@@ -13,12 +13,14 @@ use tracing::{debug, warn};
 use super::Failure;
 use super::access_log::AccessLog;
 use super::elsewhere::Elsewhere;
+use super::gate::Gate;
 use super::load::Load;
-use crate::board;
+use super::sessions::Context;
+use crate::board::{self, Board};
 use crate::config::{self, Config, Listener, Mode, Multicast};
 use crate::control::misbehave;
 use crate::control::{self, FromWorker, Place, ToWorker};
-use crate::counters::Layout;
+use crate::counters::{Counters, Layout};
 use crate::explain::{self, BindFailure};
 use crate::logging;
 use crate::sys::accounts::{self, Account, Keep};
@@ -66,7 +68,9 @@ pub struct Born {
     pub outliving: Vec<Place>,
     /// It only shows that it could work.
     pub on_trial: bool,
-    pub _log: logging::Log,
+    /// What the gauges say is its predecessor's, and on its way here.
+    pub recovers: bool,
+    pub log: RefCell<logging::Log>,
 }
 
 impl Born {
@@ -84,6 +88,7 @@ impl Born {
             trial,
             logs_access,
             before,
+            recovers,
         } = birth
         else {
             return Err(Failure::new("the supervisor did not begin with a birth"));
@@ -158,9 +163,34 @@ impl Born {
             kept,
             outliving,
             on_trial: trial,
-            _log: log,
+            recovers,
+            log: RefCell::new(log),
         }))
     }
+
+    /// What every session and flow needs; `None` where what came with the birth
+    /// does not belong together.
+    pub fn context(&self) -> Option<Context<'_>> {
+        let over = |region| of_region(region, &self.layout);
+        Some(Context {
+            slot: self.slot,
+            generation: self.generation,
+            config: &self.config,
+            layout: &self.layout,
+            counters: over(&self.own)?,
+            access_log: self.access_log.as_ref(),
+            all: self.all.iter().map(over).collect::<Option<Vec<_>>>()?,
+            gates: self.config.listeners.iter().map(Gate::of).collect(),
+            board: Board::over(self.board.words(), &self.board_layout)?,
+            failure_bell: &self.failure_bell,
+            earlier: self.earlier.as_ref(),
+            later: &self.later,
+        })
+    }
+}
+
+fn of_region<'a>(region: &'a Region, layout: &Layout) -> Option<Counters<'a>> {
+    Counters::over(region.words(), layout)
 }
 
 /// Where the host refuses, the worker serves on any CPU.

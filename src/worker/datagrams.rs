@@ -13,6 +13,7 @@
 //! and local ports (`Datagrams::new`); what ends it is the worker's leave,
 //! which lets the flows go on until they are idle.
 
+mod census;
 mod clients;
 mod fronts;
 mod moving;

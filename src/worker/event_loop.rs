@@ -8,6 +8,7 @@ mod accepting;
 mod leaving;
 mod orders;
 mod passing_on;
+mod settling;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -24,18 +25,18 @@ use super::birth::Born;
 use super::complaints::Complaints;
 use super::datagrams::{self, Datagrams};
 use super::elsewhere::Elsewhere;
-use super::gate::Gate;
 use super::handover::{Passing, Receivers};
+use super::keeper::Guard;
 use super::leave::Leave;
 use super::listeners::{self, Listeners};
 use super::load::Load;
-use super::sessions::{self, Context, Sessions};
+use super::sessions::{self, Sessions};
 use super::test_hook::Busy;
-use crate::board::Board;
 use crate::config::Mode;
 use crate::control::misbehave;
 use crate::control::{FromWorker, Place};
-use crate::counters::{Counters, Process};
+use crate::counters::Process;
+use crate::keep::Keep;
 use crate::supervision::watch::DOZE;
 use crate::sys::channel::Channel;
 use crate::sys::clock::{self, Millis};
@@ -52,6 +53,9 @@ const CHANNEL: Token = Token(SPECIAL);
 /// The bell that tells of a change on the upstream board.
 const BOARD: Token = Token(SPECIAL | (FIRST_PEER - 1));
 
+/// The end of its keeper.
+const KEEPER: Token = Token(SPECIAL | (FIRST_PEER - 2));
+
 /// Channels to other workers, from here on by a running number.
 const FIRST_PEER: usize = 1 << 32;
 
@@ -66,6 +70,10 @@ pub fn special_number(token: Token) -> usize {
 }
 
 struct Loop<'a> {
+    born: &'a Born,
+    guard: Option<Guard>,
+    /// Its predecessor's sessions are on their way here.
+    recovers: bool,
     poll: Poll,
     channel: Channel,
     listeners: Listeners,
@@ -118,23 +126,11 @@ pub fn run(mut born: Born, channel: Channel) -> ExitCode {
 
 impl<'a> Loop<'a> {
     fn new(born: &'a Born, sockets: Vec<(Place, OwnedFd)>, channel: Channel) -> Option<Loop<'a>> {
-        let over = |region: &'a crate::sys::shared::Region| Counters::over(region.words(), &born.layout);
-        let counters = over(&born.own)?;
-        counters.begin_life(&born.layout);
-        let context = Context {
-            slot: born.slot,
-            generation: born.generation,
-            config: &born.config,
-            layout: &born.layout,
-            counters,
-            access_log: born.access_log.as_ref(),
-            all: born.all.iter().map(over).collect::<Option<Vec<_>>>()?,
-            gates: born.config.listeners.iter().map(Gate::of).collect(),
-            board: Board::over(born.board.words(), &born.board_layout)?,
-            failure_bell: &born.failure_bell,
-            earlier: born.earlier.as_ref(),
-            later: &born.later,
-        };
+        let context = born.context()?;
+        match born.recovers {
+            true => context.counters.begin_recovery(&born.layout),
+            false => context.counters.begin_life(&born.layout),
+        }
         debug_assert_eq!(context.all.len(), born.slot_count);
         let regions = 2 * born.slot_count + born.earlier.as_ref().map_or(0, Elsewhere::region_count);
         let reserved = RESERVED_FILES + regions as u64 + 2 * sockets.len() as u64;
@@ -147,17 +143,28 @@ impl<'a> Loop<'a> {
         // Two descriptors a session.
         let for_sessions = if modes(Mode::Udp) { files - for_flows } else { files };
         let session_limit = (for_sessions / 2).max(1) as usize;
+        let keep =
+            Keep::create(session_limit).inspect_err(|error| error!(%error, "no memory to keep")).ok()?;
+        // While there is little memory to be copied.
+        let is_kept = born.config.daemon.crash_proof && !born.on_trial;
+        let guard = if is_kept { Guard::begin(born, &channel, keep.as_fd(), clock::coarse()) } else { None };
         let poll = Poll::new().ok()?;
         let registry = poll.registry().try_clone().ok()?;
+        if let Some(guard) = &guard {
+            guard.register(&registry, KEEPER);
+        }
         let bell = born.board_bell.as_raw_fd();
         poll.registry().register(&mut SourceFd(&bell), BOARD, Interest::READABLE).ok()?;
         let state = Loop {
+            born,
+            guard,
+            recovers: born.recovers,
             poll,
             channel,
             listeners: Listeners::default(),
             datagrams: Datagrams::new(context.clone(), registry, for_flows as usize, clock::coarse()),
             outliving: born.outliving.clone(),
-            sessions: Sessions::new(context, clock::coarse()),
+            sessions: Sessions::new(context, keep, clock::coarse()),
             session_limit,
             load: born.load.as_ref(),
             busy: Busy::of_slot(born.slot),
@@ -212,6 +219,7 @@ impl<'a> Loop<'a> {
                         self.sessions.handle_board(now);
                         self.datagrams.handle_board();
                     }
+                    KEEPER => self.handle_keeper_ended(now),
                     token if datagrams::is_token(token) => self.datagrams.handle_event(token),
                     token if token.0 & SPECIAL != 0 && special_number(token) >= FIRST_PEER => {
                         self.handle_peer(token, now);
@@ -233,6 +241,8 @@ impl<'a> Loop<'a> {
             self.accept(now);
             self.drive_handover(now);
             self.tend_gate(now);
+            self.settle_gauges();
+            self.tend_keeper(now);
             let is_left = self.handle_leave(now);
             self.sessions.flush_log();
             if is_left {
@@ -244,7 +254,7 @@ impl<'a> Loop<'a> {
                 load.end_turn(now, over, self.sessions.len());
             }
             #[cfg(debug_assertions)]
-            self.hang.spin_if_told();
+            self.hang.spin_if_told(self.sessions.keep());
         }
     }
 
@@ -263,6 +273,7 @@ impl<'a> Loop<'a> {
             handover,
             self.passing.as_ref().and_then(|passing| passing.next_deadline(now)),
             self.receivers.next_deadline(),
+            self.guard.as_ref().and_then(Guard::next_deadline),
             flows,
             self.sessions.next_deadline(),
             self.listeners.pause_end(),

@@ -21,7 +21,7 @@ mod receiver;
 
 use std::borrow::Cow;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::rc::Rc;
 
 use mio::unix::SourceFd;
@@ -81,6 +81,8 @@ pub struct Sender {
     /// Flows that are still to go.
     flows: Vec<Key>,
     moved: usize,
+    /// Of the bundle that was sent last; the answer says it again.
+    number: u64,
 }
 
 /// What a sender takes from.
@@ -107,7 +109,7 @@ impl Sender {
             Load::Sessions(count) => (Vec::new(), protocol::Sender::new(false, count)),
             Load::FlowsOf(slot) => (datagrams.leaving_for(Some(slot)), protocol::Sender::new(true, 0)),
         };
-        Ok(Sender { channel: Rc::new(channel), load, state, flows, moved: 0 })
+        Ok(Sender { channel: Rc::new(channel), load, state, flows, moved: 0, number: 0 })
     }
 
     /// What is sent waits in the channel for another day.
@@ -155,6 +157,7 @@ impl Sender {
                         Reaction::Settle(verdict) => self.settle(verdict, cargo),
                         Reaction::GiveUp => return self.fail(&why, cargo),
                     }
+                    self.pass_over();
                     Ok(())
                 }
                 Next::End { refused } => return self.end(refused, cargo.registry),
@@ -166,16 +169,27 @@ impl Sender {
         }
     }
 
-    /// What the receiver said, and what is wrong with that.
+    /// What the receiver said, and what is wrong with that. It lies there until
+    /// `pass_over`: who dies after it was acted upon leaves a keeper that reads
+    /// it again, and who dies before too.
     fn listen(&self) -> (Answer, Cow<'static, str>) {
-        match control::receive::<PeerMessage>(&self.channel) {
-            Ok(Some((PeerMessage::Taken { refused }, _))) => (Answer::Taken(refused), "".into()),
-            Ok(Some((PeerMessage::Refused, _))) => (Answer::Refused, "the receiver refuses".into()),
+        match control::peek::<PeerMessage>(&self.channel) {
+            // Said twice: by a worker, and by its keeper.
+            Ok(Some(PeerMessage::Taken { number, .. })) if number != 0 && number != self.number => {
+                self.pass_over();
+                self.listen()
+            }
+            Ok(Some(PeerMessage::Taken { refused, .. })) => (Answer::Taken(refused), "".into()),
+            Ok(Some(PeerMessage::Refused)) => (Answer::Refused, "the receiver refuses".into()),
             Ok(Some(_)) => (Answer::OutOfTurn, "an answer out of turn".into()),
             Ok(None) => (Answer::Gone, "the receiver is gone".into()),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => (Answer::Nothing, "no answer".into()),
             Err(error) => (failure(&error), error.to_string().into()),
         }
+    }
+
+    fn pass_over(&self) {
+        let _ = self.channel.receive();
     }
 
     /// Sends the next flows.
@@ -197,7 +211,8 @@ impl Sender {
             self.state.handle_none_left(Kind::Flows);
             return Ok(());
         }
-        let message = PeerMessage::Flows { count: items.len() };
+        self.number += 1;
+        let message = PeerMessage::Flows { count: items.len(), number: self.number };
         self.state.begin(Kind::Flows, items, cargo.now);
         match self.send("evenkeel-flows", &flows::encode(&records), &message, cargo) {
             Err(error) if error.raw_os_error() == Some(libc::ETOOMANYREFS) => {
@@ -227,7 +242,8 @@ impl Sender {
             return Ok(());
         }
         let items = parcels.iter().map(|parcel| Freight::Session(parcel.key)).collect();
-        let message = PeerMessage::Sessions { count: parcels.len() };
+        self.number += 1;
+        let message = PeerMessage::Sessions { count: parcels.len(), number: self.number };
         let records: Vec<_> = parcels.into_iter().map(|parcel| (parcel.record, parcel.kept)).collect();
         self.state.begin(Kind::Sessions, items, cargo.now);
         self.send("evenkeel-bundle", &handover::encode(&records), &message, cargo)
@@ -236,6 +252,7 @@ impl Sender {
     /// Sends the bundle that has begun, with the sockets of its items.
     fn send(&mut self, name: &str, bytes: &[u8], message: &PeerMessage, cargo: &mut Cargo) -> io::Result<()> {
         let bundle = shared::sealed(name, bytes)?;
+        self.note_bundle(cargo);
         let mut fds: Vec<BorrowedFd> = vec![bundle.as_fd()];
         for item in self.state.under_way() {
             match item {
@@ -250,7 +267,19 @@ impl Sender {
         Ok(())
     }
 
+    /// Should this process die before it knows the answer, its keeper asks for
+    /// it. What is parked nobody answers: it is as good as gone.
+    fn note_bundle(&self, cargo: &mut Cargo) {
+        let channel = if self.state.is_parking() { RawFd::MAX } else { self.channel.as_fd().as_raw_fd() };
+        let sessions = self.state.under_way().iter().filter_map(|item| match item {
+            Freight::Session(key) => Some(key.index),
+            Freight::Datagrams(_) => None,
+        });
+        cargo.sessions.keep().send(channel, self.number, sessions);
+    }
+
     fn settle(&mut self, verdict: Verdict<Freight>, cargo: &mut Cargo) {
+        let is_over = !verdict.moved.is_empty() || !verdict.kept.is_empty();
         for item in verdict.moved {
             // A port that rests is nothing that moves.
             self.moved += usize::from(!matches!(item, Freight::Datagrams(Item::Resting { .. })));
@@ -258,6 +287,9 @@ impl Sender {
                 Freight::Datagrams(item) => cargo.datagrams.forget(item),
                 Freight::Session(key) => cargo.sessions.forget(key),
             }
+        }
+        if is_over {
+            cargo.sessions.keep().sent();
         }
         verdict.kept.into_iter().for_each(|item| keep(item, cargo));
     }
@@ -279,6 +311,9 @@ impl Sender {
             }
             let verdict = self.state.handle_late(&answer);
             self.settle(verdict, cargo);
+            if !matches!(answer, Answer::Nothing | Answer::Failed { .. }) {
+                self.pass_over();
+            }
         }
         warn!("a hand-over stopped after {} sessions and flows: {why}", self.moved);
         let verdict = self.state.give_up();

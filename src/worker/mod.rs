@@ -12,6 +12,7 @@
 
 mod access_log;
 mod birth;
+mod census;
 mod complaints;
 mod datagrams;
 mod departures;
@@ -21,6 +22,7 @@ mod gate;
 mod handover;
 #[cfg(debug_assertions)]
 mod hang;
+mod keeper;
 mod leave;
 mod listeners;
 mod load;

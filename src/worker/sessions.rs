@@ -11,6 +11,7 @@
 //! the other side is acknowledged: a reset throws away what is still queued.
 //! Bounded by the descriptors of the process; each session has one deadline.
 
+mod census;
 mod connect;
 mod entrance;
 mod list;
@@ -40,14 +41,13 @@ use super::elsewhere::Elsewhere;
 use super::gate::Gate;
 use crate::balance::Balancer;
 use crate::board::Board;
-use crate::config::{Config, ServerAddress, Service, Target};
+use crate::config::{Config, ServerAddress, Target};
 use crate::counters::{ASLEEP, Counters, Layout, OfListener, OfServer, Process};
 use crate::deadline::Deadlines;
 use crate::handover::Story;
+use crate::keep::{self, Keep};
 use crate::proxy_protocol::Ends;
-use crate::relay::{
-    self, CloseReason, Drive, End, Lent, MAX_PIPED, MAX_READ, Pipes, Readiness, Session, Side,
-};
+use crate::relay::{self, CloseReason, Drive, End, Lent, MAX_PIPED, Pipes, Readiness, Session, Side};
 use crate::slab::{Key, Slab};
 use crate::sys::bell::Bell;
 use crate::sys::clock::{self, Millis};
@@ -94,6 +94,9 @@ impl End for Stream {
 impl relay::Pipe for Pipe {
     fn take(&self, into: &mut [u8]) -> io::Result<usize> {
         Pipe::take(self, into)
+    }
+    fn number(&self) -> i32 {
+        Pipe::number(self)
     }
 }
 
@@ -190,7 +193,7 @@ pub struct Sessions<'a> {
     /// Each upstream's epoch when the board was last looked at for sessions.
     seen_epochs: Vec<u64>,
     waiting: Waiting,
-    scratch: Box<[u8]>,
+    keep: Keep,
     pipes: Pipes<Pipe>,
     fired: Vec<u32>,
     complaints: Complaints,
@@ -227,6 +230,11 @@ struct Entry {
 
 #[derive(Debug)]
 enum Stage {
+    /// Another process accepted it, and had no time for more.
+    Accepted {
+        header_read: bool,
+        counted: bool,
+    },
     /// A PROXY header is awaited.
     Header {
         until: Millis,
@@ -246,7 +254,7 @@ enum Stage {
 }
 
 impl<'a> Sessions<'a> {
-    pub fn new(context: Context<'a>, now: Millis) -> Sessions<'a> {
+    pub fn new(context: Context<'a>, keep: Keep, now: Millis) -> Sessions<'a> {
         let balancers = context.balancers(now);
         let pipes = Pipes::new(pipe_count(context.all.len()), open_pipe);
         Sessions {
@@ -260,7 +268,7 @@ impl<'a> Sessions<'a> {
             seen_epochs: vec![0; balancers.len()],
             waiting: Waiting::new(balancers.len()),
             balancers,
-            scratch: vec![0; MAX_READ].into_boxed_slice(),
+            keep,
             pipes,
             fired: Vec::new(),
         }
@@ -291,9 +299,7 @@ impl<'a> Sessions<'a> {
     ) -> Option<Key> {
         let session = match self.context.config.listeners[listener].target {
             Target::Upstream(_) => Session::relay(),
-            Target::Service(Service::Echo) => Session::echo(&[]),
-            Target::Service(Service::Identify) => Session::echo(self.identity(listener).as_bytes()),
-            Target::Service(Service::Discard) => Session::discard(),
+            Target::Service(service) => Session::of_service(Some(service)),
         };
         let fd = client.as_raw_fd();
         let entry = Entry {
@@ -315,6 +321,15 @@ impl<'a> Sessions<'a> {
             story: self.begin_story(peer),
         };
         let key = self.slab.insert(entry);
+        let slot = keep::Slot {
+            state: keep::State::Accepted,
+            listener: listener as u16,
+            client: Some(fd),
+            born: now,
+            ..keep::Slot::default()
+        };
+        self.keep.begin(key.index, &slot);
+        self.tell(key);
         self.count_accepted(listener);
         let counters = &self.context.counters;
         counters.process(Process::Active).add(1);
@@ -369,7 +384,7 @@ impl<'a> Sessions<'a> {
             // A client that has reset meanwhile sent something before,
             // perhaps: that is delivered first, as everywhere.
             Stage::Connecting(_) | Stage::Waiting(_) => {}
-            Stage::Resetting { .. } => {}
+            Stage::Accepted { .. } | Stage::Resetting { .. } => {}
         }
     }
 
@@ -408,7 +423,8 @@ impl<'a> Sessions<'a> {
         let Some(holder) = self.pipes.take_wish(now) else { return };
         let key = self.slab.key_at(holder.session).expect("a session gives its pipe back when it ends");
         let entry = self.slab.get_mut(key).expect("just found");
-        entry.session.unpipe(usize::from(holder.half), &mut self.pipes, now);
+        let (keep, pipes) = (&mut self.keep, &mut self.pipes);
+        entry.session.unpipe(usize::from(holder.half), &mut Lent { keep, pipes, session: key.index, now });
         if entry.session.is_broken() {
             self.enqueue(key);
         }
@@ -422,12 +438,13 @@ impl<'a> Sessions<'a> {
         }
         let before = entry.session.client_bytes();
         let server = entry.server.as_ref().unwrap_or(&entry.client);
-        let mut lent = Lent { scratch: &mut self.scratch, pipes: &mut self.pipes, session: key.index, now };
+        let mut lent = Lent { keep: &mut self.keep, pipes: &mut self.pipes, session: key.index, now };
         let result = entry.session.drive([&entry.client, server], &mut lent, BUDGET);
         let after = entry.session.client_bytes();
         let listener = entry.listener as usize;
         if before != after {
             entry.moved = now;
+            self.keep.moved(key.index, now);
             let counters = &self.context.counters;
             counters.listener(listener, OfListener::BytesIn).add(after[0] - before[0]);
             counters.listener(listener, OfListener::BytesOut).add(after[1] - before[1]);
@@ -474,6 +491,7 @@ impl<'a> Sessions<'a> {
                 Some((due, reason)) if due <= now => self.close(key, reason, now),
                 _ => self.set_deadline(key, now),
             },
+            Stage::Accepted { .. } => {}
             Stage::Header { .. } => self.refuse(key, CloseReason::ProxyTimeout, now),
             Stage::Connecting(_) => self.handle_connect_timeout(registry, key, now),
             Stage::Waiting(attempt) if attempt.waits_since.is_some() => {
@@ -512,7 +530,9 @@ impl<'a> Sessions<'a> {
     /// an orderly end; what was sent to them before goes first.
     fn close(&mut self, key: Key, reason: CloseReason, now: Millis) {
         let Some(entry) = self.slab.get_mut(key) else { return };
-        entry.session.abandon(&mut self.pipes);
+        self.keep.close(key.index, reason);
+        let (keep, pipes) = (&mut self.keep, &mut self.pipes);
+        entry.session.abandon(&mut Lent { keep, pipes, session: key.index, now });
         if reason == CloseReason::Finished {
             return self.remove(key, reason);
         }
@@ -532,12 +552,27 @@ impl<'a> Sessions<'a> {
 
     fn remove(&mut self, key: Key, reason: CloseReason) {
         let Some(mut entry) = self.slab.remove(key) else { return };
-        entry.session.abandon(&mut self.pipes);
+        self.keep.close(key.index, reason);
+        self.abandon_parts(&mut entry, key);
         self.deadlines.clear(key.index);
         self.waiting.look_soon();
         self.log_end(&entry, reason);
         self.context.counters.ended(entry.listener as usize, reason).add(1);
         self.count_gone(&entry);
+        // Closes its sockets.
+        drop(entry);
+        self.keep.free(key.index);
+    }
+
+    /// Gives back what its relay has borrowed.
+    fn abandon_parts(&mut self, entry: &mut Entry, key: Key) {
+        let (keep, pipes) = (&mut self.keep, &mut self.pipes);
+        entry.session.abandon(&mut Lent { keep, pipes, session: key.index, now: 0 });
+    }
+
+    /// What outlives this process.
+    pub fn keep(&mut self) -> &mut Keep {
+        &mut self.keep
     }
 
     /// It lives here no more, whatever the reason.

@@ -230,15 +230,16 @@ impl Daemon {
         status.expect("waited for")
     }
 
-    /// The daemon's processes besides the supervisor.
+    /// The daemon's processes besides the supervisor and the workers' keepers.
     pub fn children(&self) -> Vec<u32> {
-        children_of(self.pid())
+        let is_keeper = |pid: &u32| name_of(*pid).starts_with("ek-keeper");
+        children_of(self.pid()).into_iter().filter(|pid| !is_keeper(pid)).collect()
     }
 }
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        let children = self.children();
+        let children = children_of(self.pid());
         let _ = self.child.kill();
         let _ = self.child.wait();
         for pid in &children {
@@ -281,6 +282,11 @@ pub fn runs(pid: u32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
         !stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']))
     })
+}
+
+/// What a process is called; empty where there is none.
+pub fn name_of(pid: u32) -> String {
+    fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_string()
 }
 
 /// The processes that this one started.

@@ -26,6 +26,7 @@ pub mod postgres;
 pub mod resolver;
 pub mod schema;
 pub mod servers;
+pub mod steady;
 pub mod upgradable;
 
 use std::io::{Read, Write};

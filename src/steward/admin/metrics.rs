@@ -24,6 +24,7 @@ pub fn text(status: &Status, format: Format) -> String {
     let mut out = Encoder::new(format);
     daemon(&mut out, status);
     workers(&mut out, &status.workers);
+    keepers(&mut out, &status.workers);
     listeners(&mut out, &status.listeners);
     let tcp: Vec<&Listener> = status.listeners.iter().filter(|listener| listener.flows.is_none()).collect();
     accept_queues(&mut out, &tcp);
@@ -99,6 +100,39 @@ fn workers(out: &mut Encoder, workers: &[Worker]) {
     out.family("evenkeel_worker_access_log_dropped", Kind::Counter, "", help);
     for worker in workers {
         out.sample(&[("slot", &worker.slot.to_string())], worker.access_log_dropped);
+    }
+}
+
+/// Of slots that are to have a keeper.
+fn keepers(out: &mut Encoder, workers: &[Worker]) {
+    let kept =
+        || workers.iter().filter_map(|worker| Some((worker.slot.to_string(), worker.keeper.as_ref()?)));
+    let help = "Whether somebody keeps what the slot's worker has.";
+    out.family("evenkeel_keeper_up", Kind::Gauge, "", help);
+    for (slot, keeper) in kept() {
+        out.sample(&[("slot", &slot)], u8::from(keeper.pid != 0));
+    }
+    let help = "Deaths of a worker whose keeper passed on what it had.";
+    out.family("evenkeel_keeper_takeovers", Kind::Counter, "", help);
+    for (slot, keeper) in kept() {
+        out.sample(&[("slot", &slot)], keeper.takeovers);
+    }
+    let help = "Sessions and flows of dead workers: kept, reset by the self-check, lost otherwise.";
+    out.family("evenkeel_keeper_sessions", Kind::Counter, "", help);
+    for (slot, keeper) in kept() {
+        let fates = [
+            ("kept", keeper.sessions + keeper.flows),
+            ("self_check", keeper.self_check_resets),
+            ("lost", keeper.lost),
+        ];
+        for (fate, count) in fates {
+            out.sample(&[("slot", &slot), ("fate", fate)], count);
+        }
+    }
+    let help = "Bytes that dead workers had received and not yet sent.";
+    out.family("evenkeel_keeper_recovered_bytes", Kind::Counter, "bytes", help);
+    for (slot, keeper) in kept() {
+        out.sample(&[("slot", &slot)], keeper.bytes);
     }
 }
 

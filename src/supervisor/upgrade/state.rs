@@ -22,6 +22,7 @@ use crate::control::SocketId;
 use crate::counters::{self, Layout};
 use crate::supervision::Supervision;
 use crate::supervisor::generation::Generation;
+use crate::supervisor::keep::Tally;
 use crate::supervisor::seen::SeenState;
 use crate::supervisor::{Supervisor, steering};
 use crate::sys::accounts::Account;
@@ -92,6 +93,9 @@ pub struct State {
     pub scaled: Option<(usize, Workers)>,
     #[serde(default)]
     pub to_give_back: Vec<(usize, usize)>,
+    /// What keepers did, and those that are to be reaped.
+    #[serde(default)]
+    pub keepers: (Vec<Tally>, Vec<u32>),
     /// Who asked for the upgrade, as the steward knows it.
     #[serde(default)]
     pub requester: Option<u64>,
@@ -134,6 +138,12 @@ pub struct ChildState {
     pub channel: Option<RawFd>,
     /// By its place in `generations`.
     pub generation: usize,
+    #[serde(default)]
+    pub keeper: Option<u32>,
+    #[serde(default)]
+    pub is_keeper: bool,
+    #[serde(default)]
+    pub is_fault: bool,
 }
 
 /// What this image says of itself.
@@ -217,6 +227,7 @@ impl Supervisor {
             overrides: self.overrides.list(),
             scaled: self.scaled,
             to_give_back: self.to_give_back.clone(),
+            keepers: self.keepers.pack(),
             requester,
         };
         (state, packer.fds)

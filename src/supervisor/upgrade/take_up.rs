@@ -33,6 +33,7 @@ use crate::supervisor::File as ConfigFile;
 use crate::supervisor::access_log::AccessLog;
 use crate::supervisor::admin::Admin;
 use crate::supervisor::generation::Generation;
+use crate::supervisor::keep::Keepers;
 use crate::supervisor::notify::Notify;
 use crate::supervisor::prepare::Prepared;
 use crate::supervisor::reload::Transfers;
@@ -238,6 +239,7 @@ fn build(
         shift: None,
         strangers: Default::default(),
         to_give_back: state.to_give_back,
+        keepers: Keepers::unpack(state.keepers.0, state.keepers.1),
         inquiries: Vec::new(),
         store: Store::of_environment(&Returned::default()),
         lots: Vec::new(),

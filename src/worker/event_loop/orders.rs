@@ -86,17 +86,20 @@ impl Loop<'_> {
             }
             ToWorker::Drain { limit } => self.begin_leave(now, limit),
             ToWorker::Serve => self.begin_serving(now),
-            ToWorker::HandOver { removed, limit, park } => {
+            ToWorker::HandOver { removed, limit, park, .. } => {
                 // The slot's line is its successor's from here on.
                 self.load = None;
                 self.begin_handover(fds, &removed, limit, park, now);
             }
             ToWorker::Share { count } => self.begin_sending(fds, Freight::Sessions(count), None, now),
-            ToWorker::TakeOver { flows } => {
-                self.begin_receiving(Incoming { fds, has_flows: flows, is_parked: false }, now);
+            ToWorker::TakeOver { flows, recovers } => {
+                self.begin_receiving(Incoming { fds, has_flows: flows, is_parked: false, recovers }, now);
             }
             ToWorker::Unpark => {
-                self.begin_receiving(Incoming { fds, has_flows: true, is_parked: true }, now);
+                self.begin_receiving(
+                    Incoming { fds, has_flows: true, is_parked: true, recovers: false },
+                    now,
+                );
             }
             ToWorker::Hold => {
                 // What came so far is of flows that are here.

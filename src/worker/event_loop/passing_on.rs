@@ -31,6 +31,8 @@ pub(super) struct Incoming {
     pub has_flows: bool,
     /// Nobody is at its other end: it was parked over a restart.
     pub is_parked: bool,
+    /// It is the keeper of a dead worker that counted where this one does.
+    pub recovers: bool,
 }
 
 impl<'a> Loop<'a> {
@@ -129,6 +131,7 @@ impl<'a> Loop<'a> {
         let Some(channel) = incoming.fds.into_iter().next().map(Channel::from_fd) else { return };
         match self.receivers.add(channel, self.poll.registry(), token, incoming.has_flows, now) {
             Ok(()) if incoming.is_parked => self.receivers.mark_parked(),
+            Ok(()) if incoming.recovers => self.receivers.mark_recovering(),
             Ok(()) => {}
             Err(error) => warn!(%error, "sessions cannot be taken over"),
         }

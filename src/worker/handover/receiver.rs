@@ -39,6 +39,8 @@ struct Receiver {
     awaited: Awaited,
     /// Nobody keeps what is not taken: it was parked over a restart.
     is_parked: bool,
+    /// A dead worker's keeper: what comes is counted already.
+    recovers: bool,
 }
 
 impl Receivers {
@@ -54,7 +56,7 @@ impl Receivers {
         channel.set_nonblocking()?;
         registry.register(&mut SourceFd(&channel.as_fd().as_raw_fd()), token, Interest::READABLE)?;
         let awaited = Awaited::begin(flows, now);
-        self.all.push(Receiver { token, channel, awaited, is_parked: false });
+        self.all.push(Receiver { token, channel, awaited, is_parked: false, recovers: false });
         Ok(())
     }
 
@@ -63,6 +65,19 @@ impl Receivers {
         if let Some(receiver) = self.all.last_mut() {
             receiver.is_parked = true;
         }
+    }
+
+    /// The one that was added last is a keeper whose worker counted where this
+    /// one does.
+    pub fn mark_recovering(&mut self) {
+        if let Some(receiver) = self.all.last_mut() {
+            receiver.recovers = true;
+        }
+    }
+
+    /// Whether there is such a one still.
+    pub fn recovers(&self) -> bool {
+        self.all.iter().any(|receiver| receiver.recovers)
     }
 
     /// Shuts the gate until `release`.
@@ -118,10 +133,22 @@ impl Receivers {
 
 impl Receiver {
     fn step(&mut self, cargo: &mut Cargo, room: usize) -> bool {
+        let goes_on = self.take_all(cargo, room);
+        cargo.sessions.keep().receiving(false);
+        goes_on
+    }
+
+    fn take_all(&mut self, cargo: &mut Cargo, room: usize) -> bool {
         loop {
+            // A socket that no slot names is the sender's still.
+            cargo.sessions.keep().receiving(true);
             let taken = match control::receive::<PeerMessage>(&self.channel) {
-                Ok(Some((PeerMessage::Sessions { count }, fds))) => self.take(count, fds, cargo, room),
-                Ok(Some((PeerMessage::Flows { count }, fds))) => self.take_flows(count, fds, cargo),
+                Ok(Some((PeerMessage::Sessions { count, number }, fds))) => {
+                    self.take((count, number), fds, cargo, room)
+                }
+                Ok(Some((PeerMessage::Flows { count, number }, fds))) => {
+                    self.take_flows((count, number), fds, cargo)
+                }
                 Ok(Some((PeerMessage::FlowsDone, _))) => {
                     self.awaited.handle_flows_done();
                     Ok(())
@@ -149,7 +176,13 @@ impl Receiver {
 
     /// One bundle. An error ends the hand-over; the sender keeps what was in
     /// it, because it hears of no `Taken`.
-    fn take(&self, count: usize, fds: Vec<OwnedFd>, cargo: &mut Cargo, room: usize) -> Result<(), String> {
+    fn take(
+        &self,
+        count_and_number: (usize, u64),
+        fds: Vec<OwnedFd>,
+        cargo: &mut Cargo,
+        room: usize,
+    ) -> Result<(), String> {
         // What nobody takes ends by a reset, like all that is given up.
         let parked: Vec<OwnedFd> = match self.is_parked {
             true => {
@@ -157,7 +190,7 @@ impl Receiver {
             }
             false => Vec::new(),
         };
-        let result = self.take_bundle(count, fds, cargo, room);
+        let result = self.take_bundle(count_and_number, fds, cargo, room);
         match &result {
             Ok(refused) => refused.iter().flat_map(|range| parked.get(range.clone())).for_each(reset_all),
             Err(_) => reset_all(&parked),
@@ -168,7 +201,7 @@ impl Receiver {
     /// The same; where the sockets are in the message that were not taken.
     fn take_bundle(
         &self,
-        count: usize,
+        (count, number): (usize, u64),
         fds: Vec<OwnedFd>,
         cargo: &mut Cargo,
         room: usize,
@@ -195,8 +228,15 @@ impl Receiver {
         }
         death::die_if_told(death::RECEIVED);
         // Counted as late as can be: who dies before counts none of them lost.
-        taking.taken().iter().for_each(|&key| cargo.sessions.count_taken(key));
-        let said = self.say_taken(taking.refused());
+        if !self.recovers {
+            taking.taken().iter().for_each(|&key| cargo.sessions.count_taken(key));
+        }
+        cargo.sessions.keep().begin_receipt(self.channel.as_fd().as_raw_fd(), number, bits(taking.refused()));
+        let said = self.say_taken(taking.refused(), number);
+        if said.is_ok() {
+            taking.taken().iter().for_each(|&key| cargo.sessions.own(key));
+        }
+        cargo.sessions.keep().end_receipt();
         match taking.handle_said(said.is_ok()) {
             Outcome::Activate(keys) => {
                 death::die_if_told(death::TAKEN);
@@ -207,13 +247,18 @@ impl Receiver {
         said.map(|()| left)
     }
 
-    fn say_taken(&self, refused: &[usize]) -> Result<(), String> {
-        let message = PeerMessage::Taken { refused: refused.to_vec() };
+    fn say_taken(&self, refused: &[usize], number: u64) -> Result<(), String> {
+        let message = PeerMessage::Taken { refused: refused.to_vec(), number };
         control::send(&self.channel, &message, &[]).map_err(|error| error.to_string())
     }
 
     /// The same for flows.
-    fn take_flows(&self, count: usize, fds: Vec<OwnedFd>, cargo: &mut Cargo) -> Result<(), String> {
+    fn take_flows(
+        &self,
+        (count, number): (usize, u64),
+        fds: Vec<OwnedFd>,
+        cargo: &mut Cargo,
+    ) -> Result<(), String> {
         let mut fds = fds.into_iter();
         let bundle = fds.next().ok_or("a bundle without its memory")?;
         let records =
@@ -228,8 +273,10 @@ impl Receiver {
         }
         death::die_if_told(death::RECEIVED);
         let keys = |arrived: &[Arrived]| arrived.iter().filter_map(Arrived::flow).collect::<Vec<Key>>();
-        keys(taking.taken()).into_iter().for_each(|key| cargo.datagrams.count_taken(key));
-        let said = self.say_taken(taking.refused());
+        if !self.recovers {
+            keys(taking.taken()).into_iter().for_each(|key| cargo.datagrams.count_taken(key));
+        }
+        let said = self.say_taken(taking.refused(), number);
         match taking.handle_said(said.is_ok()) {
             Outcome::Activate(arrived) => {
                 death::die_if_told(death::TAKEN);
@@ -242,6 +289,15 @@ impl Receiver {
         }
         said
     }
+}
+
+/// Places of a bundle as a bit each.
+fn bits(places: &[usize]) -> [u64; 2] {
+    let mut bits = [0; 2];
+    for place in places.iter().filter(|place| **place < 128) {
+        bits[place / 64] |= 1 << (place % 64);
+    }
+    bits
 }
 
 fn read(fd: OwnedFd, most: usize) -> Result<Vec<u8>, String> {

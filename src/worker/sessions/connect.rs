@@ -15,6 +15,7 @@ use super::{Sessions, Stage, is_unix, millis, register};
 use crate::balance::Pick;
 use crate::config::{SendProxy, ServerAddress, Target};
 use crate::counters::{OfListener, OfServer, Process};
+use crate::keep::State;
 use crate::proxy_protocol::{Ends, Header, Transport};
 use crate::relay::{CloseReason, Readiness, Side};
 use crate::slab::Key;
@@ -73,6 +74,7 @@ impl Sessions<'_> {
         mut attempt: Box<Attempt>,
         now: Millis,
     ) {
+        self.keep.stand(key.index, State::Connecting, attempt.until);
         loop {
             let upstream = self.upstream(key).expect("only a session with an upstream connects");
             let server = match self.pick(upstream, &attempt, now) {
@@ -94,6 +96,8 @@ impl Sessions<'_> {
                         self.unreserve(number);
                         return self.close(key, CloseReason::NoResources, now);
                     }
+                    let unix = is_unix(self.server_at(upstream, server));
+                    self.keep.connect(key.index, server as u32, stream.as_raw_fd(), unix);
                     let incarnation = self.balancers[upstream].places()[server].incarnation;
                     let entry = self.slab.get_mut(key).expect("the caller holds it");
                     entry.server = Some(stream);
@@ -103,8 +107,9 @@ impl Sessions<'_> {
                         story.retries = attempt.tried.len() as u32;
                     }
                     entry.incarnation = incarnation;
+                    self.tell(key);
                     self.deadlines.set(key.index, attempt.until);
-                    entry.stage = Stage::Connecting(attempt);
+                    self.slab.get_mut(key).expect("the caller holds it").stage = Stage::Connecting(attempt);
                     if done {
                         self.establish(key, now);
                     }
@@ -207,6 +212,7 @@ impl Sessions<'_> {
         let entry = self.slab.get_mut(key).expect("the caller found it");
         let server = entry.server_index.take().expect("a connecting session has a server");
         // Closing it also ends its registration: there is no duplicate.
+        self.keep.give_up_server(key.index);
         entry.server = None;
         let Stage::Connecting(mut attempt) = std::mem::replace(&mut entry.stage, Stage::Open) else {
             unreachable!("only a connecting session gives up its server");
@@ -252,6 +258,8 @@ impl Sessions<'_> {
             began = attempt.began;
             self.introduce(key, attempt.client);
         }
+        self.keep.stand(key.index, State::Open, now);
+        self.tell(key);
         let number = self.server_number(self.slab.get(key).expect("still there"));
         let number = number.expect("an established session has a server");
         self.context.counters.server(number, OfServer::Connections).add(1);
@@ -293,7 +301,7 @@ impl Sessions<'_> {
             SendProxy::V1 => Header::version_1(&ends),
             SendProxy::V2 => Header::version_2(&ends, Transport::Stream),
         };
-        let count = entry.session.introduce(header.as_bytes(), &entry.client, &mut self.scratch);
+        let count = entry.session.introduce(header.as_bytes(), &entry.client, &mut self.keep, key.index);
         let listener = entry.listener as usize;
         self.context.counters.listener(listener, OfListener::BytesIn).add(count as u64);
         if let Some(server) = entry.server.as_ref().filter(|_| count == 0) {

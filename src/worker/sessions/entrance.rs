@@ -18,8 +18,9 @@ use mio::Registry;
 use tracing::warn;
 
 use super::{Sessions, Stage};
-use crate::config::{AcceptProxy, Target};
+use crate::config::{AcceptProxy, Service, Target};
 use crate::counters::{OfListener, Process};
+use crate::keep::State;
 use crate::proxy_protocol::{Decoded, Ends, V2_BYTES, decode};
 use crate::relay::{CloseReason, Readiness, Side};
 use crate::slab::Key;
@@ -65,10 +66,34 @@ impl Sessions<'_> {
         if !proxied {
             return self.join(registry, key, peer, now);
         }
+        self.await_header(registry, key, now);
+    }
+
+    fn await_header(&mut self, registry: &Registry, key: Key, now: Millis) {
         let until = now + HEADER_TIMEOUT;
-        self.slab.get_mut(key).expect("just inserted").stage = Stage::Header { until };
+        self.slab.get_mut(key).expect("the caller found it").stage = Stage::Header { until };
+        self.keep.stand(key.index, State::Header, until);
         self.deadlines.set(key.index, until);
         self.read_header(registry, key, false, now);
+    }
+
+    /// Goes on with a client that another process accepted, and had no time
+    /// for more.
+    pub(super) fn enter(&mut self, registry: &Registry, key: Key, header_read: bool, now: Millis) {
+        let entry = self.slab.get(key).expect("the caller found it");
+        let listener = entry.listener as usize;
+        let told = entry.origin.as_ref().map(|ends| ends.source);
+        let Some(client) = told.or_else(|| entry.client.peer().ok().flatten()) else {
+            return self.close(key, CloseReason::ClientLost, now);
+        };
+        let proxied = self.context.config.listeners[listener].tcp.accept_proxy == AcceptProxy::On;
+        if proxied && !header_read {
+            return match self.context.gates[listener].trusts(client.ip()) {
+                true => self.await_header(registry, key, now),
+                false => self.refuse(key, CloseReason::ProxyUntrusted, now),
+            };
+        }
+        self.let_in(registry, key, client, now);
     }
 
     /// Counted next to what becomes of it: a worker that is killed in between
@@ -83,17 +108,18 @@ impl Sessions<'_> {
     /// will come.
     pub(super) fn read_header(&mut self, registry: &Registry, key: Key, ended: bool, now: Millis) {
         let entry = self.slab.get(key).expect("the caller found it");
-        let begun = match entry.client.peek(&mut self.scratch[..V2_BYTES]) {
+        let begun = match entry.client.peek(&mut self.keep.scratch()[..V2_BYTES]) {
             // A look whether anybody listens, as load balancers take it.
             Ok(0) => return self.close(key, CloseReason::Finished, now),
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             Err(error) => return self.close(key, CloseReason::of_error(Side::Client, &error), now),
         };
-        match decode(&self.scratch[..begun]) {
+        match decode(&self.keep.scratch()[..begun]) {
             Ok(Decoded::Header { length, ends }) => {
+                self.keep.header(key.index, length, ends.as_ref());
                 // It lies there: this takes out just as much.
-                if entry.client.receive(&mut self.scratch[..length]).ok() != Some(length) {
+                if entry.client.receive(&mut self.keep.scratch()[..length]).ok() != Some(length) {
                     return self.close(key, CloseReason::ProxyMalformed, now);
                 }
                 self.handle_header(registry, key, ends, now);
@@ -114,7 +140,6 @@ impl Sessions<'_> {
         let readable = Readiness { readable: true, ..Readiness::default() };
         entry.session.handle_ready(Side::Client, readable);
         entry.moved = now;
-        let listener = entry.listener as usize;
         let client = match ends {
             Some(ends) => ends.source,
             None => match entry.client.peer() {
@@ -122,6 +147,12 @@ impl Sessions<'_> {
                 _ => return self.close(key, CloseReason::ClientLost, now),
             },
         };
+        self.let_in(registry, key, client, now);
+    }
+
+    /// Asks whether a client with a session may come in, and leads it on.
+    fn let_in(&mut self, registry: &Registry, key: Key, client: SocketAddr, now: Millis) {
+        let listener = self.slab.get(key).expect("the caller found it").listener as usize;
         if let Err(refused) = self.context.may_enter(listener, client.ip(), now) {
             return self.refuse(key, refused.close_reason(), now);
         }
@@ -138,8 +169,15 @@ impl Sessions<'_> {
                 let attempt = self.first_attempt(key, client, now);
                 self.begin_connect(registry, key, attempt, now);
             }
-            Target::Service(_) => {
-                self.slab.get_mut(key).expect("still there").stage = Stage::Open;
+            Target::Service(service) => {
+                let greeting = match service {
+                    Service::Identify => self.identity(listener),
+                    Service::Echo | Service::Discard => String::new(),
+                };
+                let entry = self.slab.get_mut(key).expect("still there");
+                entry.session.greet(greeting.as_bytes(), &mut self.keep, key.index);
+                entry.stage = Stage::Open;
+                self.keep.stand(key.index, State::Open, now);
                 self.set_deadline(key, now);
                 self.enqueue(key);
             }

@@ -84,6 +84,7 @@ impl Sessions<'_> {
     fn line(&self, entry: &Entry, now: Millis) -> Line {
         let [bytes_in, bytes_out] = entry.session.client_bytes();
         let state = match entry.stage {
+            Stage::Accepted { .. } => "accepted",
             Stage::Header { .. } => "header",
             Stage::Connecting(_) => "connecting",
             Stage::Waiting(_) => "waiting",

@@ -15,13 +15,15 @@ use mio::unix::SourceFd;
 use super::connect::Attempt;
 use super::options::Lacks;
 use super::{Entry, Sessions, Stage, is_unix, register};
-use crate::config::Target;
+use crate::config::{AcceptProxy, Target};
 use crate::counters::{OfListener, OfServer, Process};
 use crate::handover::{self, Arrival, Record};
-use crate::relay::{CloseReason, Readiness, Side};
+use crate::keep::{Slot, State};
+use crate::relay::{self, CloseReason, Lent, Readiness, Side};
 use crate::slab::Key;
 use crate::sources::UNCOUNTED;
 use crate::sys::clock::Millis;
+use crate::sys::counts;
 use crate::sys::stream::Stream;
 
 /// One session that is being sent.
@@ -59,8 +61,9 @@ impl Sessions<'_> {
 
     fn describe(&mut self, key: Key, now: Millis) -> Option<Parcel> {
         let entry = self.slab.get_mut(key).filter(|entry| entry.is_movable())?;
-        entry.session.unpipe_all(&mut self.pipes, now);
-        let Some((relay, kept)) = entry.session.snapshot() else {
+        let (keep, pipes) = (&mut self.keep, &mut self.pipes);
+        entry.session.unpipe_all(&mut Lent { keep, pipes, session: key.index, now });
+        let Some((relay, kept)) = entry.session.snapshot(&self.keep) else {
             // A pipe failed: the next turn ends it.
             self.enqueue(key);
             return None;
@@ -80,6 +83,9 @@ impl Sessions<'_> {
                 waits_since: attempt.waits_since,
             },
             Stage::Header { until } => handover::Stage::Header { until: *until },
+            Stage::Accepted { header_read, counted } => {
+                handover::Stage::Accepted { header_read: *header_read, counted: *counted }
+            }
             Stage::Resetting { .. } => return None,
         };
         // A server that the configuration has no more keeps its session.
@@ -93,6 +99,7 @@ impl Sessions<'_> {
             born: entry.born,
             moved: entry.moved,
             story: entry.story.as_deref().cloned(),
+            crashes: self.keep.slot(key.index).map_or(0, |slot| slot.crashes),
         };
         Some(Parcel { key, record, kept })
     }
@@ -106,9 +113,13 @@ impl Sessions<'_> {
     /// The receiver has it: nothing of it is left here.
     pub fn forget(&mut self, key: Key) {
         if let Some(mut entry) = self.slab.remove(key) {
-            entry.session.abandon(&mut self.pipes);
+            // Closed without a word: the receiver has duplicates.
+            self.keep.close(key.index, CloseReason::Finished);
+            self.abandon_parts(&mut entry, key);
             self.deadlines.clear(key.index);
             self.count_gone(&entry);
+            drop(entry);
+            self.keep.free(key.index);
         }
     }
 
@@ -123,7 +134,7 @@ impl Sessions<'_> {
     /// Takes in a session; it lies still until `activate`. `None` where its
     /// listener is not known here.
     pub fn take(&mut self, arrival: Arrival, mut sockets: Vec<OwnedFd>, now: Millis) -> Option<Key> {
-        let Arrival { record, session } = arrival;
+        let Arrival { record, session, kept } = arrival;
         let config = self.context.config;
         let listener = config.listeners.iter().position(|listener| listener.name == record.listener)?;
         let upstream = match config.listeners[listener].target {
@@ -146,6 +157,7 @@ impl Sessions<'_> {
         let address = || origin.or_else(|| client.peer().ok().flatten()).unwrap_or(unknown);
         let stage = match record.stage {
             handover::Stage::Header { until } => Stage::Header { until },
+            handover::Stage::Accepted { header_read, counted } => Stage::Accepted { header_read, counted },
             handover::Stage::Open => Stage::Open,
             handover::Stage::Connecting { until, tried, failure, waits_since } => {
                 upstream?;
@@ -162,7 +174,8 @@ impl Sessions<'_> {
             }
         };
         // Who is still to say who it is was not let in yet.
-        let counted = self.context.counts_sources(listener) && !matches!(stage, Stage::Header { .. });
+        let is_in = !matches!(stage, Stage::Header { .. } | Stage::Accepted { .. });
+        let counted = self.context.counts_sources(listener) && is_in;
         let source =
             if counted { self.context.handle_taken(listener, address().ip(), now) } else { UNCOUNTED };
         let waiting = matches!(stage, Stage::Waiting(_));
@@ -187,7 +200,73 @@ impl Sessions<'_> {
             moved: record.moved,
             story: record.story.filter(|_| self.context.access_log.is_some()).map(Box::new),
         };
-        Some(self.slab.insert(entry))
+        let slot = Slot { crashes: record.crashes, ..self.slot_of(&entry, &record.relay) };
+        let origin = entry.origin.as_deref().copied();
+        let key = self.slab.insert(entry);
+        self.keep.begin(key.index, &slot);
+        if slot.header > 0 {
+            self.keep.header(key.index, slot.header.into(), origin.as_ref());
+        }
+        self.tell(key);
+        let entry = self.slab.get_mut(key).expect("just inserted");
+        if !entry.session.take_kept(&record.relay, &kept, &mut self.keep, key.index) {
+            // Nothing of it is here: the sender keeps it.
+            let mut entry = self.slab.remove(key).expect("just inserted");
+            self.keep.close(key.index, CloseReason::Finished);
+            self.abandon_parts(&mut entry, key);
+            drop(entry);
+            self.keep.free(key.index);
+            return None;
+        }
+        Some(key)
+    }
+
+    /// What is to be known of a session that arrives, should this process be
+    /// killed.
+    fn slot_of(&self, entry: &Entry, relay: &relay::Snapshot) -> Slot {
+        let config = &self.context.config.listeners[entry.listener as usize];
+        // How long the header was nobody says: it was read, and is not counted.
+        let header = match config.tcp.accept_proxy {
+            AcceptProxy::On => counts::of_tcp(&entry.client)
+                .map_or(0, |counts| counts.consumed().saturating_sub(relay.received())),
+            AcceptProxy::Off => 0,
+        };
+        let (state, time) = match &entry.stage {
+            Stage::Accepted { .. } => (State::Accepted, entry.born),
+            Stage::Header { until } => (State::Header, *until),
+            Stage::Connecting(attempt) => (State::Connecting, attempt.until),
+            Stage::Waiting(attempt) => match attempt.waits_since {
+                Some(since) => (State::Queued, since),
+                None => (State::Connecting, attempt.until),
+            },
+            Stage::Open | Stage::Resetting { .. } => (State::Open, entry.moved),
+        };
+        let is_unix = match (config.target, entry.server_index) {
+            (Target::Upstream(upstream), Some(index)) => is_unix(self.server_at(upstream, index as usize)),
+            (Target::Upstream(_) | Target::Service(_), _) => {
+                entry.server.as_ref().is_some_and(|server| server.peer().ok().flatten().is_none())
+            }
+        };
+        Slot {
+            state,
+            listener: entry.listener as u16,
+            client: Some(entry.client.as_raw_fd()),
+            server: entry.server.as_ref().map(AsRawFd::as_raw_fd),
+            place: entry.server_index,
+            is_unix,
+            finished: relay.finished(),
+            is_arriving: true,
+            born: entry.born,
+            time,
+            header: header as u16,
+            preface: relay.preface() as u16,
+            ..Slot::default()
+        }
+    }
+
+    /// It was acknowledged: whatever happens to this process, it is its own.
+    pub fn own(&self, key: Key) {
+        self.keep.settle(key.index);
     }
 
     /// What was taken in is about to be acknowledged.
@@ -239,6 +318,13 @@ impl Sessions<'_> {
                 }
             }
             Stage::Waiting(_) => self.deadlines.set(key.index, now),
+            Stage::Accepted { header_read, counted } => {
+                let (header_read, listener) = (*header_read, entry.listener as usize);
+                if !counted {
+                    self.count_accepted(listener);
+                }
+                self.enter(registry, key, header_read, now);
+            }
             Stage::Header { until } => {
                 self.deadlines.set(key.index, (*until).max(now));
                 self.read_header(registry, key, false, now);

@@ -8,6 +8,7 @@ use crate::access_log::Record;
 use crate::config::Target;
 use crate::handover::Story;
 use crate::relay::CloseReason;
+use crate::slab::Key;
 use crate::sys::clock::{self, Millis};
 use crate::worker::access_log;
 
@@ -16,6 +17,13 @@ impl Sessions<'_> {
     pub(super) fn begin_story(&self, client: SocketAddr) -> Option<Box<Story>> {
         self.context.access_log?;
         Some(Box::new(Story { client, connect_began: None, established: None, retries: 0 }))
+    }
+
+    /// Tells it to whoever goes on where this process is killed.
+    pub(super) fn tell(&self, key: Key) {
+        if let Some(story) = self.slab.get(key).and_then(|entry| entry.story.as_ref()) {
+            self.keep.tell(key.index, story);
+        }
     }
 
     /// Its line.

@@ -19,6 +19,7 @@ use mio::Registry;
 use super::connect::Attempt;
 use super::{Sessions, Stage, millis};
 use crate::counters::{Counters, OfUpstream};
+use crate::keep::State;
 use crate::relay::CloseReason;
 use crate::slab::Key;
 use crate::sys::clock::Millis;
@@ -94,6 +95,7 @@ impl Sessions<'_> {
         }
         let Some(entry) = self.slab.get_mut(key) else { return };
         entry.stage = Stage::Waiting(attempt);
+        self.keep.stand(key.index, State::Queued, since);
         self.deadlines.set(key.index, since.saturating_add(timeout));
         let queue = &mut self.waiting.queues[upstream];
         // The first that could not get in has not left its place.

@@ -35,6 +35,9 @@ pub const CONNECT_BOUNDS: [u64; 15] = [
     2_500_000, 5_000_000,
 ];
 
+/// In `Process::Beat`: the loop waits for something to happen.
+pub const ASLEEP: u64 = 1 << 63;
+
 /// Counters of the worker as a whole.
 #[derive(Clone, Copy, Debug)]
 #[repr(usize)]
@@ -50,8 +53,9 @@ pub enum Process {
     /// Lines of the access log that nobody took in time.
     AccessDropped,
     /// When the event loop last turned, in milliseconds of the monotonic
-    /// clock. What the worker says of itself, and so never trusted further
-    /// than to judge that worker.
+    /// clock, with the bit `ASLEEP` when it went to sleep afterwards. What the
+    /// worker says of itself, and so never trusted further than to judge that
+    /// worker.
     Beat,
     /// The secret of the sources' hash, the same in all slots; set by the
     /// supervisor.

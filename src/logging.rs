@@ -1,26 +1,26 @@
 //! The log: one line for a change of state, to standard error.
 //!
 //! Every process of the daemon calls `init` once. Lines are written by a
-//! thread behind a bounded queue, so that a slow terminal or journal never
-//! stalls a worker: what does not fit is dropped. Under systemd a line begins
-//! with its priority, as sd-daemon(3) has it.
+//! thread behind a bounded queue (`queue`), so that a slow terminal or journal
+//! never stalls a worker: what does not fit is dropped. Under systemd a line
+//! begins with its priority, as sd-daemon(3) has it.
+
+mod queue;
 
 use std::fmt::{self, Write as _};
 use std::io;
 use std::str::FromStr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use serde_json::Value;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
-use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::format::Writer;
-use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, MakeWriter};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
-/// Lines that may wait to be written, for each process.
-const QUEUE_LINES: usize = 4096;
+use queue::{Entrance, Queue};
 
 /// How lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,35 +34,20 @@ pub enum Shape {
 /// Writes out what waits when it is dropped, at the end of the process.
 #[derive(Debug)]
 pub struct Log {
-    guard: Option<WorkerGuard>,
-    writer: Shared,
-}
-
-/// The way to the writing thread, which `Log::flush` replaces.
-#[derive(Clone, Debug)]
-struct Shared(Arc<Mutex<NonBlocking>>);
-
-impl MakeWriter<'_> for Shared {
-    type Writer = NonBlocking;
-
-    fn make_writer(&self) -> NonBlocking {
-        self.0.lock().expect("no thread panics with it").clone()
-    }
+    queue: Arc<Queue<io::Stderr>>,
 }
 
 impl Log {
     /// Writes out what waits: threads do not outlive an exec.
     pub fn flush(&mut self) {
-        self.guard = None;
-        let (writer, guard) = queue();
-        *self.writer.0.lock().expect("no thread panics with it") = writer;
-        self.guard = Some(guard);
+        self.queue.flush();
     }
 }
 
-fn queue() -> (NonBlocking, WorkerGuard) {
-    let builder = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(QUEUE_LINES);
-    builder.finish(io::stderr())
+impl Drop for Log {
+    fn drop(&mut self) {
+        self.queue.flush();
+    }
 }
 
 /// Starts this process's log. `level` is one of error, warn, info, debug,
@@ -70,8 +55,7 @@ fn queue() -> (NonBlocking, WorkerGuard) {
 pub fn init(level: &str, shape: Shape, role: &str) -> Log {
     let asked = std::env::var("EVENKEEL_LOG").unwrap_or_else(|_| level.to_string());
     let level = LevelFilter::from_str(&asked).unwrap_or(LevelFilter::INFO);
-    let (writer, guard) = queue();
-    let writer = Shared(Arc::new(Mutex::new(writer)));
+    let queue = Arc::new(Queue::new(io::stderr()));
     // $JOURNAL_STREAM is set where standard error is systemd's journal.
     let priorities = std::env::var_os("JOURNAL_STREAM").is_some();
     // Libraries speak in their own words, and only where somebody debugs.
@@ -79,7 +63,7 @@ pub fn init(level: &str, shape: Shape, role: &str) -> Log {
     let lines = Lines { shape, priorities, libraries, role: role.to_string() };
     let subscriber = tracing_subscriber::fmt()
         .with_max_level(level)
-        .with_writer(writer.clone())
+        .with_writer(Entrance(Arc::clone(&queue)))
         .event_format(lines)
         .finish();
     // A second call, in a test, keeps the first log.
@@ -89,7 +73,7 @@ pub fn init(level: &str, shape: Shape, role: &str) -> Log {
             "EVENKEEL_LOG = \"{asked}\" is no level, so info is used\n  write error, warn, info, debug or trace"
         );
     }
-    Log { guard: Some(guard), writer }
+    Log { queue }
 }
 
 struct Lines {

@@ -224,7 +224,7 @@ fn a_file_that_cannot_be_opened_refuses_start_and_reload() {
     let (server, _) = tcp_server("127.0.0.1:0", echo);
     let mut daemon = Daemon::start(&config("/nonexistent/access.log", "", server));
     assert_eq!(daemon.wait(Duration::from_secs(10)).code(), Some(1));
-    assert!(daemon.log().contains("/nonexistent/access.log cannot be opened"), "{}", daemon.log());
+    daemon.says("/nonexistent/access.log cannot be opened");
     let scene = scene("");
     let file = scene.daemon.folder().join("evenkeel.toml");
     let text = fs::read_to_string(&file).unwrap();

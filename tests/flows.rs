@@ -362,7 +362,7 @@ fn a_foreign_socket_that_joins_later_is_reported() {
     let strangers = daemon.listener("front").strangers;
     let pid = format!("pid {}", std::process::id());
     assert!(strangers.len() == 1 && strangers[0].contains(&pid), "{strangers:?}");
-    assert!(daemon.log().contains("takes a part of its clients"), "{}", daemon.log());
+    daemon.says("takes a part of its clients");
     drop(socket);
     succeed(&daemon, &["reload"]);
     assert!(daemon.listener("front").strangers.is_empty());

@@ -200,7 +200,7 @@ fn a_full_listener_lets_clients_wait_and_another_listener_serves() {
     assert!(waiting.iter_mut().all(let_in));
     let listener = daemon.listener("front");
     assert!(listener.dropped.is_empty() && listener.connections == 15, "{listener:?}");
-    assert!(daemon.log().contains("listener front has all of its max_connections = 10"), "{}", daemon.log());
+    daemon.says("listener front has all of its max_connections = 10");
 }
 
 fn five_thousand_prefixes_are_obeyed() {

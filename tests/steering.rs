@@ -346,7 +346,7 @@ fn without_the_right_load_aware_says_that_it_is_hash() {
     let listener = daemon.listener("front");
     assert_eq!((listener.steering.as_str(), listener.steering_active.as_str()), ("load-aware", "hash"));
     assert_eq!(listener.steering_in_force(), "hash");
-    assert!(daemon.log().contains("front by load-aware"), "{}", daemon.log());
+    daemon.says("front by load-aware");
     assert_eq!(counts(2, 100).iter().sum::<u64>(), 100);
 }
 

@@ -261,7 +261,7 @@ fn missing_sockets_are_opened_by_the_same_user() {
     daemon.wait_ready();
     assert_eq!(inodes(8080), 3);
     serve(60);
-    assert!(daemon.log().contains("slots 2 to 2 open their own"), "{}", daemon.log());
+    daemon.says("slots 2 to 2 open their own");
 }
 
 fn a_socket_of_no_listener_is_closed_and_said() {

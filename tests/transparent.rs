@@ -109,8 +109,11 @@ fn where_the_ports_of_a_source_run_out_the_next_is_tried_and_it_is_told() {
     assert_eq!(listener.ended.get("no_ports"), Some(&1), "{listener:?}");
     let shortages: u64 = daemon.status().workers.iter().map(|worker| worker.port_shortages).sum();
     assert!(shortages >= 3, "{shortages}");
+    eventually("it is told", || {
+        let log = daemon.log();
+        log.contains("can leave from 192.0.2.1") && log.contains("no other is left")
+    });
     let log = daemon.log();
-    assert!(log.contains("can leave from 192.0.2.1") && log.contains("no other is left"), "{log}");
     let lines = log.lines().filter(|line| line.contains("can leave from")).count();
     assert!(lines <= 8, "one for each address and one for all, a worker in ten seconds: {log}");
     // None of it is held against the server.

@@ -37,6 +37,7 @@ fn main() {
         ready_means_that_every_worker_accepts_on_every_listener,
         a_user_that_does_not_exist_is_a_configuration_error,
         workers_inherit_nothing_that_is_not_theirs,
+        a_worker_that_says_nothing_has_one_thread,
     ])
 }
 
@@ -362,7 +363,7 @@ fn more_connections_than_descriptors_allow_is_an_error() {
     let mut daemon =
         Daemon::start(&format!("[daemon]\nworkers = 1\nmax_connections = 500000000\n{IDENTIFY}"));
     assert_eq!(daemon.wait(Duration::from_secs(10)).code(), Some(78), "{}", daemon.log());
-    assert!(daemon.log().contains("max_connections = 500000000, but"), "{}", daemon.log());
+    daemon.says("max_connections = 500000000, but");
 }
 
 fn a_killed_steward_disturbs_nobody_and_comes_back() {
@@ -450,7 +451,7 @@ fn a_low_port_without_permission_names_the_capability() {
         std::os::unix::process::CommandExt::uid(command, 65534);
     });
     assert_eq!(daemon.wait(Duration::from_secs(10)).code(), Some(77), "{}", daemon.log());
-    assert!(daemon.log().contains("CAP_NET_BIND_SERVICE"), "{}", daemon.log());
+    daemon.says("CAP_NET_BIND_SERVICE");
 }
 
 fn a_second_daemon_on_the_same_control_socket_is_refused() {
@@ -481,7 +482,7 @@ fn ready_means_that_every_worker_accepts_on_every_listener() {
 fn a_user_that_does_not_exist_is_a_configuration_error() {
     let mut daemon = Daemon::start(&format!("[daemon]\nuser = \"nobody-of-that-name\"\n{IDENTIFY}"));
     assert_eq!(daemon.wait(Duration::from_secs(10)).code(), Some(78));
-    assert!(daemon.log().contains("user \"nobody-of-that-name\" does not exist"), "{}", daemon.log());
+    daemon.says("user \"nobody-of-that-name\" does not exist");
 }
 
 fn workers_inherit_nothing_that_is_not_theirs() {
@@ -498,5 +499,17 @@ fn workers_inherit_nothing_that_is_not_theirs() {
         // Its listener and its channel; anything else would be a ghost.
         assert_eq!(fds.iter().filter(|fd| fd.starts_with("socket:")).count(), 2, "{fds:?}");
         assert!(!fds.iter().any(|fd| fd.contains("control.lock")), "{fds:?}");
+    }
+}
+
+/// A second one makes each of its system calls dearer.
+fn a_worker_that_says_nothing_has_one_thread() {
+    let daemon = Daemon::ready(
+        "[[listener]]\nname = \"front\"\nmode = \"tcp\"\nbind = \"127.0.0.1:8080\"\nservice = \"echo\"\n",
+    );
+    exchange(&mut connect(local(8080)), b"served").expect("it serves");
+    for worker in daemon.status().workers {
+        let threads = fs::read_dir(format!("/proc/{}/task", worker.pid)).expect("a living process").count();
+        assert_eq!(threads, 1, "worker {}", worker.slot);
     }
 }

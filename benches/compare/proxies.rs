@@ -200,7 +200,7 @@ impl Open {
         if matches!(way, Way::Evenkeel { .. } | Way::Nginx | Way::NginxBuffers) {
             wait_for_datagrams();
         }
-        open.pids = account::family(open.child.as_ref().expect("just started").id());
+        open.pids = whole_family(open.child.as_ref().expect("just started").id());
         open
     }
 
@@ -267,6 +267,23 @@ fn folder_with(file: &str, text: &str) -> tempfile::TempDir {
     let text = text.replace("@folder@", folder.path().to_str().expect("plain letters"));
     fs::write(folder.path().join(file), text).expect("a configuration");
     folder
+}
+
+/// All of its processes. The first worker answers while the next is still
+/// being started, so this waits until no more come and all of them rest.
+fn whole_family(parent: u32) -> Vec<u32> {
+    let mut family = account::family(parent);
+    for _ in 0..50 {
+        let before = account::used(&family);
+        std::thread::park_timeout(Duration::from_millis(100));
+        let now = account::family(parent);
+        let is_whole = now == family && account::used(&family).since(before).seconds < 1e-3;
+        family = now;
+        if is_whole {
+            break;
+        }
+    }
+    family
 }
 
 fn wait_for_echo() {

@@ -162,6 +162,8 @@ pub enum FromWorker {
     /// It cannot work: what to tell the operator, and the exit code.
     #[allow(missing_docs)]
     Failed { text: String, advice: String, exit_code: u8 },
+    /// It slept for long, and turns: it is to be looked at again.
+    Awake,
 }
 
 /// How each UDP listener of this name is steered from now on.

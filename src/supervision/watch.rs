@@ -1,14 +1,22 @@
 //! Which worker has gone silent: heartbeats, judged without a clock or a
 //! process.
 //!
-//! A worker writes the time of each turn of its loop into shared memory. One
-//! that sleeps does not turn, so it is asked to; a worker that is idle answers
-//! and one that is stuck, or stopped, does not.
+//! A worker writes the time of each turn of its loop into shared memory, and
+//! marks it when it goes to sleep. One that sleeps may be silent for ever. One
+//! that turns and is silent is asked to turn: one that is stuck, or stopped,
+//! does not.
 //!
 //! ```text
 //!   silence:   0 ------ 1/3 ------ 2/3 ------ 3/3 of hang_timeout
 //!              beat     Ask        (looked)   Hung
+//!
+//!   asleep:    0 ------ DOZE ------------- REST
+//!                       it says when it    nobody looks at it until it does
+//!                       wakes from here on
 //! ```
+//!
+//! Whether one that sleeps would wake cannot be seen, so it is doubted when
+//! something speaks against it, as when a signal stops it (`doubt`).
 //!
 //! Only time in which the supervisor itself ran counts. Whenever it looks
 //! later than it meant to, the delay is forgiven to everybody: a machine or a
@@ -16,9 +24,18 @@
 //! between two looks is not seen, which is why there is a look between asking
 //! and judging: whoever is asked has a third of the time-out to turn.
 //!
-//! Owned by the supervisor, one entry a slot. It costs an idle daemon one
-//! wake-up of each of its processes every third of `hang_timeout`: all slots
-//! are asked together.
+//! Owned by the supervisor, one entry a slot. It costs an idle daemon nothing:
+//! when all sleep for long there is no next look. Where something happens there
+//! is one every third of `hang_timeout`, for all slots together.
+
+use crate::counters::ASLEEP;
+
+/// A worker that slept for so long tells when it wakes, in milliseconds.
+pub const DOZE: u64 = 1_000;
+/// One that sleeps for so long is not looked at until it tells. Longer than
+/// `DOZE` by more than a worker needs from its mark in shared memory to its
+/// look at the clock: who wakes too early to tell is still being looked at.
+const REST: u64 = 2 * DOZE;
 
 /// How long a birth may take, in milliseconds: exec, the configuration,
 /// binding. A loaded machine is slow at that, and nobody answers meanwhile.
@@ -31,8 +48,17 @@ pub enum Sign {
     Absent,
     /// A process that is being born: it cannot answer yet.
     Starting,
-    /// The time of the last beat.
+    /// It turns; the time of the last beat.
     Beat(u64),
+    /// It sleeps, since then.
+    Asleep(u64),
+}
+
+impl Sign {
+    /// What a living worker's word in shared memory says.
+    pub fn of_beat(word: u64) -> Sign {
+        if word & ASLEEP == 0 { Sign::Beat(word) } else { Sign::Asleep(word & !ASLEEP) }
+    }
 }
 
 /// What is to be done about a slot.
@@ -62,12 +88,39 @@ struct Life {
     /// Time since then in which the supervisor did not run.
     forgiven: u64,
     asked: bool,
+    /// It went to sleep after its last beat: silence is no bad sign.
+    sleeps: bool,
+    /// It sleeps for so long that nobody looks at it.
+    rests: bool,
     limit: u64,
 }
 
 impl Life {
     fn silence(&self, now: u64) -> u64 {
-        now.saturating_sub(self.last).saturating_sub(self.forgiven)
+        if self.sleeps { 0 } else { now.saturating_sub(self.last).saturating_sub(self.forgiven) }
+    }
+
+    /// Takes a sign of this time, unless it is older than what is known.
+    fn handle_sign(&mut self, at: u64, sleeps: bool, now: u64) {
+        // A worker may lie about the time; a beat to come is one of now.
+        let at = at.min(now);
+        if at > self.last {
+            // Nobody looked while it rested: what went before says nothing of
+            // how long the supervisor itself ran.
+            let forgiven = if self.rests { now - at } else { 0 };
+            *self = Life { last: at, forgiven, asked: false, ..*self };
+        }
+        self.sleeps = sleeps && at >= self.last;
+        self.rests = self.sleeps && now - self.last >= REST;
+    }
+
+    /// When it is to be looked at again.
+    fn next_look(&self, now: u64) -> Option<u64> {
+        match (self.rests, self.sleeps) {
+            (true, _) => None,
+            (false, true) => Some(now + self.third()),
+            (false, false) => Some(self.next_third(now)),
+        }
     }
 
     /// When its silence reaches the next third of the limit. One that is
@@ -106,7 +159,8 @@ impl Watch {
 
     /// A process was started for the slot.
     pub fn begin(&mut self, slot: usize, now: u64) {
-        let life = Life { last: now, forgiven: 0, asked: false, limit: self.timeout.max(BIRTH_PATIENCE) };
+        let limit = self.timeout.max(BIRTH_PATIENCE);
+        let life = Life { last: now, forgiven: 0, asked: false, sleeps: false, rests: false, limit };
         self.lives[slot] = Some(life);
         let first = life.next_third(now);
         self.due = Some(self.due.map_or(first, |due| due.min(first)));
@@ -118,6 +172,15 @@ impl Watch {
         if let Some(life) = &mut self.lives[slot] {
             life.limit = self.timeout;
             self.due = Some(self.due.map_or(now, |due| due.min(life.next_third(now))));
+        }
+    }
+
+    /// Something speaks against a worker: only a later sign counts. One that
+    /// sleeps is asked, as one that turns would be.
+    pub fn doubt(&mut self, slot: usize, now: u64) {
+        if let Some(Some(life)) = self.lives.get_mut(slot) {
+            let last = life.last.max(now + 1);
+            *life = Life { last, forgiven: 0, asked: false, sleeps: false, rests: false, ..*life };
         }
     }
 
@@ -134,12 +197,9 @@ impl Watch {
                     continue;
                 }
                 Sign::Starting => {}
-                Sign::Beat(at) => {
+                Sign::Beat(at) | Sign::Asleep(at) => {
                     life.limit = self.timeout;
-                    // A worker may lie about the time; a beat to come is one of now.
-                    if at.min(now) > life.last {
-                        *life = Life { last: at.min(now), forgiven: 0, asked: false, ..*life };
-                    }
+                    life.handle_sign(at, matches!(sign, Sign::Asleep(_)), now);
                 }
             }
             life.forgiven += late.min(now.saturating_sub(life.last));
@@ -150,14 +210,14 @@ impl Watch {
             }
         }
         self.ask(now, signs, &mut verdicts);
-        self.due = self.lives.iter().flatten().map(|life| life.next_third(now)).min();
+        self.due = self.lives.iter().flatten().filter_map(|life| life.next_look(now)).min();
         verdicts
     }
 
     /// When one is to be asked, all that are half as silent are asked with it:
     /// they share the supervisor's wake-up from then on.
     fn ask(&mut self, now: u64, signs: &[Sign], verdicts: &mut Vec<Verdict>) {
-        let can_answer = |slot: usize| matches!(signs[slot], Sign::Beat(_));
+        let can_answer = |slot: usize| matches!(signs[slot], Sign::Beat(_) | Sign::Asleep(_));
         let silent_for = |life: &Life, span: u64| !life.asked && life.silence(now) >= span;
         let mut lives = self.lives.iter().enumerate().filter(|(slot, _)| can_answer(*slot));
         if !lives.any(|(_, life)| life.is_some_and(|life| silent_for(&life, life.ripe()))) {
@@ -173,6 +233,14 @@ impl Watch {
         }
     }
 
+    /// Once a look is due: who slept at the last one and is not doubted. Their
+    /// silence says nothing of them; what waits for them may.
+    pub fn sleepers(&self, now: u64) -> impl Iterator<Item = usize> {
+        let is_due = self.due.is_some_and(|due| due <= now);
+        let lives = self.lives.iter().enumerate().filter(move |_| is_due);
+        lives.filter(|(_, life)| life.is_some_and(|life| life.sleeps)).map(|(slot, _)| slot)
+    }
+
     /// When `look` is due at the latest, in milliseconds.
     pub fn next_deadline(&self) -> Option<u64> {
         self.due
@@ -183,7 +251,7 @@ impl Watch {
 mod tests {
     use proptest::prelude::*;
 
-    use super::Sign::{Absent, Beat, Starting};
+    use super::Sign::{Absent, Asleep, Beat, Starting};
     use super::Verdict::{Ask, Hung};
     use super::*;
 
@@ -229,6 +297,85 @@ mod tests {
         for now in (0..10_000).step_by(100) {
             assert_eq!(watch.look(now, &[Beat(now)]), []);
         }
+    }
+
+    #[test]
+    fn workers_that_sleep_come_to_rest_and_are_never_asked() {
+        let mut watch = watch(2);
+        let signs = [Asleep(10), Asleep(40)];
+        let mut now = 50;
+        let mut looks = 0;
+        assert_eq!(watch.look(now, &signs), []);
+        while let Some(due) = watch.next_deadline() {
+            (now, looks) = (due, looks + 1);
+            assert_eq!(watch.look(now, &signs), []);
+        }
+        assert!((40 + REST..40 + REST + 100).contains(&now), "rests from {now} on");
+        assert!(looks <= REST / 100, "one look a third: {looks}");
+    }
+
+    #[test]
+    fn a_worker_that_hangs_on_waking_from_its_rest_is_found_in_time() {
+        let mut watch = watch(1);
+        watch.look(5_000, &[Asleep(10)]);
+        assert_eq!(watch.next_deadline(), None);
+        // It woke, said so, and is stuck.
+        assert_eq!(watch.look(9_000, &[Beat(9_000)]), []);
+        assert_eq!(watch.look(9_100, &[Beat(9_000)]), [Ask(0)]);
+        assert_eq!(watch.look(9_200, &[Beat(9_000)]), []);
+        assert_eq!(watch.look(9_300, &[Beat(9_000)]), [Hung { slot: 0, silence: 300 }]);
+    }
+
+    #[test]
+    fn a_pause_right_after_a_rest_finds_nobody_hung() {
+        let mut watch = watch(1);
+        watch.look(5_000, &[Asleep(10)]);
+        // It woke at 6,000, and everybody was paused until now.
+        assert_eq!(watch.look(9_000, &[Beat(6_000)]), []);
+        assert_eq!(watch.next_deadline(), Some(9_100));
+        assert_eq!(watch.look(9_010, &[Asleep(9_004)]), []);
+    }
+
+    #[test]
+    fn a_sleeper_that_is_doubted_is_asked_and_found_hung() {
+        let mut watch = watch(1);
+        watch.look(5_000, &[Asleep(10)]);
+        watch.doubt(0, 7_000);
+        assert_eq!(watch.look(7_000, &[Asleep(10)]), []);
+        assert_eq!(watch.look(7_101, &[Asleep(10)]), [Ask(0)]);
+        assert_eq!(watch.look(7_201, &[Asleep(10)]), []);
+        assert_eq!(watch.look(7_301, &[Asleep(10)]), [Hung { slot: 0, silence: 300 }]);
+    }
+
+    #[test]
+    fn a_sleeper_that_answers_is_doubted_no_more() {
+        let mut watch = watch(1);
+        watch.look(5_000, &[Asleep(5_000)]);
+        // Its mark is as old as the doubt: that says nothing.
+        watch.doubt(0, 5_000);
+        assert_eq!(watch.look(5_101, &[Asleep(5_000)]), [Ask(0)]);
+        assert_eq!(watch.look(5_110, &[Asleep(5_104)]), []);
+        assert_eq!(watch.look(5_500, &[Asleep(5_104)]), []);
+        assert_eq!(watch.look(5_104 + REST, &[Asleep(5_104)]), []);
+        assert_eq!(watch.next_deadline(), None);
+    }
+
+    #[test]
+    fn the_marks_of_the_last_life_let_nobody_rest() {
+        let mut watch = watch(1);
+        watch.look(50, &[Absent]);
+        watch.begin(0, 1_000);
+        assert_eq!(watch.look(1_100, &[Asleep(40)]), [Ask(0)]);
+    }
+
+    #[test]
+    fn sleepers_are_named_when_a_look_is_due() {
+        let mut watch = watch(3);
+        watch.look(200, &[Asleep(100), Asleep(190), Beat(200)]);
+        assert_eq!(watch.sleepers(250).collect::<Vec<_>>(), [0usize; 0]);
+        assert_eq!(watch.sleepers(300).collect::<Vec<_>>(), [0, 1]);
+        watch.doubt(0, 300);
+        assert_eq!(watch.sleepers(300).collect::<Vec<_>>(), [1]);
     }
 
     #[test]
@@ -302,6 +449,24 @@ mod tests {
         rhythm: u64,
         asked_at: Option<u64>,
         frozen_at: Option<u64>,
+        /// It marks that it sleeps, and freezes in a turn or by a signal.
+        marks: bool,
+        by_signal: bool,
+        stop_told: bool,
+        asleep: bool,
+    }
+
+    impl Worker {
+        fn sign(&self) -> Sign {
+            if self.asleep { Asleep(self.beat) } else { Beat(self.beat) }
+        }
+
+        /// Whether the supervisor hears of it.
+        fn turn(&mut self, now: u64) -> bool {
+            let tells = self.asleep && now - self.beat >= DOZE;
+            (self.beat, self.asked_at, self.asleep) = (now, None, self.marks);
+            tells
+        }
     }
 
     proptest! {
@@ -313,16 +478,30 @@ mod tests {
         #[test]
         fn who_lives_is_spared_and_who_froze_is_found(
             timeout in 120u64..4_000,
-            workers in prop::collection::vec((0u64..3, prop::option::of(1_000u64..50_000)), 1..6),
+            workers in prop::collection::vec(
+                (0usize..6, any::<bool>(), any::<bool>(), prop::option::of(1_000u64..50_000)),
+                1..6
+            ),
             pauses in prop::collection::vec((any::<bool>(), 1u64..8_000), 0..6),
             delay in 0u64..100,
         ) {
             let mut watch = Watch::new(workers.len(), timeout);
             let mut workers: Vec<Worker> = workers
                 .into_iter()
-                .map(|(kind, frozen_at)| {
-                    let rhythm = [0, timeout / 10, timeout / 2][kind as usize] / 5 * 5;
-                    Worker { beat: 0, rhythm, asked_at: None, frozen_at }
+                .map(|(kind, marks, by_signal, frozen_at)| {
+                    let kinds = [0, timeout / 10, timeout / 2, 2 * timeout, DOZE + 300, 3 * REST];
+                    // Who does not mark its sleep, as older workers do, is asked.
+                    let rhythm = if marks { kinds[kind] } else { kinds[kind % 3] } / 5 * 5;
+                    Worker {
+                        beat: 0,
+                        rhythm,
+                        asked_at: None,
+                        frozen_at,
+                        marks,
+                        by_signal,
+                        stop_told: false,
+                        asleep: marks,
+                    }
                 })
                 .collect();
             (0..workers.len()).for_each(|slot| watch.begin(slot, 0));
@@ -337,11 +516,25 @@ mod tests {
             }
             let answer_after = timeout * delay / 400;
             let mut found: Vec<Option<u64>> = vec![None; workers.len()];
+            let mut doubted = Vec::new();
+            // Somebody has told the supervisor something.
+            let mut is_told = false;
             for now in (0..=begin + 60_000).step_by(5) {
                 let pause = paused.iter().find(|(_, from, to)| (*from..*to).contains(&now));
                 if pause.is_none_or(|(whole, ..)| !whole) {
-                    for worker in &mut workers {
+                    for (slot, worker) in workers.iter_mut().enumerate() {
                         if worker.frozen_at.is_some_and(|at| at <= now) {
+                            if worker.asleep && worker.by_signal && !worker.stop_told {
+                                worker.stop_told = true;
+                                doubted.push(slot);
+                                is_told = true;
+                            }
+                            // The turn in which it froze.
+                            if worker.asleep && !worker.by_signal {
+                                is_told |= worker.turn(now);
+                                worker.asleep = false;
+                                worker.frozen_at = Some(now);
+                            }
                             continue;
                         }
                         let turns = worker.rhythm > 0 && now % worker.rhythm.max(5) == 0;
@@ -352,14 +545,15 @@ mod tests {
                             .asked_at
                             .is_some_and(|at| at.max(resumed.unwrap_or(0)) + answer_after <= now);
                         if turns || answers {
-                            worker.beat = now;
-                            worker.asked_at = None;
+                            is_told |= worker.turn(now);
                         }
                     }
                 }
-                if pause.is_none() && watch.next_deadline().is_none_or(|due| due <= now) {
+                if pause.is_none() && (is_told || watch.next_deadline().is_some_and(|due| due <= now)) {
+                    is_told = false;
+                    doubted.drain(..).for_each(|slot| watch.doubt(slot, now));
                     let signs: Vec<Sign> = (0..workers.len())
-                        .map(|slot| if found[slot].is_some() { Absent } else { Beat(workers[slot].beat) })
+                        .map(|slot| if found[slot].is_some() { Absent } else { workers[slot].sign() })
                         .collect();
                     for verdict in watch.look(now, &signs) {
                         match verdict {

@@ -195,6 +195,8 @@ impl Supervisor {
                 self.handle_flows_passed(slot, moved, left);
             }
             FromWorker::Held | FromWorker::FlowsPassed { .. } => {}
+            // That it woke the supervisor is all: every turn looks at the workers.
+            FromWorker::Awake => {}
             FromWorker::Found { id } => self.handle_found(token, id, fds),
             FromWorker::Failed { text, advice, .. } if role == Role::Next => {
                 self.abort_reload(&format!("{text}\n{advice}"));
@@ -214,6 +216,8 @@ impl Supervisor {
                 let what = if is_stopped { "stopped: it gets nothing new" } else { "continued" };
                 warn!(slot = number, "worker {what}");
                 self.steering.handle_stop(number, is_stopped);
+                // One that sleeps does not show it.
+                self.watch.doubt(number, clock::coarse());
             }
         }
         let all = self.slots.iter_mut().chain(&mut self.retiring);

@@ -22,6 +22,7 @@ use crate::counters::Process as Counter;
 use crate::sys::channel::Channel;
 use crate::sys::clock::{self, Millis};
 use crate::sys::process::{self, Child, Image};
+use crate::sys::queues;
 
 /// How long an old worker may live past its limit, in milliseconds: the grace
 /// for removed listeners and the sessions' move come before it.
@@ -284,6 +285,14 @@ impl Slot {
     /// All its sockets.
     pub fn held(&self) -> &[(SocketId, OwnedFd)] {
         &self.held
+    }
+
+    /// Whether somebody waits at one of its sockets.
+    pub fn is_waited_for(&self) -> bool {
+        self.held.iter().any(|(id, socket)| {
+            let queue = if id.udp { queues::of_udp(socket) } else { queues::of_tcp(socket) };
+            queue.is_ok_and(|queue| queue.waiting > 0)
+        })
     }
 
     /// The sockets that systemd holds as well.

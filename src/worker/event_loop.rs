@@ -36,6 +36,7 @@ use crate::config::Mode;
 use crate::control::misbehave;
 use crate::control::{FromWorker, Place};
 use crate::counters::{Counters, Process};
+use crate::supervision::watch::DOZE;
 use crate::sys::channel::Channel;
 use crate::sys::clock::{self, Millis};
 use crate::sys::process;
@@ -186,15 +187,19 @@ impl<'a> Loop<'a> {
 
     fn serve(&mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(1024);
+        let mut over = clock::coarse();
         loop {
-            let now = clock::coarse();
-            let timeout = self.next_wake(now).map(|at| Duration::from_millis(at.saturating_sub(now)));
-            match self.poll.poll(&mut events, timeout) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                result => result?,
+            let timeout = self.next_wake(over).map(|at| Duration::from_millis(at.saturating_sub(over)));
+            self.sessions.context().sleep(over);
+            // An interruption, as by being stopped and continued, is a turn
+            // without events.
+            if let Err(error) = self.poll.poll(&mut events, timeout)
+                && error.kind() != io::ErrorKind::Interrupted
+            {
+                return Err(error);
             }
             let now = clock::coarse();
-            self.sessions.context().beat(now);
+            self.wake(over, now);
             if let Some(load) = self.load {
                 load.begin_turn(now);
             }
@@ -227,14 +232,15 @@ impl<'a> Loop<'a> {
             self.accept(now);
             self.drive_handover(now);
             self.tend_gate(now);
-            let over = self.handle_leave(now);
+            let is_left = self.handle_leave(now);
             self.sessions.flush_log();
-            if over {
+            if is_left {
                 return Ok(());
             }
-            self.publish_lag(now);
+            over = clock::coarse();
+            self.publish_lag(over.saturating_sub(now));
             if let Some(load) = self.load {
-                load.end_turn(now, clock::coarse(), self.sessions.len());
+                load.end_turn(now, over, self.sessions.len());
             }
             #[cfg(debug_assertions)]
             self.hang.spin_if_told();
@@ -267,9 +273,20 @@ impl<'a> Loop<'a> {
         .min()
     }
 
-    fn publish_lag(&self, since: Millis) {
+    /// Shows that the loop turns again, and says so where nobody may be looking.
+    fn wake(&self, slept_since: Millis, now: Millis) {
+        self.sessions.context().beat(now);
+        // This look at the clock comes after the mark: a supervisor that had
+        // looked before it, and looks no more, did so less than `DOZE` ago, or
+        // is told.
+        if clock::coarse().saturating_sub(slept_since) >= DOZE {
+            self.tell(&FromWorker::Awake);
+        }
+    }
+
+    fn publish_lag(&self, turn: Millis) {
         let lag = self.sessions.context().counters.process(Process::LoopLag);
-        let turn = clock::coarse().saturating_sub(since) * 1_000;
+        let turn = turn * 1_000;
         let old = lag.get();
         // The longest turn, forgotten by an eighth a turn.
         let new = turn.max(old - old.div_ceil(8));

@@ -9,6 +9,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use mio::unix::SourceFd;
@@ -140,13 +141,11 @@ impl Listeners {
         }
     }
 
-    /// The sockets at which something may wait; none during a pause.
-    pub fn ready(&mut self, now: Millis) -> Vec<usize> {
+    /// The numbers of the sockets at which something may wait (`is_ready`);
+    /// none during a pause.
+    pub fn begin_turn(&mut self, now: Millis) -> Range<usize> {
         self.entries.iter_mut().flatten().for_each(Entry::begin_turn);
-        if self.paused_until.is_some_and(|until| now < until) {
-            return Vec::new();
-        }
-        (0..self.entries.len()).filter(|&i| self.entries[i].as_ref().is_some_and(|e| e.ready)).collect()
+        if self.paused_until.is_some_and(|until| now < until) { 0..0 } else { 0..self.entries.len() }
     }
 
     /// Whether there is anything to accept right now.

@@ -41,7 +41,7 @@ use super::gate::Gate;
 use crate::balance::Balancer;
 use crate::board::Board;
 use crate::config::{Config, ServerAddress, Service, Target};
-use crate::counters::{Counters, Layout, OfListener, OfServer, Process};
+use crate::counters::{ASLEEP, Counters, Layout, OfListener, OfServer, Process};
 use crate::deadline::Deadlines;
 use crate::handover::Story;
 use crate::proxy_protocol::Ends;
@@ -169,6 +169,11 @@ impl Context<'_> {
     pub fn beat(&self, now: Millis) {
         self.counters.process(Process::Beat).set(now);
     }
+
+    /// Shows the supervisor that the loop sleeps until something happens.
+    pub fn sleep(&self, now: Millis) {
+        self.counters.process(Process::Beat).set(now | ASLEEP);
+    }
 }
 
 /// All sessions of the worker.
@@ -179,6 +184,8 @@ pub struct Sessions<'a> {
     deadlines: Deadlines,
     /// Sessions with something to do in the next turn.
     queue: Vec<Key>,
+    /// The memory of the last turn's queue.
+    spare_queue: Vec<Key>,
     balancers: Vec<Balancer>,
     /// Each upstream's epoch when the board was last looked at for sessions.
     seen_epochs: Vec<u64>,
@@ -224,10 +231,11 @@ enum Stage {
     Header {
         until: Millis,
     },
-    /// A connect is under way.
-    Connecting(Attempt),
+    /// A connect is under way. What an attempt remembers no open session has a
+    /// use for.
+    Connecting(Box<Attempt>),
     /// A connect could not begin, and is tried again; or every server is full.
-    Waiting(Attempt),
+    Waiting(Box<Attempt>),
     Open,
     /// Both directions are over; the sides are reset when they have what was
     /// sent to them.
@@ -248,6 +256,7 @@ impl<'a> Sessions<'a> {
             slab: Slab::new(),
             deadlines: Deadlines::new(now),
             queue: Vec::new(),
+            spare_queue: Vec::new(),
             seen_epochs: vec![0; balancers.len()],
             waiting: Waiting::new(balancers.len()),
             balancers,
@@ -338,7 +347,11 @@ impl<'a> Sessions<'a> {
             },
         );
         match entry.stage {
-            Stage::Open => self.enqueue(key),
+            Stage::Open => {
+                if !std::mem::replace(&mut entry.queued, true) {
+                    self.queue.push(key);
+                }
+            }
             Stage::Connecting(_) if side == Side::Server => {
                 let failed = event.is_error() || event.is_write_closed();
                 if event.is_writable() || failed {
@@ -377,12 +390,15 @@ impl<'a> Sessions<'a> {
 
     /// Drives each session that has something to do once.
     pub fn turn(&mut self, now: Millis) {
-        for (index, key) in std::mem::take(&mut self.queue).into_iter().enumerate() {
+        let spare = std::mem::take(&mut self.spare_queue);
+        let mut queue = std::mem::replace(&mut self.queue, spare);
+        for (index, key) in queue.drain(..).enumerate() {
             if index % BEAT_EVERY == BEAT_EVERY - 1 {
                 self.context.beat(clock::coarse());
             }
             self.drive(key, now);
         }
+        self.spare_queue = queue;
         self.take_pipe_away(now);
     }
 
@@ -419,10 +435,12 @@ impl<'a> Sessions<'a> {
         }
         match result {
             Drive::Done(reason) => return self.close(key, reason, now),
-            Drive::Again => self.enqueue(key),
+            Drive::Again => {
+                entry.queued = true;
+                self.queue.push(key);
+            }
             Drive::Idle => {}
         }
-        let entry = self.slab.get_mut(key).expect("it was not closed");
         if !entry.half_closed && entry.session.is_half_closed() {
             // From here on another, usually shorter, time-out holds.
             entry.half_closed = true;

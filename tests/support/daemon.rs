@@ -166,6 +166,17 @@ impl Daemon {
         text
     }
 
+    /// Waits until the log says this: a line is written a moment after what it
+    /// tells of.
+    #[track_caller]
+    pub fn says(&self, text: &str) {
+        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        while !self.log().contains(text) {
+            assert!(std::time::Instant::now() < deadline, "{text:?} is not in\n{}", self.log());
+            std::thread::park_timeout(Duration::from_millis(5));
+        }
+    }
+
     /// Its status; a steward that is just being replaced, or was not told of
     /// the workers yet, is waited for.
     #[track_caller]

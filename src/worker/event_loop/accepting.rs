@@ -20,7 +20,7 @@ impl Loop<'_> {
         if self.listeners.pause_end().is_some_and(|end| end <= now) {
             self.listeners.end_pause(self.poll.registry(), now);
         }
-        for index in self.listeners.ready(now) {
+        for index in self.listeners.begin_turn(now) {
             for _ in 0..ACCEPT_BUDGET {
                 if !self.listeners.is_ready(index) {
                     break;

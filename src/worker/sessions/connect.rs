@@ -66,7 +66,13 @@ impl Refusal {
 
 impl Sessions<'_> {
     /// Connects to the next server that may be tried.
-    pub(super) fn begin_connect(&mut self, registry: &Registry, key: Key, mut attempt: Attempt, now: Millis) {
+    pub(super) fn begin_connect(
+        &mut self,
+        registry: &Registry,
+        key: Key,
+        mut attempt: Box<Attempt>,
+        now: Millis,
+    ) {
         loop {
             let upstream = self.upstream(key).expect("only a session with an upstream connects");
             let server = match self.pick(upstream, &attempt, now) {
@@ -202,25 +208,21 @@ impl Sessions<'_> {
         let server = entry.server_index.take().expect("a connecting session has a server");
         // Closing it also ends its registration: there is no duplicate.
         entry.server = None;
-        let Stage::Connecting(attempt) = std::mem::replace(&mut entry.stage, Stage::Open) else {
+        let Stage::Connecting(mut attempt) = std::mem::replace(&mut entry.stage, Stage::Open) else {
             unreachable!("only a connecting session gives up its server");
         };
-        let Attempt { client, mut tried, .. } = attempt;
-        tried.push(server);
-        let until = now + self.connect_timeout(key);
-        self.begin_connect(
-            registry,
-            key,
-            Attempt { client, until, began: None, tried, failure, waits_since: None },
-            now,
-        );
+        attempt.tried.push(server);
+        attempt.failure = failure;
+        attempt.until = now + self.connect_timeout(key);
+        (attempt.began, attempt.waits_since) = (None, None);
+        self.begin_connect(registry, key, attempt, now);
     }
 
     /// The first attempt of a new session.
-    pub(super) fn first_attempt(&self, key: Key, client: SocketAddr, now: Millis) -> Attempt {
+    pub(super) fn first_attempt(&self, key: Key, client: SocketAddr, now: Millis) -> Box<Attempt> {
         let until = now + self.connect_timeout(key);
         let failure = CloseReason::ConnectFailed;
-        Attempt { client, until, began: None, tried: Vec::new(), failure, waits_since: None }
+        Box::new(Attempt { client, until, began: None, tried: Vec::new(), failure, waits_since: None })
     }
 
     pub(super) fn connect_timeout(&self, key: Key) -> Millis {

@@ -151,6 +151,7 @@ impl Sessions<'_> {
                 upstream?;
                 let tried = tried.iter().filter_map(find).collect();
                 let attempt = Attempt { client: address(), until, began: None, tried, failure, waits_since };
+                let attempt = Box::new(attempt);
                 // Without its server in this configuration the connect that is
                 // under way is given up for the next one.
                 if server.is_some() && server_index.is_some() {

@@ -86,7 +86,7 @@ impl Sessions<'_> {
     }
 
     /// Puts a session into the queue, at the place that is due to it.
-    pub(super) fn wait(&mut self, upstream: usize, key: Key, mut attempt: Attempt, now: Millis) {
+    pub(super) fn wait(&mut self, upstream: usize, key: Key, mut attempt: Box<Attempt>, now: Millis) {
         let timeout = millis(self.context.config.upstreams[upstream].queue_timeout);
         let since = *attempt.waits_since.get_or_insert(now);
         if since.saturating_add(timeout) <= now {

@@ -86,6 +86,8 @@ pub struct Datagrams<'a> {
     /// What polls all of its sockets.
     registry: Registry,
     fronts: Fronts,
+    /// Its slot's worker died before it.
+    recovers: bool,
     flows: Flows,
     /// Sockets towards servers, by the flow's place.
     uplinks: Vec<Option<Uplink>>,
@@ -146,6 +148,7 @@ impl<'a> Datagrams<'a> {
             context,
             registry,
             fronts: Fronts::default(),
+            recovers: false,
             uplinks: Vec::new(),
             stories: Vec::new(),
             queue: Vec::new(),
@@ -165,6 +168,11 @@ impl<'a> Datagrams<'a> {
             routes: Vec::new(),
             passages: Vec::new(),
         }
+    }
+
+    /// Takes up the sockets of a worker that died.
+    pub fn begin_recovery(&mut self) {
+        self.recovers = true;
     }
 
     /// Whether a listening socket is to be polled here.
@@ -190,8 +198,9 @@ impl<'a> Datagrams<'a> {
             // What waited before it was registered may give no edge.
             ready: true,
             // While its flows are being handed over, it is one daemon that goes
-            // on, and nothing that waited is stale.
-            take_up: kept && !self.fronts.is_held(),
+            // on, and nothing that waited is stale: unless by a dead worker's
+            // keeper, for then nobody has read meanwhile.
+            take_up: kept && (self.recovers || !self.fronts.is_held()),
             can_cut: true,
             is_divided: is_group && listener.udp.multicast == Multicast::Partition,
         };

@@ -83,6 +83,8 @@ fn flow_token(key: Key) -> Token {
 #[derive(Debug)]
 pub struct Datagrams<'a> {
     context: Context<'a>,
+    /// What polls all of its sockets.
+    registry: Registry,
     fronts: Fronts,
     flows: Flows,
     /// Sockets towards servers, by the flow's place.
@@ -122,7 +124,7 @@ pub struct Datagrams<'a> {
 
 impl<'a> Datagrams<'a> {
     /// For so many descriptors that are left for flows.
-    pub fn new(context: Context<'a>, descriptors: usize, now: Millis) -> Datagrams<'a> {
+    pub fn new(context: Context<'a>, registry: Registry, descriptors: usize, now: Millis) -> Datagrams<'a> {
         let config = context.config;
         let is_used = config.listeners.iter().any(|listener| listener.mode == Mode::Udp);
         let limit = socket_limit(config, descriptors, context.all.len());
@@ -142,6 +144,7 @@ impl<'a> Datagrams<'a> {
             flows: Flows::new(limits, limit, seed, now),
             quarantine: Quarantine::new(quarantine),
             context,
+            registry,
             fronts: Fronts::default(),
             uplinks: Vec::new(),
             stories: Vec::new(),

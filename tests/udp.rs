@@ -120,8 +120,7 @@ fn every_ipv6_address_answers_for_itself() {
 fn another_user_cannot_bind_our_port() {
     let uids = fs::read_to_string("/proc/self/uid_map").unwrap();
     if uids.split_whitespace().nth(2) == Some("1") {
-        println!("SKIPPED: this namespace knows one user");
-        return;
+        support::skip("this namespace knows one user");
     }
     let (server, _) = named_server("127.0.0.1:0", "");
     let _daemon = forward(2, "", &[server]);

@@ -19,18 +19,22 @@ mod index;
 mod moving;
 mod name;
 mod quarantine;
+mod table;
 #[cfg(test)]
 mod tests;
 
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::BorrowedFd;
 
 use crate::deadline::Deadlines;
-use crate::slab::{Key, Slab};
+use crate::slab::Key;
 use index::Index;
 use name::Name;
+use table::Table;
 
 pub use moving::Snapshot;
 pub use quarantine::Quarantine;
+pub use table::{Heir, Remains};
 
 /// Whose datagrams a flow takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -54,21 +58,26 @@ pub const GONE_SERVER: u32 = u32::MAX - 1;
 const NONE: u32 = u32::MAX;
 
 /// One flow: plain data.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Flow {
     name: Name,
     /// The server's number in its upstream, or `NO_SERVER`, or `GONE_SERVER`.
     pub server: u32,
+    /// Its socket's number, for whoever finds this when the worker is dead.
+    socket: Option<i32>,
+    can_cut: bool,
     /// The server failed; the next datagram goes to another.
     failed: bool,
     /// It is on its way to another process, and nothing of it moves here.
     frozen: bool,
+    /// It came from another process, which has it still.
+    arriving: bool,
     answered: bool,
     /// A client's datagram came after the last reply.
     awaits: bool,
     requests: u32,
     replies: u32,
-    last: Time,
+    last: u64,
     /// Neighbours in the list of the unanswered.
     older: u32,
     newer: u32,
@@ -192,7 +201,7 @@ impl DropReason {
 /// All flows of a worker.
 #[derive(Debug)]
 pub struct Flows {
-    slab: Slab<Flow>,
+    table: Table,
     index: Index,
     deadlines: Deadlines,
     books: Vec<Book>,
@@ -217,8 +226,11 @@ impl Flows {
     /// index; `socket_limit` bounds the flows with sockets over all listeners.
     pub fn new(limits: Vec<Limits>, socket_limit: u32, seed: u64, now: u64) -> Flows {
         let book = |limits| Book { limits, count: 0, oldest: NONE, newest: NONE };
+        let most =
+            limits.iter().fold(socket_limit, |sum, limits: &Limits| sum.saturating_add(limits.max_flows));
+        let most = if limits.is_empty() { 1 } else { most };
         Flows {
-            slab: Slab::new(),
+            table: Table::create(most).expect("a process may have the addresses of its flows"),
             index: Index::new(seed),
             deadlines: Deadlines::new(now),
             books: limits.into_iter().map(book).collect(),
@@ -231,14 +243,16 @@ impl Flows {
     /// A datagram from a client.
     pub fn handle_client(&mut self, name: &FlowKey, now: u64) -> Arrival {
         if let Some(key) = self.find(name) {
-            let flow = self.slab.get_mut(key).expect("the index names living flows");
-            if flow.frozen {
-                return Arrival::Frozen(key);
-            }
-            flow.last = Time::from(now);
-            flow.requests = flow.requests.saturating_add(1);
-            flow.awaits = true;
-            return if flow.failed { Arrival::Move(key) } else { Arrival::Known(key) };
+            let arrival = self.table.change(key, |flow| {
+                if flow.frozen {
+                    return Arrival::Frozen(key);
+                }
+                flow.last = now;
+                flow.requests = flow.requests.saturating_add(1);
+                flow.awaits = true;
+                if flow.failed { Arrival::Move(key) } else { Arrival::Known(key) }
+            });
+            return arrival.expect("the index names living flows");
         }
         if self.leaving {
             return Arrival::Drop(DropReason::Leaving);
@@ -250,11 +264,15 @@ impl Flows {
         if book.limits.has_sockets && self.socket_count >= self.socket_limit {
             return self.make_room(self.oldest_unanswered_with_socket());
         }
+        // Those that came from other processes count for no listener's bound.
+        if self.table.is_full() {
+            return Arrival::Drop(DropReason::Shed);
+        }
         Arrival::Open { evict: None }
     }
 
     fn make_room(&self, oldest: u32) -> Arrival {
-        match self.slab.key_at(oldest) {
+        match self.table.key_at(oldest) {
             Some(key) => Arrival::Open { evict: Some(key) },
             None => Arrival::Drop(DropReason::Shed),
         }
@@ -262,37 +280,23 @@ impl Flows {
 
     fn oldest_unanswered_with_socket(&self) -> u32 {
         let oldest = self.books.iter().filter(|book| book.limits.has_sockets && book.oldest != NONE);
-        let since = |book: &&Book| {
-            self.slab.key_at(book.oldest).and_then(|key| self.get(key)).map(|f| f.last.millis())
-        };
+        let since =
+            |book: &&Book| self.table.key_at(book.oldest).and_then(|key| self.get(key)).map(|flow| flow.last);
         oldest.min_by_key(since).map_or(NONE, |book| book.oldest)
     }
 
     /// The flow to end where the system has no port or descriptor for a new
     /// one.
     pub fn evictable(&self) -> Option<Key> {
-        self.slab.key_at(self.oldest_unanswered_with_socket())
+        self.table.key_at(self.oldest_unanswered_with_socket())
     }
 
     /// Opens the flow that `handle_client` spoke of; its first datagram counts.
     pub fn open(&mut self, name: FlowKey, server: u32, now: u64) -> Key {
         debug_assert!(self.find(&name).is_none(), "a flow is opened once");
-        let flow = Flow {
-            name: Name::from(&name),
-            server,
-            failed: false,
-            frozen: false,
-            answered: false,
-            awaits: true,
-            requests: 1,
-            replies: 0,
-            last: Time::from(now),
-            older: NONE,
-            newer: NONE,
-        };
-        let key = self.slab.insert(flow);
+        let key = self.table.insert(&Flow::begin(&name, server, now));
         let kept = Name::from(&name);
-        self.index.insert(&kept, key.index, |index| name_at(&self.slab, index));
+        self.index.insert(&kept, key.index, |index| self.table.name_at(index));
         let book = &mut self.books[usize::from(name.listener)];
         book.count += 1;
         self.socket_count += u32::from(book.limits.has_sockets);
@@ -303,16 +307,23 @@ impl Flows {
 
     /// A datagram from a flow's server.
     pub fn handle_reply(&mut self, key: Key, now: u64) -> Reply {
-        let Some(flow) = self.slab.get_mut(key).filter(|flow| !flow.frozen) else { return Reply::Drop };
-        flow.last = Time::from(now);
-        flow.awaits = false;
-        flow.replies = flow.replies.saturating_add(1);
+        let counted = self.table.change(key, |flow| {
+            if flow.frozen {
+                return None;
+            }
+            let before = *flow;
+            flow.last = now;
+            flow.awaits = false;
+            flow.replies = flow.replies.saturating_add(1);
+            flow.answered = true;
+            Some((before, *flow))
+        });
+        let Some((before, flow)) = counted.flatten() else { return Reply::Drop };
         let enough = self.books[flow.name.listener()].limits.replies;
         // Not while a question is unanswered: a client may have asked several
         // before the first answer came.
         let last = enough > 0 && flow.replies >= enough.max(flow.requests);
-        if !flow.answered {
-            flow.answered = true;
+        if !before.answered {
             self.unlink(key.index);
         }
         if last { Reply::Last } else { Reply::Pass }
@@ -321,39 +332,39 @@ impl Flows {
     /// A flow's server has failed: its next datagram is to go to another.
     /// False where that is known already.
     pub fn handle_failure(&mut self, key: Key) -> bool {
-        self.slab.get_mut(key).is_some_and(|flow| !std::mem::replace(&mut flow.failed, true))
+        self.table.change(key, |flow| !std::mem::replace(&mut flow.failed, true)).unwrap_or(false)
     }
 
     /// A flow has another server.
     pub fn handle_moved(&mut self, key: Key, server: u32) {
-        if let Some(flow) = self.slab.get_mut(key) {
+        self.table.change(key, |flow| {
             flow.server = server;
             flow.failed = false;
-        }
+        });
     }
 
     /// Ends a flow and tells what it was.
     pub fn end(&mut self, key: Key) -> Option<Flow> {
-        let flow = self.slab.get(key)?;
+        let flow = self.table.get(key)?;
         if !flow.answered && !flow.frozen {
             self.unlink(key.index);
         }
-        let name = self.slab.get(key)?.name;
-        self.index.remove(&name, key.index, |index| name_at(&self.slab, index));
+        let name = flow.name;
+        self.index.remove(&name, key.index, |index| self.table.name_at(index));
         self.deadlines.clear(key.index);
         let book = &mut self.books[name.listener()];
         book.count -= 1;
         self.socket_count -= u32::from(book.limits.has_sockets);
-        self.slab.remove(key)
+        self.table.remove(key)
     }
 
     /// The flows that have been silent for too long; they still live.
     pub fn expire(&mut self, now: u64, due: &mut Vec<Key>, fired: &mut Vec<u32>) {
         self.deadlines.advance(now, fired);
         for index in fired.drain(..) {
-            let Some(key) = self.slab.key_at(index) else { continue };
-            let flow = self.slab.get(key).expect("the key is fresh");
-            let end = flow.last.millis().saturating_add(self.books[flow.name.listener()].limits.idle_timeout);
+            let Some(key) = self.table.key_at(index) else { continue };
+            let flow = self.table.get(key).expect("the key is fresh");
+            let end = flow.last.saturating_add(self.books[flow.name.listener()].limits.idle_timeout);
             // The deadline stood still while datagrams passed.
             if end <= now {
                 due.push(key);
@@ -374,13 +385,13 @@ impl Flows {
         for book in &mut self.books {
             book.limits.idle_timeout = book.limits.idle_timeout.min(at_most);
         }
-        for key in self.slab.keys() {
-            let flow = self.slab.get(key).expect("the key is fresh");
+        for key in self.table.keys() {
+            let flow = self.table.get(key).expect("the key is fresh");
             if flow.frozen {
                 continue;
             }
             let idle_timeout = self.books[flow.name.listener()].limits.idle_timeout;
-            self.deadlines.set(key.index, flow.last.millis().saturating_add(idle_timeout).max(now));
+            self.deadlines.set(key.index, flow.last.saturating_add(idle_timeout).max(now));
         }
     }
 
@@ -390,23 +401,23 @@ impl Flows {
     }
 
     /// A living flow.
-    pub fn get(&self, key: Key) -> Option<&Flow> {
-        self.slab.get(key)
+    pub fn get(&self, key: Key) -> Option<Flow> {
+        self.table.get(key)
     }
 
     /// All living flows.
     pub fn keys(&self) -> Vec<Key> {
-        self.slab.keys()
+        self.table.keys()
     }
 
     /// How many live.
     pub fn len(&self) -> usize {
-        self.slab.len()
+        self.table.len()
     }
 
     /// Whether none lives.
     pub fn is_empty(&self) -> bool {
-        self.slab.is_empty()
+        self.table.is_empty()
     }
 
     /// How many with a socket live.
@@ -421,57 +432,77 @@ impl Flows {
 
     fn find(&self, name: &FlowKey) -> Option<Key> {
         let name = Name::from(name);
-        let index = self.index.find(&name, |index| name_at(&self.slab, index) == name)?;
-        self.slab.key_at(index)
+        let index = self.index.find(&name, |index| self.table.name_at(index) == name)?;
+        self.table.key_at(index)
     }
 
     /// Puts a flow at the young end of its listener's unanswered.
     fn link(&mut self, index: u32) {
-        let key = self.slab.key_at(index).expect("just inserted");
-        let flow = self.slab.get_mut(key).expect("just inserted");
-        let book = &mut self.books[flow.name.listener()];
-        flow.older = book.newest;
-        let older = std::mem::replace(&mut book.newest, index);
-        match self.slab.key_at(older) {
-            Some(older) => self.slab.get_mut(older).expect("the list holds living flows").newer = index,
-            None => book.oldest = index,
+        let key = self.table.key_at(index).expect("just inserted");
+        let listener = self.table.name_at(index).listener();
+        let older = std::mem::replace(&mut self.books[listener].newest, index);
+        self.table.change(key, |flow| flow.older = older);
+        match self.table.key_at(older) {
+            Some(older) => drop(self.table.change(older, |flow| flow.newer = index)),
+            None => self.books[listener].oldest = index,
         }
     }
 
     fn unlink(&mut self, index: u32) {
-        let key = self.slab.key_at(index).expect("the caller holds it");
-        let flow = self.slab.get_mut(key).expect("the caller holds it");
-        let (older, newer) = (flow.older, flow.newer);
-        (flow.older, flow.newer) = (NONE, NONE);
-        let book = &mut self.books[flow.name.listener()];
-        match self.slab.key_at(older) {
-            Some(older) => self.slab.get_mut(older).expect("the list holds living flows").newer = newer,
-            None => book.oldest = newer,
+        let key = self.table.key_at(index).expect("the caller holds it");
+        let unlinked = self.table.change(key, |flow| {
+            let neighbours = (flow.older, flow.newer);
+            (flow.older, flow.newer) = (NONE, NONE);
+            neighbours
+        });
+        let (older, newer) = unlinked.expect("the key is fresh");
+        let listener = self.table.name_at(index).listener();
+        match self.table.key_at(older) {
+            Some(older) => drop(self.table.change(older, |flow| flow.newer = newer)),
+            None => self.books[listener].oldest = newer,
         }
-        match self.slab.key_at(newer) {
-            Some(newer) => self.slab.get_mut(newer).expect("the list holds living flows").older = older,
-            None => book.newest = older,
+        match self.table.key_at(newer) {
+            Some(newer) => drop(self.table.change(newer, |flow| flow.older = older)),
+            None => self.books[listener].newest = older,
         }
     }
-}
 
-/// Milliseconds in two halves, so that a flow is aligned to four bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Time([u32; 2]);
-
-impl From<u64> for Time {
-    fn from(millis: u64) -> Time {
-        Time([(millis >> 32) as u32, millis as u32])
+    /// Notes a flow's socket, or before it is closed, that it has none.
+    pub fn set_socket(&mut self, key: Key, socket: Option<i32>, can_cut: bool) {
+        self.table.set_socket(key, socket, can_cut);
     }
-}
 
-impl Time {
-    fn millis(self) -> u64 {
-        u64::from(self.0[0]) << 32 | u64::from(self.0[1])
+    /// The other process knows that a flow is here.
+    pub fn own(&mut self, key: Key) {
+        self.table.change(key, |flow| flow.arriving = false);
+    }
+
+    /// The memory that outlives this process.
+    pub fn memory(&self) -> BorrowedFd<'_> {
+        self.table.memory()
     }
 }
 
 impl Flow {
+    fn begin(name: &FlowKey, server: u32, now: u64) -> Flow {
+        Flow {
+            name: Name::from(name),
+            server,
+            socket: None,
+            can_cut: true,
+            failed: false,
+            frozen: false,
+            arriving: false,
+            answered: false,
+            awaits: true,
+            requests: 1,
+            replies: 0,
+            last: now,
+            older: NONE,
+            newer: NONE,
+        }
+    }
+
     /// Its name.
     pub fn key(&self) -> FlowKey {
         self.name.into()
@@ -491,9 +522,4 @@ impl Flow {
     pub fn has_replies_outstanding(&self) -> bool {
         self.server != NO_SERVER && (self.awaits || self.requests > self.replies)
     }
-}
-
-fn name_at(slab: &Slab<Flow>, index: u32) -> Name {
-    let key = slab.key_at(index).expect("the index names living flows");
-    slab.get(key).expect("the key is fresh").name
 }

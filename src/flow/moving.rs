@@ -10,7 +10,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Flow, FlowKey, Flows, GONE_SERVER};
+use super::{FlowKey, Flows, GONE_SERVER};
 use crate::slab::Key;
 
 /// What a flow is besides its name, its server and its socket.
@@ -41,28 +41,28 @@ impl Flows {
     /// Takes a flow out of use, and tells its state; `None` where it is gone
     /// or frozen already.
     pub fn freeze(&mut self, key: Key) -> Option<Snapshot> {
-        let flow = self.slab.get(key).filter(|flow| !flow.frozen)?;
+        let flow = self.table.get(key).filter(|flow| !flow.frozen)?;
         if !flow.answered {
             self.unlink(key.index);
         }
         self.deadlines.clear(key.index);
-        let flow = self.slab.get_mut(key)?;
-        flow.frozen = true;
+        self.table.change(key, |flow| flow.frozen = true);
+        let flow = self.table.get(key)?;
         Some(Snapshot {
             failed: flow.failed,
             answered: flow.answered,
             awaits: flow.awaits,
             requests: flow.requests,
             replies: flow.replies,
-            last: flow.last.millis(),
+            last: flow.last,
         })
     }
 
     /// It goes on here.
     pub fn thaw(&mut self, key: Key, now: u64) {
-        let Some(flow) = self.slab.get_mut(key).filter(|flow| flow.frozen) else { return };
-        flow.frozen = false;
-        let (answered, last, listener) = (flow.answered, flow.last.millis(), flow.name.listener());
+        let Some(flow) = self.table.get(key).filter(|flow| flow.frozen) else { return };
+        self.table.change(key, |flow| flow.frozen = false);
+        let (answered, last, listener) = (flow.answered, flow.last, flow.name.listener());
         let idle_timeout = self.books[listener].limits.idle_timeout;
         self.deadlines.set(key.index, last.saturating_add(idle_timeout).max(now));
         if !answered {
@@ -76,22 +76,27 @@ impl Flows {
     /// may come.
     pub fn adopt(&mut self, name: FlowKey, server: u32, state: &Snapshot, now: u64) -> Option<Key> {
         let limits = self.books.get(usize::from(name.listener))?.limits;
-        if self.find(&name).is_some() || (limits.has_sockets && self.socket_count >= self.socket_limit) {
+        if self.table.is_full()
+            || self.find(&name).is_some()
+            || (limits.has_sockets && self.socket_count >= self.socket_limit)
+        {
             return None;
         }
         let key = self.open(name, server, now);
         if state.answered {
             self.unlink(key.index);
         }
-        let flow: &mut Flow = self.slab.get_mut(key)?;
-        flow.failed = state.failed || server == GONE_SERVER;
-        flow.answered = state.answered;
-        flow.awaits = state.awaits;
-        flow.requests = state.requests;
-        flow.replies = state.replies;
         // The other process may have looked at its clock a moment later.
         let last = state.last.min(now);
-        flow.last = last.into();
+        self.table.change(key, |flow| {
+            flow.failed = state.failed || server == GONE_SERVER;
+            flow.answered = state.answered;
+            flow.awaits = state.awaits;
+            flow.requests = state.requests;
+            flow.replies = state.replies;
+            flow.arriving = true;
+            flow.last = last;
+        });
         self.deadlines.set(key.index, last.saturating_add(limits.idle_timeout).max(now));
         Some(key)
     }

@@ -47,6 +47,35 @@ impl From<Name> for FlowKey {
 }
 
 impl Name {
+    /// The same in six words, of which the last one's upper half is free.
+    pub(super) fn to_words(self) -> [u64; 6] {
+        let half = |octets: &[u8; 16], at: usize| {
+            u64::from_ne_bytes(octets[at..at + 8].try_into().expect("eight of sixteen"))
+        };
+        let ends = u64::from(self.scope) | u64::from(self.port) << 32 | u64::from(self.listener) << 48;
+        let rest = u64::from(self.address) | u64::from(self.kinds) << 16;
+        [half(&self.client, 0), half(&self.client, 8), half(&self.local, 0), half(&self.local, 8), ends, rest]
+    }
+
+    /// What `to_words` wrote.
+    pub(super) fn from_words(words: [u64; 6]) -> Name {
+        let octets = |at: usize| {
+            let mut octets = [0; 16];
+            octets[..8].copy_from_slice(&words[at].to_ne_bytes());
+            octets[8..].copy_from_slice(&words[at + 1].to_ne_bytes());
+            octets
+        };
+        Name {
+            client: octets(0),
+            local: octets(2),
+            scope: words[4] as u32,
+            port: (words[4] >> 32) as u16,
+            listener: (words[4] >> 48) as u16,
+            address: words[5] as u16,
+            kinds: (words[5] >> 16) as u8,
+        }
+    }
+
     /// The listener's number.
     pub(super) fn listener(&self) -> usize {
         usize::from(self.listener)
@@ -113,6 +142,7 @@ mod tests {
         fn a_name_says_all_of_its_key(key in key(), other in key()) {
             let name = Name::from(&key);
             prop_assert_eq!(FlowKey::from(name), key);
+            prop_assert_eq!(Name::from_words(name.to_words()), name);
             prop_assert_eq!(name == Name::from(&other), key == other);
             prop_assert_eq!(name.hash(7), Name::from(&key).hash(7));
             prop_assert_ne!(name.hash(7), name.hash(8), "one chance in 2^64");

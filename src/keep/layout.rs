@@ -17,6 +17,8 @@ pub(super) const SCRATCH_BASE: usize = 5;
 pub(super) const RECEIVING: usize = 6;
 /// The receipt that is being given: its channel, its number, who was refused.
 pub(super) const RECEIPT: usize = 8;
+/// The descriptor of the memory in which the UDP flows lie.
+pub(super) const FLOWS: usize = 7;
 const HEAD_WORDS: usize = 16;
 
 /// For each pipe who has it, and its reading end.

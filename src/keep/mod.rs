@@ -46,7 +46,7 @@ pub use chunks::{Owner, Residue, SCRATCH_BYTES};
 pub use layout::Layout;
 pub use parcels::{Fate, Heir, Kernel, Listener, Names, adopt};
 pub use recovery::{Direction, Failure, Held, Sight, Verdict, recover};
-pub use remains::{Bundle, Receipt, Remains};
+pub use remains::{Bundle, Item, Receipt, Remains};
 pub use slot::{Slot, State};
 
 use std::io;
@@ -58,7 +58,7 @@ use crate::proxy_protocol::Ends;
 use crate::relay::CloseReason;
 use crate::sys::area::Area;
 use chunks::Pool;
-use layout::{BUNDLE, BUNDLE_ITEMS, PIPES, RECEIPT, RECEIVING, SLOTS_USED, VERSION_WORD};
+use layout::{BUNDLE, BUNDLE_ITEMS, FLOWS, PIPES, RECEIPT, RECEIVING, SLOTS_USED, VERSION_WORD};
 
 /// The writing side.
 #[derive(Debug)]
@@ -207,10 +207,10 @@ impl Keep {
     }
 
     /// These are about to be sent through a channel, in this order.
-    pub fn send(&self, channel: RawFd, number: u64, sessions: impl Iterator<Item = u32>) {
+    pub fn send(&self, channel: RawFd, number: u64, items: impl Iterator<Item = Item>) {
         let mut count = 0;
-        for session in sessions.take(BUNDLE_ITEMS) {
-            self.put(BUNDLE + 2 + count, u64::from(session));
+        for item in items.take(BUNDLE_ITEMS) {
+            self.put(BUNDLE + 2 + count, item.to_word());
             count += 1;
         }
         self.put(BUNDLE + 1, number);
@@ -229,16 +229,20 @@ impl Keep {
 
     /// It is about to be said that a bundle has arrived, but for these of it, a
     /// bit each.
-    pub fn begin_receipt(&self, channel: RawFd, number: u64, refused: [u64; 2]) {
+    pub fn begin_receipt(&self, channel: RawFd, number: u64, refused: [u64; 4]) {
         self.put(RECEIPT + 1, number);
-        self.put(RECEIPT + 2, refused[0]);
-        self.put(RECEIPT + 3, refused[1]);
+        refused.into_iter().enumerate().for_each(|(at, bits)| self.put(RECEIPT + 2 + at, bits));
         self.put(RECEIPT, channel as u64 + 1);
     }
 
     /// It was said, and they are settled.
     pub fn end_receipt(&self) {
         self.put(RECEIPT, 0);
+    }
+
+    /// Where the UDP flows are (`flow::Remains`).
+    pub fn flows(&self, memory: RawFd) {
+        self.put(FLOWS, memory as u64 + 1);
     }
 
     /// What a direction reads from now on goes into this pipe.

@@ -1,5 +1,8 @@
 //! The verdict as a table.
 
+// What is wrong with a verdict is shown whole.
+#![allow(clippy::result_large_err)]
+
 use super::*;
 use crate::relay::CloseReason;
 

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering::Acquire;
 
 use super::chunks::{Chunk, Owner, SCRATCH_BYTES, first};
 use super::layout::{
-    BUNDLE, BUNDLE_ITEMS, CHUNKS_USED, EXTRA_WORDS, Layout, PIPE_COUNT, PIPES, RECEIPT, RECEIVING,
+    BUNDLE, BUNDLE_ITEMS, CHUNKS_USED, EXTRA_WORDS, FLOWS, Layout, PIPE_COUNT, PIPES, RECEIPT, RECEIVING,
     SCRATCH_BASE, SCRATCH_CLAIM, SLOTS_USED, VERSION_WORD,
 };
 use super::recovery::{Claims, Held};
@@ -38,8 +38,37 @@ pub struct Bundle {
     pub channel: RawFd,
     /// Its number.
     pub number: u64,
-    /// Who, in the order of the bundle.
-    pub sessions: Vec<u32>,
+    /// What, in the order of the bundle.
+    pub items: Vec<Item>,
+}
+
+/// What a bundle holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Item {
+    /// A session by its number.
+    Session(u32),
+    /// A flow by its place.
+    Flow(u32),
+    /// Something that ends with its worker.
+    Other,
+}
+
+impl Item {
+    pub(super) fn to_word(self) -> u64 {
+        match self {
+            Item::Other => 0,
+            Item::Session(number) => 1 << 32 | u64::from(number),
+            Item::Flow(place) => 2 << 32 | u64::from(place),
+        }
+    }
+
+    fn of_word(word: u64) -> Item {
+        match word >> 32 {
+            1 => Item::Session(word as u32),
+            2 => Item::Flow(word as u32),
+            _ => Item::Other,
+        }
+    }
 }
 
 /// What the worker was about to say, or had said, when it died.
@@ -50,7 +79,7 @@ pub struct Receipt {
     /// Which bundle has arrived.
     pub number: u64,
     /// But for these of it, a bit each.
-    pub refused: [u64; 2],
+    pub refused: [u64; 4],
 }
 
 impl Remains {
@@ -105,8 +134,8 @@ impl Remains {
         let word = self.get(BUNDLE);
         let channel = descriptor(word >> 32)?;
         let count = (word as u32 as usize).min(BUNDLE_ITEMS);
-        let sessions = (0..count).map(|item| self.get(BUNDLE + 2 + item) as u32).collect();
-        Some(Bundle { channel, number: self.get(BUNDLE + 1), sessions })
+        let items = (0..count).map(|item| Item::of_word(self.get(BUNDLE + 2 + item))).collect();
+        Some(Bundle { channel, number: self.get(BUNDLE + 1), items })
     }
 
     /// Whether sockets were coming that no slot names yet: their sender has
@@ -118,8 +147,13 @@ impl Remains {
     /// The receipt that was being given.
     pub fn receipt(&self) -> Option<Receipt> {
         let channel = descriptor(self.get(RECEIPT))?;
-        let [number, first, second] = [1, 2, 3].map(|word| self.get(RECEIPT + word));
-        Some(Receipt { channel, number, refused: [first, second] })
+        let refused = [2, 3, 4, 5].map(|word| self.get(RECEIPT + word));
+        Some(Receipt { channel, number: self.get(RECEIPT + 1), refused })
+    }
+
+    /// The descriptor of the memory in which the flows lie.
+    pub fn flows(&self) -> Option<RawFd> {
+        descriptor(self.get(FLOWS))
     }
 
     /// Sessions that the worker was at work on.

@@ -174,7 +174,7 @@ fn restore_half(half: &HalfSnapshot) -> Option<Half> {
     let sane = (MIN_READ_BITS..=MAX_READ_BITS).contains(&half.read_bits)
         && half.kept as usize <= MAX_PIPED
         && (half.kept == 0 || !nobody_waits);
-    sane.then(|| Half {
+    sane.then_some(Half {
         from: half.from,
         to: half.to,
         state: half.state,

@@ -23,7 +23,7 @@ mod story;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use mio::{Registry, Token};
 use tracing::{info, warn};
@@ -173,6 +173,11 @@ impl<'a> Datagrams<'a> {
     /// Takes up the sockets of a worker that died.
     pub fn begin_recovery(&mut self) {
         self.recovers = true;
+    }
+
+    /// The memory of the flows, which outlives this process.
+    pub fn memory(&self) -> BorrowedFd<'_> {
+        self.flows.memory()
     }
 
     /// Whether a listening socket is to be polled here.

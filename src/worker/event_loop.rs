@@ -155,6 +155,8 @@ impl<'a> Loop<'a> {
         }
         let bell = born.board_bell.as_raw_fd();
         poll.registry().register(&mut SourceFd(&bell), BOARD, Interest::READABLE).ok()?;
+        let datagrams = Datagrams::new(context.clone(), registry, for_flows as usize, clock::coarse());
+        keep.flows(datagrams.memory().as_raw_fd());
         let state = Loop {
             born,
             guard,
@@ -162,7 +164,7 @@ impl<'a> Loop<'a> {
             poll,
             channel,
             listeners: Listeners::default(),
-            datagrams: Datagrams::new(context.clone(), registry, for_flows as usize, clock::coarse()),
+            datagrams,
             outliving: born.outliving.clone(),
             sessions: Sessions::new(context, keep, clock::coarse()),
             session_limit,

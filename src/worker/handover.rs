@@ -33,6 +33,7 @@ use super::sessions::Sessions;
 use crate::control::{self, PeerMessage};
 use crate::handover::protocol::{self, Answer, Kind, Next, Reaction, Verdict};
 use crate::handover::{self, MAX_SESSIONS, flows};
+use crate::keep;
 use crate::slab::Key;
 use crate::sys::channel::Channel;
 use crate::sys::clock::Millis;
@@ -271,11 +272,12 @@ impl Sender {
     /// it. What is parked nobody answers: it is as good as gone.
     fn note_bundle(&self, cargo: &mut Cargo) {
         let channel = if self.state.is_parking() { RawFd::MAX } else { self.channel.as_fd().as_raw_fd() };
-        let sessions = self.state.under_way().iter().filter_map(|item| match item {
-            Freight::Session(key) => Some(key.index),
-            Freight::Datagrams(_) => None,
+        let items = self.state.under_way().iter().map(|item| match item {
+            Freight::Session(key) => keep::Item::Session(key.index),
+            Freight::Datagrams(Item::Flow(key)) => keep::Item::Flow(key.index),
+            Freight::Datagrams(Item::Resting { .. }) => keep::Item::Other,
         });
-        cargo.sessions.keep().send(channel, self.number, sessions);
+        cargo.sessions.keep().send(channel, self.number, items);
     }
 
     fn settle(&mut self, verdict: Verdict<Freight>, cargo: &mut Cargo) {

@@ -279,6 +279,11 @@ impl Datagrams<'_> {
         }
     }
 
+    /// Its sender knows that it is here.
+    pub fn own(&mut self, key: Key) {
+        self.flows.own(key);
+    }
+
     /// Takes back what was taken in, for its sender will go on with it.
     pub fn untake(&mut self, key: Key) {
         if let Some(flow) = self.flows.get(key) {

@@ -184,6 +184,7 @@ impl Datagrams<'_> {
         if place >= self.uplinks.len() {
             self.uplinks.resize_with(place + 1, || None);
         }
+        self.flows.set_socket(key, Some(uplink.socket.as_raw_fd()), uplink.can_cut);
         self.uplinks[place].replace(uplink)
     }
 

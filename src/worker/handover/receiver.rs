@@ -276,7 +276,12 @@ impl Receiver {
         if !self.recovers {
             keys(taking.taken()).into_iter().for_each(|key| cargo.datagrams.count_taken(key));
         }
+        cargo.sessions.keep().begin_receipt(self.channel.as_fd().as_raw_fd(), number, bits(taking.refused()));
         let said = self.say_taken(taking.refused(), number);
+        if said.is_ok() {
+            keys(taking.taken()).into_iter().for_each(|key| cargo.datagrams.own(key));
+        }
+        cargo.sessions.keep().end_receipt();
         match taking.handle_said(said.is_ok()) {
             Outcome::Activate(arrived) => {
                 death::die_if_told(death::TAKEN);
@@ -292,9 +297,9 @@ impl Receiver {
 }
 
 /// Places of a bundle as a bit each.
-fn bits(places: &[usize]) -> [u64; 2] {
-    let mut bits = [0; 2];
-    for place in places.iter().filter(|place| **place < 128) {
+fn bits(places: &[usize]) -> [u64; 4] {
+    let mut bits = [0; 4];
+    for place in places.iter().filter(|place| **place < 256) {
         bits[place / 64] |= 1 << (place % 64);
     }
     bits

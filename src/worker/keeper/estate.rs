@@ -18,7 +18,8 @@ use crate::balance::Balancer;
 use crate::config::{Mode, Target};
 use crate::control::{self, Kept, PeerMessage};
 use crate::counters::{OfListener, OfServer, Process};
-use crate::handover::flows::Record as FlowRecord;
+use crate::flow::{self, GONE_SERVER, NO_SERVER};
+use crate::handover::flows::{self, Record as FlowRecord};
 use crate::handover::{ENOUGH_BYTES, Record};
 use crate::keep::{self, Fate, Heir, Kernel, Names, Remains};
 use crate::sys::channel::Channel;
@@ -104,7 +105,9 @@ impl<'a> Estate<'a> {
         // at this one.
         let is_way = |number: &RawFd| !own.contains(number) && table::kind(*number) == Kind::Packets;
         numbers.iter().filter(|number| is_way(number)).for_each(|number| exec::close(*number));
-        estate.inherit(&numbers.iter().copied().collect(), &moved, now);
+        let open = numbers.iter().copied().collect();
+        estate.inherit(&open, &moved, now);
+        estate.inherit_flows(&open, &moved, now);
         estate.adopt(&numbers, &own, now);
         estate
     }
@@ -164,15 +167,38 @@ impl<'a> Estate<'a> {
         (self.remains, self.context) = (Some(remains), Some(context));
     }
 
+    /// Every flow that has a place.
+    fn inherit_flows(&mut self, open: &HashSet<RawFd>, moved: &Doubts, now: Millis) {
+        let Estate { remains: Some(remains), context: Some(context), flows: parcels, found, .. } = self
+        else {
+            return;
+        };
+        let memory = remains.flows().filter(|number| open.contains(number));
+        let memory = memory.and_then(|number| table::with(number, |fd| fd.try_clone_to_owned()).ok());
+        let Some(flows) = memory.and_then(|memory| flow::Remains::open(memory).ok()) else { return };
+        let balancers = context.balancers(now);
+        let names = Known { context, balancers: &balancers };
+        for heir in flows.flows() {
+            let socket = heir.socket.filter(|number| open.contains(number));
+            let socket = socket.and_then(|number| table::take(number).ok());
+            let is_elsewhere = moved.moved.contains(&keep::Item::Flow(heir.index))
+                || heir.is_arriving && moved.arrivals_are_theirs;
+            let record = names.flow(&heir).filter(|_| !is_elsewhere);
+            // One whose socket was not there yet begins anew with its client's
+            // next datagram.
+            let record = record.filter(|record| (record.server.is_some()) == socket.is_some());
+            if let Some(record) = record {
+                found.flows += 1;
+                parcels.push(Some(FlowParcel { record: FlowRecord::Flow(record), socket }));
+            }
+        }
+    }
+
     /// What no slot names.
     fn adopt(&mut self, numbers: &[RawFd], own: &HashSet<RawFd>, now: Millis) {
-        let named: HashSet<RawFd> = self
-            .sessions
-            .iter()
-            .flatten()
-            .flat_map(|parcel| &parcel.sockets)
-            .map(AsRawFd::as_raw_fd)
-            .collect();
+        let sessions = self.sessions.iter().flatten().flat_map(|parcel| &parcel.sockets);
+        let flows = self.flows.iter().flatten().filter_map(|flow| flow.socket.as_ref());
+        let named: HashSet<RawFd> = sessions.chain(flows).map(AsRawFd::as_raw_fd).collect();
         let ending: HashSet<RawFd> =
             self.ending.iter().flat_map(|ending| &ending.sockets).map(AsRawFd::as_raw_fd).collect();
         let is_receiving = self.remains.as_ref().is_none_or(Remains::is_receiving);
@@ -376,14 +402,15 @@ impl<'a> Estate<'a> {
 #[derive(Default)]
 struct Doubts {
     /// The receiver of what this worker sent has these.
-    moved: HashSet<u32>,
+    moved: HashSet<keep::Item>,
     /// Whether what came from others and was not acknowledged is theirs.
     arrivals_are_theirs: bool,
 }
 
 impl Doubts {
     fn is_elsewhere(&self, heir: &Heir) -> bool {
-        self.moved.contains(&heir.session) || heir.is_arriving && self.arrivals_are_theirs
+        self.moved.contains(&keep::Item::Session(heir.session))
+            || heir.is_arriving && self.arrivals_are_theirs
     }
 }
 
@@ -397,7 +424,7 @@ fn settle_doubts(remains: &Remains) -> Doubts {
         // Whoever has said more since then has heard it. Else it is given,
         // perhaps again: the sender knows by its number.
         let is_refused = |at: &usize| receipt.refused[at / 64] >> (at % 64) & 1 == 1;
-        let refused = (0..128).filter(is_refused).collect();
+        let refused = (0..256).filter(is_refused).collect();
         let message = PeerMessage::Taken { refused, number: receipt.number };
         let has_gone_on = matches!(control::receive::<PeerMessage>(&channel), Ok(Some(_)));
         doubts.arrivals_are_theirs = !has_gone_on && control::send(&channel, &message, &[]).is_err();
@@ -415,8 +442,8 @@ fn settle_doubts(remains: &Remains) -> Doubts {
                 Ok(Some((PeerMessage::Taken { refused, number }, _)))
                     if number == 0 || number == bundle.number =>
                 {
-                    let sessions = bundle.sessions.iter().enumerate();
-                    let taken = sessions.filter(|(at, _)| !refused.contains(at)).map(|(_, session)| *session);
+                    let items = bundle.items.iter().enumerate();
+                    let taken = items.filter(|(at, _)| !refused.contains(at)).map(|(_, item)| *item);
                     doubts.moved.extend(taken);
                 }
                 Ok(Some(_)) => {}
@@ -449,6 +476,29 @@ impl Kernel for Table {
 struct Known<'c, 'a> {
     context: &'c Context<'a>,
     balancers: &'c [Balancer],
+}
+
+impl Known<'_, '_> {
+    /// A flow as a living worker packs it.
+    fn flow(&self, heir: &flow::Heir) -> Option<flows::Flow> {
+        let listener = self.context.config.listeners.get(usize::from(heir.key.listener))?;
+        let server = match (listener.target, heir.server) {
+            (Target::Upstream(_), NO_SERVER) | (Target::Service(_), _) => None,
+            (Target::Upstream(_), GONE_SERVER) => Some(String::new()),
+            (Target::Upstream(_), place) => Some(self.server(heir.key.listener, place)),
+        };
+        Some(flows::Flow {
+            listener: listener.name.clone(),
+            bind: *listener.bind.get(usize::from(heir.key.address))?,
+            client: heir.key.client,
+            local: heir.key.local,
+            server,
+            can_cut: heir.can_cut,
+            state: heir.state,
+            // What the access log would have said of it is not kept.
+            story: None,
+        })
+    }
 }
 
 impl Names for Known<'_, '_> {

@@ -213,9 +213,14 @@ fn relayed(
     let from_server = sight.counts[1].filter(|_| !gone[1]).map(|counts| counts.consumed());
     let to_client = (!gone[0]).then(|| client.written(false));
     let to_server = sight.counts[1].filter(|_| !gone[1]).map(|counts| counts.written(true));
-    // How much came of a last read, nobody can tell any more.
+    let is_closed =
+        |side: Side| sight.counts[side as usize].is_some_and(|counts| counts.state == TcpState::Close);
     let of_lost = |side: Side, failure| match failure {
+        // How much came of a last read, nobody can tell any more.
         Failure::Uncertain if gone[side as usize] => Failure::Lost(side),
+        // Reset behind our own end, and the error was read already: it looks as
+        // if its end had come, which would have counted.
+        Failure::Disagreement if is_closed(side) => Failure::Lost(side),
         failure => failure,
     };
     let up = direction(from_client, to_server, gone[1], &sight.claims[0]);

@@ -221,6 +221,8 @@ fn relayed(
         // Reset behind our own end, and the error was read already: it looks as
         // if its end had come, which would have counted.
         Failure::Disagreement if is_closed(side) => Failure::Lost(side),
+        // And what it had not acknowledged is written no more.
+        Failure::Disagreement if is_closed(side.other()) => Failure::Lost(side.other()),
         failure => failure,
     };
     let up = direction(from_client, to_server, gone[1], &sight.claims[0]);

@@ -75,6 +75,11 @@ pub fn init(level: &str, shape: Shape, role: &str) -> Log {
         .finish();
     // A second call, in a test, keeps the first log.
     let _ = tracing::subscriber::set_global_default(subscriber);
+    if LevelFilter::from_str(&asked).is_err() && role == "supervisor" {
+        tracing::warn!(
+            "EVENKEEL_LOG = \"{asked}\" is no level, so info is used\n  write error, warn, info, debug or trace"
+        );
+    }
     Log { queue }
 }
 
@@ -138,6 +143,8 @@ impl Visit for Fields {
         // A control character in a name must not break the line.
         let mut text = String::new();
         let _ = write!(text, "{value:?}");
+        // The way out stands on a line of its own elsewhere.
+        let text = text.replace("\n  ", ": ").replace('\n', "; ");
         let text: String = text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
         match field.name() {
             "message" => self.message = text,

@@ -18,7 +18,11 @@ fn main() {
         run_without_a_file_serves_the_demo_and_says_what_to_try,
         the_greetings_commands_work_as_they_are_printed,
         check_tells_every_error_with_its_place,
-        check_binds_nothing,
+        check_binds_nothing needs ["strace"],
+        check_warns_of_accounts_that_this_host_does_not_have,
+        a_reload_whose_file_is_gone_says_what_to_do,
+        an_error_of_two_lines_is_one_line_of_the_log,
+        a_full_disk_is_no_success,
         a_file_that_is_not_there_is_said,
         what_cannot_be_read_is_json_for_programs,
         a_reader_that_has_enough_is_no_failure,
@@ -136,16 +140,51 @@ fn check_binds_nothing() {
         .arg(daemon.folder().join("calls"))
         .args([program(), "check", "-c"])
         .arg(&path)
-        .output();
-    // Without strace the exit code alone is looked at.
-    match done {
-        Ok(done) => {
-            assert!(done.status.success(), "{done:?}");
-            let calls = fs::read_to_string(daemon.folder().join("calls")).unwrap();
-            assert!(!calls.contains("bind(") && !calls.contains("listen("), "{calls}");
-        }
-        Err(_) => assert!(evenkeel(&["check", "-c", path.to_str().unwrap()]).status.success()),
-    }
+        .output()
+        .unwrap();
+    assert!(done.status.success(), "{done:?}");
+    let calls = fs::read_to_string(daemon.folder().join("calls")).unwrap();
+    assert!(!calls.contains("bind(") && !calls.contains("listen("), "{calls}");
+}
+
+fn check_warns_of_accounts_that_this_host_does_not_have() {
+    let (_folder, path) = written("my.toml", &format!("[daemon]\n\ngroup = \"of-nobody\"\n{FRONT}"));
+    let done = evenkeel(&["check", "-c", &path]);
+    assert!(done.status.success(), "the daemon may run on another host: {done:?}");
+    let said = text(&done.stderr);
+    assert!(
+        said.starts_with("warning: ") && said.contains("my.toml:3:1: group \"of-nobody\" does not exist"),
+        "{said}"
+    );
+}
+
+fn a_reload_whose_file_is_gone_says_what_to_do() {
+    let daemon = Daemon::ready(&format!("[daemon]\nworkers = 1\n{FRONT}"));
+    fs::remove_file(daemon.folder().join("evenkeel.toml")).unwrap();
+    let (code, said) = daemon.run(&["reload"]);
+    assert_eq!(code, Some(1));
+    assert!(said.contains("No such file or directory") && said.contains("\n  is the path right?"), "{said}");
+}
+
+fn an_error_of_two_lines_is_one_line_of_the_log() {
+    let daemon = Daemon::ready(&format!("[daemon]\nworkers = 1\n{FRONT}"));
+    daemon.rewrite(&FRONT.replace("echo", "eco"));
+    daemon.signal(Signal::SIGHUP);
+    eventually("it is refused", || daemon.log().contains("not reloaded"));
+    assert!(
+        daemon.log().contains("service = \"eco\" is not known: did you mean \"echo\"?"),
+        "{}",
+        daemon.log()
+    );
+}
+
+fn a_full_disk_is_no_success() {
+    let (_folder, path) = written("my.toml", FRONT);
+    let mut command = Command::new(program());
+    command.args(["check", "-c", &path]).stdout(fs::File::create("/dev/full").unwrap());
+    let done = command.output().unwrap();
+    assert_eq!(done.status.code(), Some(1));
+    assert!(text(&done.stderr).contains("standard output: No space left on device"), "{done:?}");
 }
 
 fn a_file_that_is_not_there_is_said() {
@@ -288,6 +327,16 @@ fn slow_callers_do_not_keep_others_waiting() {
 fn usage_errors_exit_with_two() {
     for arguments in [&["frobnicate"][..], &["run", "--no-such-flag"], &["check", "extra"], &[]] {
         assert_eq!(evenkeel(arguments).status.code(), Some(2), "{arguments:?}");
+    }
+    for (arguments, way_out) in [
+        (&["scale", "many"][..], "write a number from 1 to 64"),
+        (&["scale", "0"], "write a number from 1 to 64"),
+        (&["server", "drain", "web"], "like web/10.0.0.1:80"),
+        (&["server", "weight", "web/10.0.0.1:80", "7"], "write a number from 0 to 256"),
+    ] {
+        let done = evenkeel(arguments);
+        assert_eq!(done.status.code(), Some(2), "{arguments:?}");
+        assert!(text(&done.stderr).contains(way_out), "{done:?}");
     }
     assert!(evenkeel(&["--help"]).status.success());
     // The processes of the daemon are nobody's commands.

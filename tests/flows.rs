@@ -20,6 +20,7 @@ fn main() {
         five_hundred_flows_keep_their_ports_over_twenty_reloads_and_scales needs ["ebpf"],
         without_ebpf_they_keep_them_as_well,
         they_keep_them_over_twenty_upgrades,
+        whoever_dies_at_whatever_moment_its_keeper_saves_every_flow,
         a_receiver_that_dies_before_it_says_taken_costs_no_flow,
         a_receiver_that_dies_afterwards_costs_what_it_had,
         a_sender_that_dies_costs_what_it_had_not_passed,
@@ -209,6 +210,7 @@ fn they_keep_them_over_twenty_upgrades() {
 /// How often a killed worker is asked for, in the two ways that flows move.
 fn deaths(
     moment: &str,
+    crash_proof: bool,
     check: impl Fn(&Daemon, &BTreeMap<u32, Vec<SocketAddr>>, &dyn Fn() -> BTreeMap<u32, Vec<SocketAddr>>),
 ) {
     evenkeel::sys::process::raise_file_limit().unwrap();
@@ -216,7 +218,9 @@ fn deaths(
         let (server, seen) = mirror();
         let order = tempfile::tempdir().unwrap();
         let file = order.path().join("die");
-        let mut daemon = Daemon::start_with(&config(2, "hash", server), |command| {
+        let daemon_keys = format!("[daemon]\ncrash_proof = {crash_proof}\n");
+        let text = config(2, "hash", server).replace("[daemon]\n", &daemon_keys);
+        let mut daemon = Daemon::start_with(&text, |command| {
             command.env("EVENKEEL_TEST_DIE", &file);
         });
         daemon.wait_ready();
@@ -242,8 +246,19 @@ fn deaths(
     }
 }
 
+fn whoever_dies_at_whatever_moment_its_keeper_saves_every_flow() {
+    for moment in ["received", "taken", "sent", "acknowledged"] {
+        deaths(moment, true, |daemon, first, ask_all| {
+            let now = ask_all();
+            let changed = first.iter().filter(|(id, own)| now.get(*id) != Some(*own)).count();
+            assert_eq!(changed, 0, "{moment}\n{}", daemon.log());
+            assert_eq!(daemon.listener("front").connections, 1000, "{moment}\n{}", daemon.log());
+        });
+    }
+}
+
 fn a_receiver_that_dies_before_it_says_taken_costs_no_flow() {
-    deaths("received", |daemon, first, ask_all| {
+    deaths("received", false, |daemon, first, ask_all| {
         let now = ask_all();
         let changed = first.iter().filter(|(id, own)| now.get(*id) != Some(*own)).count();
         assert_eq!(changed, 0, "{}", daemon.log());
@@ -252,7 +267,7 @@ fn a_receiver_that_dies_before_it_says_taken_costs_no_flow() {
 }
 
 fn a_receiver_that_dies_afterwards_costs_what_it_had() {
-    deaths("taken", |daemon, first, ask_all| {
+    deaths("taken", false, |daemon, first, ask_all| {
         let now = ask_all();
         let changed = first.iter().filter(|(id, own)| now.get(*id) != Some(*own)).count() as u64;
         assert!((1..=1000).contains(&changed));
@@ -264,7 +279,7 @@ fn a_receiver_that_dies_afterwards_costs_what_it_had() {
 }
 
 fn a_sender_that_dies_costs_what_it_had_not_passed() {
-    deaths("sent", |daemon, first, ask_all| {
+    deaths("sent", false, |daemon, first, ask_all| {
         let now = ask_all();
         let changed = first.iter().filter(|(id, own)| now.get(*id) != Some(*own)).count() as u64;
         let lost = daemon.listener("front").ended.get("worker_lost").copied().unwrap_or(0);
@@ -320,8 +335,11 @@ fn a_neighbour_gives_back_the_flows_that_it_opened() {
     };
     let helped = || daemon.status().workers.iter().any(|worker| worker.helped_by.is_some());
     support::within(Duration::from_secs(60), "a neighbour helps", || {
-        if !helped() && daemon.worker(0).state == "ready" {
-            daemon.kill_worker(0);
+        let worker = daemon.worker(0);
+        if !helped() && worker.state == "ready" && worker.pid != 0 {
+            // It may be gone already.
+            let pid = nix::unistd::Pid::from_raw(worker.pid as i32);
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
         }
         helped()
     });

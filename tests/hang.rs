@@ -181,12 +181,15 @@ fn slots_that_a_scale_brought_are_watched_too() {
     let daemon = daemon(2, "300ms", "echo");
     let scale = |count: &str| drop(daemon.succeed(&["scale", count]));
     scale("4");
+    // While it is being born it has more time.
+    eventually("it serves", || daemon.worker(3).state == "ready");
     signal(daemon.worker(3).pid, Signal::SIGSTOP);
     eventually("it is replaced", || {
         let worker = daemon.worker(3);
         worker.restarts == 1 && worker.state == "ready"
     });
     scale("1");
+    eventually("it serves", || daemon.worker(0).state == "ready");
     signal(daemon.worker(0).pid, Signal::SIGSTOP);
     eventually("it is replaced", || {
         let worker = daemon.worker(0);

@@ -32,6 +32,7 @@ fn main() {
         a_unix_server_is_checked,
         checks_go_where_traffic_goes_from_the_same_source_with_a_proxy_header,
         a_flapping_server_is_told_once,
+        a_disabled_server_shows_no_check_of_before,
         without_checks_failures_of_traffic_take_a_server_down_and_it_is_tried_again,
         failures_of_traffic_count_beside_checks,
         a_new_steward_goes_on_from_the_verdicts_of_the_last,
@@ -369,6 +370,17 @@ fn checks_go_where_traffic_goes_from_the_same_source_with_a_proxy_header() {
     });
     let heard = heard.lock().expect("no thread panics with it");
     assert!(heard.iter().all(|(peer, _)| peer.ip().to_string() == "127.0.0.7"), "{heard:?}");
+}
+
+fn a_disabled_server_shows_no_check_of_before() {
+    let daemon = forward(FAST, &["127.0.0.1:9001"]);
+    wait_state(&daemon, "back", "127.0.0.1:9001", "down");
+    assert!(reason(&daemon, "back", "127.0.0.1:9001").contains("refused"));
+    daemon.succeed(&["server", "disable", "back/127.0.0.1:9001"]);
+    let disabled = server(&daemon, "back", "127.0.0.1:9001");
+    assert_eq!((&disabled["state"], disabled.get("check")), (&"disabled".into(), None));
+    daemon.succeed(&["server", "ready", "back/127.0.0.1:9001"]);
+    eventually("it is checked again", || server(&daemon, "back", "127.0.0.1:9001")["check"]["last"] == "bad");
 }
 
 fn a_flapping_server_is_told_once() {

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use support::daemon::{Daemon, evenkeel, signal};
+use support::daemon::{Daemon, signal};
 use support::load::{Load, Servers};
 use support::servers::{connect, echo, exchange, local, tcp_server};
 use support::upgradable::Upgradable;
@@ -32,7 +32,7 @@ fn main() {
         killed_workers_lose_nothing,
         hanging_workers_lose_nothing,
         a_supervisor_slow_to_speak_loses_nothing needs ["strace"],
-        pgbench_and_a_hundred_sessions_see_no_change needs ["pgbench", "setpriv"],
+        pgbench_and_a_hundred_sessions_see_no_change needs ["pgbench", "setpriv", "a PostgreSQL server"],
     ])
 }
 
@@ -41,24 +41,10 @@ fn rounds() -> usize {
     20 * support::soak()
 }
 
-/// Writes another configuration for the next reload.
-fn rewrite(daemon: &Daemon, text: &str) {
-    let line = format!("[daemon]\ncontrol_socket = {:?}\n", daemon.socket());
-    std::fs::write(daemon.folder().join("evenkeel.toml"), text.replace("[daemon]\n", &line)).unwrap();
-}
-
-/// A command that succeeds, once no other change is under way.
+/// A change, once no other one is under way.
 #[track_caller]
 fn succeed(daemon: &Daemon, arguments: &[&str]) {
-    let socket = daemon.socket();
-    let all = [arguments, &["--socket", socket.to_str().unwrap()]].concat();
-    within(Duration::from_secs(60), "no other change is under way", || {
-        let done = evenkeel(&all);
-        let text = String::from_utf8_lossy(&done.stderr).into_owned();
-        let busy = text.contains("another change is under way");
-        assert!(busy || done.status.success(), "{arguments:?}: {text}\n{}", daemon.log());
-        !busy
-    });
+    daemon.change(arguments);
     daemon.notified();
 }
 
@@ -101,11 +87,10 @@ fn during(load: Load, daemon: &Daemon, events: impl FnOnce()) {
 fn reloads_lose_nothing() {
     under_load(3, |daemon, servers, round| {
         // Another value that workers act upon.
-        rewrite(
-            daemon,
+        daemon.rewrite(
             &servers
                 .config(3, "")
-                .replace("[[upstream]]", &format!("backlog = {}\n[[upstream]]", 1000 + round)),
+                .replace("mode = \"tcp\"\n", &format!("mode = \"tcp\"\nbacklog = {}\n", 1000 + round)),
         );
         succeed(daemon, &["reload"]);
     });
@@ -117,7 +102,7 @@ fn reloads_of_the_upstream_alone_lose_nothing() {
         let text = servers
             .config(3, "")
             .replace("[[upstream.server]]", &format!("balance = \"{balance}\"\n[[upstream.server]]"));
-        rewrite(daemon, &text);
+        daemon.rewrite(&text);
         succeed(daemon, &["reload"]);
     });
 }
@@ -257,10 +242,7 @@ fn hanging_workers_lose_nothing() {
 }
 
 fn pgbench_and_a_hundred_sessions_see_no_change() {
-    let Some(programs) = postgres::programs() else {
-        eprintln!("SKIPPED: the PostgreSQL server is not installed");
-        return;
-    };
+    let programs = postgres::programs().expect("the test needs it");
     let database = postgres::Postgres::start(9001, programs);
     let (server, _) = tcp_server("127.0.0.1:0", echo);
     let text = |workers: usize| {

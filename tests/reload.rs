@@ -286,7 +286,8 @@ fn many_reloads_leave_nothing_behind() {
         // Nobody else reads it.
         daemon.notified();
     }
-    assert_eq!(settled(), before);
+    // Who saw the last child go has not let go of what it held yet.
+    eventually("nothing is left behind", || settled() <= before);
     let more = memory(&daemon).saturating_sub(memory_before);
     assert!(more < 512, "{more} KiB more after {count} reloads");
     println!("{count} reloads: {before:?} descriptors and processes as before, {more} KiB more");

@@ -28,6 +28,7 @@ fn main() {
         another_user_cannot_bind_our_port,
         every_size_passes_whole,
         bursts_pass_whole_and_in_order,
+        many_answers_to_one_question_arrive_apart_and_in_order,
         a_way_that_cannot_cut_gets_datagrams_one_by_one needs ["ip"],
         services_answer_by_themselves,
         servers_are_told_the_client_in_front_of_every_datagram,
@@ -119,8 +120,7 @@ fn every_ipv6_address_answers_for_itself() {
 fn another_user_cannot_bind_our_port() {
     let uids = fs::read_to_string("/proc/self/uid_map").unwrap();
     if uids.split_whitespace().nth(2) == Some("1") {
-        println!("SKIPPED: this namespace knows one user");
-        return;
+        support::skip("this namespace knows one user");
     }
     let (server, _) = named_server("127.0.0.1:0", "");
     let _daemon = forward(2, "", &[server]);
@@ -195,6 +195,36 @@ fn bursts_pass_whole_and_in_order() {
         let flows = daemon.listener("front").flows.unwrap();
         (flows.datagrams_in, flows.datagrams_out, flows.offload_failures) == (340, 340, 0)
     });
+}
+
+/// The first answer is read alone, what comes unasked in batches that the
+/// kernel may have joined, and a worker that takes over goes on with that.
+fn many_answers_to_one_question_arrive_apart_and_in_order() {
+    if has_no_offloads() {
+        return;
+    }
+    let server = client("127.0.0.1:0");
+    let daemon = forward(1, "", &[server.local_addr().unwrap()]);
+    let socket = client("127.0.0.1:0");
+    for round in 0..4u8 {
+        socket.send_to(b"?", front()).unwrap();
+        let flow = receive(&server).expect("the server is asked").1;
+        let singles: Vec<Vec<u8>> = (0..20).map(|at| vec![round ^ at; usize::from(at)]).collect();
+        for bytes in &singles {
+            server.send_to(bytes, flow).unwrap();
+        }
+        let bytes = burst(&server, flow);
+        let got: Vec<Vec<u8>> = (0..37).map(|_| receive(&socket).expect("each comes").0).collect();
+        assert!(got[..20] == singles && got[20..].concat() == bytes);
+        assert!(got[20..36].iter().all(|datagram| datagram.len() == 1200));
+        if round == 1 {
+            let out = support::daemon::evenkeel(&["reload", "--socket", daemon.socket().to_str().unwrap()]);
+            assert!(out.status.success(), "{out:?}");
+        }
+    }
+    let listener = daemon.listener("front");
+    assert!(listener.dropped.is_empty(), "{:?}", listener.dropped);
+    assert_eq!(listener.flows.unwrap().opened, 1);
 }
 
 fn a_way_that_cannot_cut_gets_datagrams_one_by_one() {

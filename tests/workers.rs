@@ -34,6 +34,7 @@ fn main() {
         share_ports_starts_beside_another_program,
         a_low_port_without_permission_names_the_capability needs ["root"],
         a_second_daemon_on_the_same_control_socket_is_refused,
+        a_file_where_the_control_socket_is_to_be_is_left_alone,
         ready_means_that_every_worker_accepts_on_every_listener,
         a_user_that_does_not_exist_is_a_configuration_error,
         workers_inherit_nothing_that_is_not_theirs,
@@ -466,6 +467,18 @@ fn a_second_daemon_on_the_same_control_socket_is_refused() {
     let text = String::from_utf8_lossy(&second.stderr).into_owned();
     assert!(text.contains(&format!("another evenkeel (pid {})", first.pid())), "{text}");
     assert_eq!(first.status().pid, first.pid(), "the first is not disturbed");
+}
+
+fn a_file_where_the_control_socket_is_to_be_is_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, config) = (folder.path().join("precious"), folder.path().join("evenkeel.toml"));
+    fs::write(&file, "keep me").unwrap();
+    fs::write(&config, format!("[daemon]\ncontrol_socket = {file:?}\n{IDENTIFY}")).unwrap();
+    let refused = evenkeel(&["run", "-c", config.to_str().unwrap()]);
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(1), "{text}");
+    assert!(text.contains("precious") && text.contains("not a socket"), "{text}");
+    assert_eq!(fs::read_to_string(&file).unwrap(), "keep me");
 }
 
 fn ready_means_that_every_worker_accepts_on_every_listener() {

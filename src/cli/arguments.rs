@@ -34,7 +34,7 @@ pub enum Command {
     },
     /// Check a configuration file; binds nothing
     Check {
-        /// The configuration file
+        /// The configuration file [default: as of `run`]
         #[arg(short, long, value_name = "PATH")]
         config: Option<PathBuf>,
         /// Print JSON
@@ -49,16 +49,16 @@ pub enum Command {
     },
     /// Show what runs: workers, listeners, upstreams, spread
     Status {
-        /// The daemon's control socket
+        /// The daemon's control socket [default: $EVENKEEL_SOCKET, or else as `run` without control_socket]
         #[arg(long, value_name = "PATH")]
         socket: Option<PathBuf>,
         /// Print JSON
         #[arg(long)]
         json: bool,
     },
-    /// The same, live in the terminal
+    /// Show what runs, live in the terminal
     Top {
-        /// The daemon's control socket
+        /// The daemon's control socket [default: $EVENKEEL_SOCKET, or else as `run` without control_socket]
         #[arg(long, value_name = "PATH")]
         socket: Option<PathBuf>,
         /// From one look to the next: "250ms", "1s", "5s"
@@ -71,7 +71,7 @@ pub enum Command {
     /// touched, and the errors are printed. Every worker is replaced, one by
     /// one; sessions are handed over and go on.
     Reload {
-        /// The daemon's control socket
+        /// The daemon's control socket [default: $EVENKEEL_SOCKET, or else as `run` without control_socket]
         #[arg(long, value_name = "PATH")]
         socket: Option<PathBuf>,
         /// Only say what would change, and what it would cost
@@ -81,9 +81,9 @@ pub enum Command {
     /// Change the number of workers, live, losing nothing
     Scale {
         /// How many workers, 1 to 64
-        #[arg(value_parser = clap::value_parser!(u64).range(1..=64))]
+        #[arg(value_parser = |text: &str| number(text, 1..=64))]
         workers: u64,
-        /// The daemon's control socket
+        /// The daemon's control socket [default: $EVENKEEL_SOCKET, or else as `run` without control_socket]
         #[arg(long, value_name = "PATH")]
         socket: Option<PathBuf>,
     },
@@ -94,13 +94,13 @@ pub enum Command {
     /// workers hand over to new ones. Waits until it serves. Where it is
     /// refused, nothing has changed.
     Upgrade {
-        /// The daemon's control socket
+        /// The daemon's control socket [default: $EVENKEEL_SOCKET, or else as `run` without control_socket]
         #[arg(long, value_name = "PATH")]
         socket: Option<PathBuf>,
     },
     /// Move established sessions between workers until all have as many
     Rebalance {
-        /// The daemon's control socket
+        /// The daemon's control socket [default: $EVENKEEL_SOCKET, or else as `run` without control_socket]
         #[arg(long, value_name = "PATH")]
         socket: Option<PathBuf>,
     },
@@ -118,13 +118,13 @@ pub enum Command {
     Sessions(Box<super::sessions::Args>),
     /// Leave gracefully: take nothing new, finish what is here
     Drain {
-        /// The daemon's control socket
+        /// The daemon's control socket [default: $EVENKEEL_SOCKET, or else as `run` without control_socket]
         #[arg(long, value_name = "PATH")]
         socket: Option<PathBuf>,
     },
     /// Leave at once
     Stop {
-        /// The daemon's control socket
+        /// The daemon's control socket [default: $EVENKEEL_SOCKET, or else as `run` without control_socket]
         #[arg(long, value_name = "PATH")]
         socket: Option<PathBuf>,
     },
@@ -148,7 +148,7 @@ pub enum Command {
         /// Print JSON
         #[arg(long)]
         json: bool,
-        /// The configuration file
+        /// The configuration file [default: as of `run`]
         #[arg(short, long, value_name = "PATH")]
         config: Option<PathBuf>,
     },
@@ -168,14 +168,14 @@ pub enum Command {
     /// Tell the daemon what systemd is about to do; for ExecStop= of the unit
     #[command(hide = true)]
     NoteJob {
-        /// The daemon's control socket
+        /// The daemon's control socket [default: $EVENKEEL_SOCKET, or else as `run` without control_socket]
         #[arg(long, value_name = "PATH")]
         socket: Option<PathBuf>,
     },
     /// What an upgrade asks of the new program; started by `run` alone
     #[command(hide = true)]
     UpgradeProbe {
-        /// The configuration file
+        /// The configuration file [default: as of `run`]
         #[arg(short, long, value_name = "PATH")]
         config: Option<PathBuf>,
     },
@@ -196,7 +196,7 @@ pub enum ServerCommand {
     /// Give it another weight than the file does
     Weight {
         /// Its weight, 0 to 256
-        #[arg(value_parser = clap::value_parser!(u64).range(0..=256))]
+        #[arg(value_parser = |text: &str| number(text, 0..=256))]
         weight: u64,
         #[command(flatten)]
         target: ServerTarget,
@@ -207,8 +207,9 @@ pub enum ServerCommand {
 #[derive(Debug, clap::Args)]
 pub struct ServerTarget {
     /// UPSTREAM/ADDRESS, the address as the file has it
+    #[arg(value_name = "UPSTREAM/ADDRESS", value_parser = server)]
     server: String,
-    /// The daemon's control socket
+    /// The daemon's control socket [default: $EVENKEEL_SOCKET, or else as `run` without control_socket]
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
 }
@@ -241,10 +242,24 @@ impl ServerCommand {
 pub enum ConfigCommand {
     /// Print the effective configuration as TOML, each line with its origin
     Show {
-        /// The configuration file
+        /// The configuration file [default: as of `run`]
         #[arg(short, long, value_name = "PATH")]
         config: Option<PathBuf>,
     },
+}
+
+fn number(text: &str, allowed: std::ops::RangeInclusive<u64>) -> Result<u64, String> {
+    let number = text.parse().ok().filter(|number| allowed.contains(number));
+    number.ok_or_else(|| format!("write a number from {} to {}", allowed.start(), allowed.end()))
+}
+
+fn server(text: &str) -> Result<String, String> {
+    match text.split_once('/') {
+        Some((upstream, address)) if !upstream.is_empty() && !address.is_empty() => Ok(text.to_string()),
+        _ => {
+            Err("write the upstream, a slash and the address as the file has it, like web/10.0.0.1:80".into())
+        }
+    }
 }
 
 /// From a tenth of a second to an hour.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::out;
+use super::{EXIT_PERMISSION, out};
 use crate::control::client;
 
 /// How long a daemon may take to answer: a reload or a change of scale waits
@@ -35,6 +35,6 @@ pub fn simple(socket: &Path, request: &Value) -> ExitCode {
 pub fn ask(socket: &Path, request: &Value) -> Result<Value, ExitCode> {
     client::ask(socket, request, WAIT).map_err(|error| {
         eprintln!("evenkeel: {error}");
-        ExitCode::from(1)
+        ExitCode::from(if client::is_forbidden(socket) { EXIT_PERMISSION } else { 1 })
     })
 }

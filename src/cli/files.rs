@@ -1,11 +1,12 @@
 //! Which configuration and which control socket a command means.
 
+use std::fmt;
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use super::EXIT_CONFIG;
+use super::{EXIT_CONFIG, EXIT_PERMISSION};
 use crate::config::{self, Config, Loaded, Problem};
 use crate::control::client;
 use crate::sys::accounts;
@@ -77,14 +78,7 @@ impl Source {
 
     /// The same for a reload: what is wrong comes back as a text.
     pub fn load_quietly(&self) -> Result<Config, String> {
-        let (text, name) = match self {
-            Source::Demo => (DEMO.to_string(), DEMO_NAME.to_string()),
-            Source::File(path) => {
-                let text =
-                    fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
-                (text, path.display().to_string())
-            }
-        };
+        let (text, name) = self.read().map_err(|unreadable| unreadable.to_string())?;
         config::load(&name, &text).map(|loaded| loaded.config).map_err(|problems| problems.to_string())
     }
 }
@@ -101,7 +95,7 @@ pub struct Unreadable {
 impl Unreadable {
     fn new(path: &Path, error: &io::Error) -> Unreadable {
         let (help, exit_code) = match error.kind() {
-            ErrorKind::PermissionDenied => ("run this as a user who may read it", 77),
+            ErrorKind::PermissionDenied => ("run this as a user who may read it", EXIT_PERMISSION),
             ErrorKind::NotFound => {
                 ("is the path right? `evenkeel config show` prints one to begin with", EXIT_CONFIG)
             }
@@ -114,8 +108,14 @@ impl Unreadable {
 
     /// To the operator.
     pub fn tell(&self) {
+        eprintln!("evenkeel: {self}");
+    }
+}
+
+impl fmt::Display for Unreadable {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let Problem { file, message, help, .. } = &self.problem;
-        eprintln!("evenkeel: {file}: {message}\n  {help}");
+        write!(f, "{file}: {message}\n  {help}")
     }
 }
 

@@ -19,11 +19,14 @@ use clap::{CommandFactory, Parser};
 
 use crate::control::misbehave;
 use crate::supervisor::{self, Refusal, Start};
+use crate::sys::accounts;
 use crate::sys::holders::Protocol;
 use crate::{config, doctor, loadgen, steward, worker};
 use arguments::{Cli, Command, ConfigCommand};
 use files::Source;
 
+/// Exit code: a permission is missing.
+const EXIT_PERMISSION: u8 = 77;
 /// Exit code: the configuration is wrong.
 const EXIT_CONFIG: u8 = 78;
 
@@ -203,14 +206,14 @@ fn check(source: &Source, json: bool) -> ExitCode {
     };
     match config::load(&name, &text) {
         Ok(mut loaded) if json => {
-            resolve(&mut loaded);
+            ask_host(&mut loaded, &name);
             let summary = config::summary(&loaded.config);
             let all = serde_json::json!({"ok": true, "errors": [], "warnings": loaded.warnings, "summary": summary});
             out::line(&format!("{all:#}"));
             ExitCode::SUCCESS
         }
         Ok(mut loaded) => {
-            resolve(&mut loaded);
+            ask_host(&mut loaded, &name);
             warn_of(&loaded.warnings);
             out::line(&config::summary(&loaded.config).to_string());
             ExitCode::SUCCESS
@@ -226,11 +229,22 @@ fn check(source: &Source, json: bool) -> ExitCode {
     }
 }
 
-/// Warns of names that do not resolve: the daemon would start all the same.
-fn resolve(loaded: &mut config::Loaded) {
+/// Warns of what only this host can tell, which may not be the daemon's: names
+/// that do not resolve, and a user or a group that does not exist.
+fn ask_host(loaded: &mut config::Loaded, file: &str) {
     let addresses: Vec<_> = loaded.names.iter().map(|named| named.address.clone()).collect();
     let missing = steward::names::unresolved(&addresses, RESOLVE_LIMIT);
-    let warnings = missing.iter().map(|(number, reason)| loaded.names[*number].unresolved(reason)).collect();
+    let unresolved = missing.iter().map(|(number, reason)| loaded.names[*number].unresolved(reason));
+    let daemon = &loaded.config.daemon;
+    let accounts = [("user", daemon.user.as_deref(), None), ("group", None, daemon.group.as_deref())];
+    let unknown = accounts.into_iter().filter_map(|(key, user, group)| {
+        let message = accounts::lookup(user, group).err()?;
+        let help =
+            format!("evenkeel run refuses it: create it (useradd --system), or correct {key} in [daemon]");
+        let line = loaded.line_of("[daemon]", key).unwrap_or(1);
+        Some(config::Problem { file: file.to_string(), line, column: 1, message, help })
+    });
+    let warnings = unresolved.chain(unknown).collect();
     loaded.warn(warnings);
 }
 

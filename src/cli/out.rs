@@ -1,7 +1,8 @@
 //! What a command has to say, to standard output.
 //!
 //! A pipe that the reader has closed (`| head`) is no failure: what it wanted
-//! it has, and the exit code speaks of the command.
+//! it has, and the exit code speaks of the command. Whatever else keeps the text
+//! from being written ends the program with exit code 1.
 
 use std::io::{self, Write};
 
@@ -18,5 +19,11 @@ pub fn line(text: &str) {
 /// Writes as it is.
 pub fn bytes(bytes: &[u8]) {
     let mut out = io::stdout().lock();
-    let _ = out.write_all(bytes).and_then(|()| out.flush());
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            eprintln!("evenkeel: standard output: {error}");
+            std::process::exit(1);
+        }
+        _ => {}
+    }
 }

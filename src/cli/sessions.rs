@@ -41,7 +41,7 @@ pub struct Args {
     /// Print JSON
     #[arg(long)]
     json: bool,
-    /// The daemon's control socket
+    /// The daemon's control socket [default: $EVENKEEL_SOCKET, or else as `run` without control_socket]
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
 }

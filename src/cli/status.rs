@@ -181,14 +181,14 @@ fn describe_upstream(out: &mut String, upstream: &Upstream) {
             if server.backup { "  backup" } else { "" },
             server.differs_from_file.as_ref().map_or(String::new(), differs),
         );
-        describe_check(out, &server.check);
+        describe_check(out, &server.check, &server.state);
         for place in &server.places {
             let _ = writeln!(
                 out,
                 "    {:<26} {:<10} {:>6} {:>8}",
                 place.address, place.state, place.weight, place.active
             );
-            describe_check(out, &place.check);
+            describe_check(out, &place.check, &place.state);
         }
         if let Some(error) = &server.resolve_error {
             let _ = writeln!(out, "    {error}");
@@ -197,7 +197,7 @@ fn describe_upstream(out: &mut String, upstream: &Upstream) {
 }
 
 /// Why a server is not well, or not known to be; nothing where it is.
-fn describe_check(out: &mut String, check: &serde_json::Value) {
+fn describe_check(out: &mut String, check: &serde_json::Value, state: &str) {
     let Ok(check) = serde_json::from_value::<Check>(check.clone()) else { return };
     let Check { kind, last, reason, rise, rise_needed, fall, fall_needed, .. } = &check;
     let reason = reason.as_deref().unwrap_or("no reason known");
@@ -205,17 +205,13 @@ fn describe_check(out: &mut String, check: &serde_json::Value) {
         "good" if rise < rise_needed && check.flapping => {
             writeln!(out, "      check {kind}: good {rise} times of {rise_needed}, flaps")
         }
-        "bad" => writeln!(out, "      check {kind}: {reason}, {}", row(*fall, *fall_needed)),
+        "bad" if state == "down" => writeln!(out, "      check {kind}: {reason}"),
+        "bad" => writeln!(out, "      check {kind}: {reason}, {fall} times of {fall_needed}"),
         "unknown" => writeln!(out, "      check {kind}: cannot be asked: {reason}"),
         "traffic" if check.on_trial => writeln!(out, "      {reason}; is being tried again"),
         "traffic" => writeln!(out, "      {reason}"),
         _ => Ok(()),
     };
-}
-
-/// How many bad checks there were, and how many it takes while it is up.
-fn row(fall: u32, needed: u32) -> String {
-    if fall < needed { format!("{fall} times of {needed}") } else { format!("{fall} times in a row") }
 }
 
 /// What an operator should not forget to take back.

@@ -43,6 +43,12 @@ impl NamedServer {
 }
 
 impl Loaded {
+    /// The line of the file that sets a key of a table.
+    pub fn line_of(&self, header: &str, key: &str) -> Option<usize> {
+        let block = self.blocks.iter().find(|block| block.header == header)?;
+        block.entries.iter().find(|entry| entry.key == key)?.line
+    }
+
     /// Adds warnings, each in its place.
     pub fn warn(&mut self, more: Vec<Problem>) {
         let known = std::mem::take(&mut self.warnings.0);

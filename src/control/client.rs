@@ -6,6 +6,7 @@
 //! ```
 
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -41,6 +42,9 @@ pub fn ask(socket: &Path, command: &Value, wait: Duration) -> Result<Value, Stri
         io::ErrorKind::NotFound => {
             format!("no daemon answers: {shown} does not exist\n  start one with `evenkeel run`, or name its socket with --socket")
         }
+        io::ErrorKind::ConnectionRefused if !is_socket(socket) => {
+            format!("{shown} is not a socket\n  name the daemon's control socket with --socket")
+        }
         io::ErrorKind::ConnectionRefused => {
             format!("no daemon answers at {shown}: it has ended\n  start one with `evenkeel run`, or name its socket with --socket")
         }
@@ -70,6 +74,15 @@ pub fn ask(socket: &Path, command: &Value, wait: Duration) -> Result<Value, Stri
         Some(text) => Err(text.to_string()),
         None => Ok(answer),
     }
+}
+
+/// Whether a permission is what is missing to use this socket.
+pub fn is_forbidden(socket: &Path) -> bool {
+    UnixStream::connect(socket).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+}
+
+fn is_socket(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|found| found.file_type().is_socket())
 }
 
 /// The other side went away before it had answered.
@@ -108,5 +121,7 @@ mod tests {
     fn no_daemon_is_said_with_a_way_out() {
         let error = ask(Path::new("/nonexistent/x.sock"), &Value::Null, Duration::from_secs(1)).unwrap_err();
         assert!(error.starts_with("no daemon answers: /nonexistent/x.sock does not exist\n"), "{error}");
+        let error = ask(Path::new("/proc/version"), &Value::Null, Duration::from_secs(1)).unwrap_err();
+        assert!(error.starts_with("/proc/version is not a socket\n"), "{error}");
     }
 }

@@ -508,6 +508,11 @@ impl Flow {
         self.name.into()
     }
 
+    /// Whether a client's datagram came after the last reply.
+    pub fn awaits_reply(&self) -> bool {
+        self.awaits
+    }
+
     /// Whether it is on its way to another process.
     pub fn is_frozen(&self) -> bool {
         self.frozen

@@ -31,6 +31,9 @@ use crate::sys::shared::Region;
 const VERSION: u64 = 1;
 const HEAD_WORDS: usize = 8;
 const WORDS: usize = 10;
+/// What a flow takes here.
+#[cfg(test)]
+pub(super) const PLACE_BYTES: usize = WORDS * 8;
 const NAME: usize = 4;
 /// Four words of addresses, and two of what is left.
 const NAME_WORDS: usize = 6;
@@ -163,7 +166,6 @@ impl Table {
         self.change(key, |flow| (flow.socket, flow.can_cut) = (socket, can_cut));
     }
 
-    /// Gives back the memory of a table without a flow that once was large.
     #[cfg(test)]
     fn words(&self) -> &[AtomicU64] {
         self.area.words()

@@ -3,9 +3,7 @@
 //! Nothing else in the load generator knows the status document. It is read as
 //! loose JSON, so that a bench understands the daemons of other versions too.
 
-use std::io;
 use std::net::SocketAddr;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -39,11 +37,6 @@ pub fn default_socket() -> PathBuf {
     let usual =
         || client::default_socket(accounts::current_uid(), std::env::var("XDG_RUNTIME_DIR").ok().as_deref());
     std::env::var_os("EVENKEEL_SOCKET").map_or_else(usual, PathBuf::from)
-}
-
-/// Whether a permission is what is missing to use this socket.
-pub fn is_forbidden(socket: &Path) -> bool {
-    UnixStream::connect(socket).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
 }
 
 /// Asks for the status and finds the target's listener in it; else a text for

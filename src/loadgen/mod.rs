@@ -120,7 +120,7 @@ fn first_look(args: &Args, plan: &Plan, looks: &mut Looks) -> Result<Option<Path
             Ok(Some(socket))
         }
         Err(error) if args.socket.is_some() => {
-            let code = if daemon::is_forbidden(&socket) { 77 } else { 1 };
+            let code = if crate::control::client::is_forbidden(&socket) { 77 } else { 1 };
             Err(Refusal { code, text: error })
         }
         Err(error) => {

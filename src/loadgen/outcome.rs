@@ -22,6 +22,8 @@ use super::tally::Nanos;
 
 /// From this part of a CPU on, a thread was the bottleneck.
 const BUSY: f64 = 0.95;
+/// A shorter run says nothing of what holds up a long one.
+const TELLING: f64 = 0.5;
 
 /// An open loop whose starts are later than this is no longer the clock that
 /// it claims to be.
@@ -258,7 +260,7 @@ impl Outcome {
 
     fn find_bottleneck(&self) -> Option<String> {
         let late = self.open_loop.as_ref().and_then(|open_loop| open_loop.late_us.as_ref());
-        if self.busiest_thread >= BUSY {
+        if self.busiest_thread >= BUSY && self.seconds >= TELLING {
             return Some(format!(
                 "a thread of the load generator used {:.0} % of a CPU: the target may be faster; add --threads, or CPUs",
                 self.busiest_thread * 100.0
@@ -315,7 +317,9 @@ impl Outcome {
     fn judge(&mut self, args: &Args) {
         if self.requests == 0 {
             let first = self.first_error.as_ref().map_or(String::new(), |first| format!(": {}", first.text));
-            self.failures.push(format!("nothing was answered{first}"));
+            let refused =
+                if self.errors.contains_key("refused") { ": does anything listen there?" } else { "" };
+            self.failures.push(format!("nothing was answered{first}{refused}"));
         }
         let errors = self.error_count();
         if let Some(most) = args.max_errors.filter(|most| errors > *most) {

@@ -5,6 +5,7 @@
 use std::fmt::Write as _;
 
 use super::outcome::{Latency, Outcome};
+use crate::units::grouped;
 
 /// Characters of the longest bar.
 const BAR: usize = 40;
@@ -168,15 +169,7 @@ pub fn number(value: f64) -> String {
     if value < 100.0 && value.fract() > 0.005 {
         return format!("{value:.1}");
     }
-    let digits = format!("{value:.0}");
-    let mut out = String::new();
-    for (at, digit) in digits.chars().enumerate() {
-        if at > 0 && (digits.len() - at).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
+    grouped(value.round_ties_even() as u64)
 }
 
 /// Nanoseconds with three digits and the unit that suits them.

@@ -4,6 +4,7 @@
 //! state how often each is wrong.
 
 use super::Spread;
+use crate::units::grouped;
 
 /// A p-value below this is called "not chance": a fair spread is called
 /// unfair once in a thousand.
@@ -180,19 +181,6 @@ fn odds(p_value: f64) -> String {
 
 fn counted(count: usize, one: &str, many: &str) -> String {
     format!("{count} {}", if count == 1 { one } else { many })
-}
-
-/// 1234567 as 1,234,567.
-fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut out = String::new();
-    for (at, digit) in digits.chars().enumerate() {
-        if at > 0 && (digits.len() - at).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
 }
 
 #[cfg(test)]

@@ -370,13 +370,15 @@ fn places(
             let place = places_in(source, index, &server.name)?.nth(within)?;
             Some(source.counters.server(source.layout.place(index, place), OfServer::Active).get())
         });
+        // Nobody asks a disabled one: what was found before is no answer.
+        let is_checked = place.state() != State::Disabled;
         Some(Place {
             address,
             state: place.state().name().into(),
             weight: place.weight,
             priority: place.priority,
             active: own.sum(),
-            check: checks.get(&id).cloned().unwrap_or(Value::Null),
+            check: checks.get(&id).filter(|_| is_checked).cloned().unwrap_or(Value::Null),
         })
     });
     places.collect()

@@ -7,7 +7,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{Read, Seek, Write};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt, chown};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
@@ -230,7 +230,11 @@ fn no_socket(path: &Path, error: &std::io::Error) -> Refusal {
 
 /// The socket that commands reach, for the daemon's user and group alone.
 fn bind_control(path: &Path, account: Option<Account>) -> Result<UnixListener, Refusal> {
-    // Under the lock: what lies here is nobody's any more.
+    let is_other = |found: fs::Metadata| !found.file_type().is_socket();
+    if fs::symlink_metadata(path).is_ok_and(is_other) {
+        return Err(no_socket(path, &std::io::Error::other("something lies there that is not a socket")));
+    }
+    // Under the lock: a socket that lies here is nobody's any more.
     match fs::remove_file(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(no_socket(path, &error)),
         _ => {}

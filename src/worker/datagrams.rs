@@ -83,7 +83,11 @@ fn flow_token(key: Key) -> Token {
 #[derive(Debug)]
 pub struct Datagrams<'a> {
     context: Context<'a>,
+    /// What polls all of its sockets.
+    registry: Registry,
     fronts: Fronts,
+    /// Its slot's worker died before it.
+    recovers: bool,
     flows: Flows,
     /// Sockets towards servers, by the flow's place.
     uplinks: Vec<Option<Uplink>>,
@@ -122,7 +126,7 @@ pub struct Datagrams<'a> {
 
 impl<'a> Datagrams<'a> {
     /// For so many descriptors that are left for flows.
-    pub fn new(context: Context<'a>, descriptors: usize, now: Millis) -> Datagrams<'a> {
+    pub fn new(context: Context<'a>, registry: Registry, descriptors: usize, now: Millis) -> Datagrams<'a> {
         let config = context.config;
         let is_used = config.listeners.iter().any(|listener| listener.mode == Mode::Udp);
         let limit = socket_limit(config, descriptors, context.all.len());
@@ -142,7 +146,9 @@ impl<'a> Datagrams<'a> {
             flows: Flows::new(limits, limit, seed, now),
             quarantine: Quarantine::new(quarantine),
             context,
+            registry,
             fronts: Fronts::default(),
+            recovers: false,
             uplinks: Vec::new(),
             stories: Vec::new(),
             queue: Vec::new(),
@@ -162,6 +168,11 @@ impl<'a> Datagrams<'a> {
             routes: Vec::new(),
             passages: Vec::new(),
         }
+    }
+
+    /// Takes up the sockets of a worker that died.
+    pub fn begin_recovery(&mut self) {
+        self.recovers = true;
     }
 
     /// The memory of the flows, which outlives this process.
@@ -192,8 +203,9 @@ impl<'a> Datagrams<'a> {
             // What waited before it was registered may give no edge.
             ready: true,
             // While its flows are being handed over, it is one daemon that goes
-            // on, and nothing that waited is stale.
-            take_up: kept && !self.fronts.is_held(),
+            // on, and nothing that waited is stale: unless by a dead worker's
+            // keeper, for then nobody has read meanwhile.
+            take_up: kept && (self.recovers || !self.fronts.is_held()),
             can_cut: true,
             is_divided: is_group && listener.udp.multicast == Multicast::Partition,
         };

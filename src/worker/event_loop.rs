@@ -149,12 +149,13 @@ impl<'a> Loop<'a> {
         let is_kept = born.config.daemon.crash_proof && !born.on_trial;
         let guard = if is_kept { Guard::begin(born, &channel, keep.as_fd(), clock::coarse()) } else { None };
         let poll = Poll::new().ok()?;
+        let registry = poll.registry().try_clone().ok()?;
         if let Some(guard) = &guard {
-            guard.register(poll.registry(), KEEPER);
+            guard.register(&registry, KEEPER);
         }
         let bell = born.board_bell.as_raw_fd();
         poll.registry().register(&mut SourceFd(&bell), BOARD, Interest::READABLE).ok()?;
-        let datagrams = Datagrams::new(context.clone(), for_flows as usize, clock::coarse());
+        let datagrams = Datagrams::new(context.clone(), registry, for_flows as usize, clock::coarse());
         keep.flows(datagrams.memory().as_raw_fd());
         let state = Loop {
             born,

@@ -83,10 +83,10 @@ impl Servers {
             ("flows", "udp", 5300, self.mirror),
         ] {
             // On a slow machine `stuck` stands still for longer than by default.
-            let patience = if mode == "tcp" { "half_close_timeout = \"10m\"\n" } else { "" };
+            let patience = if mode == "tcp" { "[listener.tcp]\nhalf_close_timeout = \"10m\"\n" } else { "" };
             text += &format!(
-                "[[listener]]\nname = \"{name}\"\nmode = \"{mode}\"\nbind = \"127.0.0.1:{port}\"\n{patience}\
-                 upstream = \"{name}\"\n[[upstream]]\nname = \"{name}\"\n[[upstream.server]]\naddress = \"{server}\"\n"
+                "[[listener]]\nname = \"{name}\"\nmode = \"{mode}\"\nbind = \"127.0.0.1:{port}\"\n\
+                 upstream = \"{name}\"\n{patience}[[upstream]]\nname = \"{name}\"\n[[upstream.server]]\naddress = \"{server}\"\n"
             );
         }
         text

@@ -7,6 +7,9 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
+
 use super::Received;
 use super::address::Name;
 use super::messages::{CONTROL_BYTES, Control};
@@ -69,6 +72,25 @@ impl Arena {
         self.receive_with(socket, first, count, false)
     }
 
+    /// One datagram into a place, from a connected socket on which the kernel
+    /// joins nothing: the cheapest call there is.
+    pub fn receive_one(&mut self, socket: &impl AsFd, place: usize) -> io::Result<()> {
+        let part = &mut self.bytes[place * self.stride..][..self.place_bytes];
+        // With MSG_TRUNC the whole length is told, also where it did not fit.
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_TRUNC;
+        let length = loop {
+            match recv(socket.as_fd().as_raw_fd(), part, flags) {
+                Err(Errno::EINTR) => {}
+                result => break result?,
+            }
+        };
+        let header = &mut self.headers[place];
+        (header.msg_hdr.msg_namelen, header.msg_hdr.msg_controllen) = (0, 0);
+        header.msg_hdr.msg_flags = if length > part.len() { libc::MSG_TRUNC } else { 0 };
+        header.msg_len = length as libc::c_uint;
+        Ok(())
+    }
+
     fn receive_with(
         &mut self,
         socket: &impl AsFd,
@@ -116,6 +138,11 @@ impl Arena {
         }
     }
 
+    /// The first bytes of what lies at a place.
+    pub fn bytes(&self, place: usize, length: usize) -> &[u8] {
+        &self.bytes[place * self.stride..][..length]
+    }
+
     /// What the last call put at a place that it filled.
     pub fn get(&self, place: usize) -> Received<'_> {
         let mmsghdr = &self.headers[place];
@@ -125,7 +152,7 @@ impl Arena {
         #[allow(clippy::unnecessary_cast)]
         let told = self.controls[place].read(header.msg_controllen as usize);
         Received {
-            bytes: &self.bytes[place * self.stride..][..length],
+            bytes: self.bytes(place, length),
             from: self.names[place].read(header.msg_namelen as usize),
             local: told.local,
             // A single datagram that is shorter than the others would be is

@@ -18,7 +18,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Duration;
 
-use nix::sys::socket::{MsgFlags, setsockopt, sockopt};
+use nix::sys::socket::{MsgFlags, getsockopt, setsockopt, sockopt};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
 use super::local_end::LocalEnd;
@@ -83,6 +83,11 @@ pub fn prepare_listener(socket: &impl AsFd) -> io::Result<bool> {
 /// Lets the kernel join what comes in, where it can; whether it can.
 pub fn join_received(socket: &impl AsFd) -> bool {
     setsockopt(socket, sockopt::UdpGroSegment, &true).is_ok()
+}
+
+/// Whether the kernel joins what comes in.
+pub fn joins_received(socket: &impl AsFd) -> bool {
+    getsockopt(socket, sockopt::UdpGroSegment).unwrap_or(false)
 }
 
 /// Opens a flow's own socket to its server, on a port of the kernel's choice.

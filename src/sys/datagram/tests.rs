@@ -53,6 +53,24 @@ fn a_datagram_that_is_too_long_for_its_place_says_so() {
 }
 
 #[test]
+fn one_datagram_at_a_time_is_as_good_as_a_batch() {
+    let (from, to) = (socket("127.0.0.1:0"), socket("127.0.0.1:0"));
+    to.connect(from.local_addr().unwrap()).unwrap();
+    let mut arena = Arena::new(4, 64);
+    for size in [100, 64, 0, 5] {
+        from.send_to(&[size as u8; 128][..size], to.local_addr().unwrap()).unwrap();
+    }
+    for (place, size) in [100, 64, 0, 5].into_iter().enumerate() {
+        arena.receive_one(&to, place).unwrap();
+        let received = arena.get(place);
+        assert_eq!(received.bytes, vec![size as u8; size.min(64)]);
+        assert_eq!((received.truncated, received.count()), (size > 64, 1));
+        assert_eq!((received.from, received.local, received.segment), (None, None, None));
+    }
+    assert_eq!(arena.receive_one(&to, 0).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+}
+
+#[test]
 fn joined_datagrams_are_cut_again() {
     if !crate::sys::host::udp_offloads().is_ok_and(|can| can == (true, true)) {
         println!("SKIPPED: this kernel has no UDP offloads");

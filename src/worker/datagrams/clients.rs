@@ -274,6 +274,10 @@ impl Datagrams<'_> {
                 }
             }
         }
+        if end > first + 1 || self.arena.get(first).segment.is_some() {
+            // Several at once are answered by several.
+            self.begin_batches(key);
+        }
         let mut sent = self.send_run(key, listener, first, end);
         let failed = sent.error.as_ref().is_some_and(|error| self.note_server_error(key, error));
         if failed && sent.refused > 0 && self.move_flow(registry, key, now).is_ok() {

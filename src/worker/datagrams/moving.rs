@@ -12,10 +12,11 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
+use mio::Registry;
 use mio::unix::SourceFd;
-use mio::{Interest, Registry};
 
-use super::{Datagrams, flow_token};
+use super::Datagrams;
+use super::servers::Uplink;
 use crate::config::{Mode, Target};
 use crate::control::{self, PeerMessage, Routes, Straggler};
 use crate::counters::{OfFlows, OfListener, OfServer, Process};
@@ -260,7 +261,7 @@ impl Datagrams<'_> {
         let place = self.context.handle_taken(listener, flow.client.ip(), now);
         self.note_source(key, place);
         if let Some(socket) = socket {
-            self.put_uplink(key, socket, flow.can_cut);
+            self.put_uplink(key, Uplink::taken_over(socket, flow.can_cut));
         }
         Some(key)
     }
@@ -303,9 +304,7 @@ impl Datagrams<'_> {
         if self.flows.get(key).is_none() {
             return;
         }
-        let Some(Some(uplink)) = self.uplinks.get(key.index as usize) else { return };
-        let fd = uplink.socket.as_raw_fd();
-        if let Err(error) = registry.register(&mut SourceFd(&fd), flow_token(key), Interest::READABLE) {
+        if let Err(error) = self.poll_uplink(registry, key) {
             tracing::warn!(%error, "a flow that was handed over cannot be polled");
             self.end_flow(key, CloseReason::NoResources, now);
         }

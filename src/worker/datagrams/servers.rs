@@ -5,8 +5,8 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use mio::Registry;
 use mio::unix::SourceFd;
-use mio::{Interest, Registry};
 
 use super::outlet::Sent;
 use super::{Datagrams, PLACES, flow_token, has_own_address};
@@ -20,7 +20,7 @@ use crate::relay::CloseReason;
 use crate::slab::Key;
 use crate::sys::clock::Millis;
 use crate::sys::datagram::{self, Outgoing};
-use crate::sys::filter;
+use crate::sys::{filter, level};
 
 /// Replies that one flow may bring in one receive. Where the arena has fewer
 /// places left, what is in it goes out first.
@@ -32,6 +32,9 @@ pub(super) struct Uplink {
     pub(super) socket: OwnedFd,
     pub(super) can_cut: bool,
     pub(super) queued: bool,
+    /// Read in batches, and what comes may be joined by the kernel; else one
+    /// datagram a call, which is cheaper where there is but one.
+    pub(super) in_batches: bool,
 }
 
 /// A reply that lies in the arena, and where it goes.
@@ -40,10 +43,24 @@ pub(super) struct Reply {
     at: usize,
     /// So much of it: a flow may end within a batch.
     length: usize,
+    segment: Option<usize>,
     front: usize,
     listener: usize,
     client: SocketAddr,
     from: Option<IpAddr>,
+}
+
+impl Uplink {
+    /// Around a new socket.
+    pub(super) fn new(socket: OwnedFd) -> Uplink {
+        Uplink { socket, can_cut: true, queued: false, in_batches: false }
+    }
+
+    /// Around one that came from another process.
+    pub(super) fn taken_over(socket: OwnedFd, can_cut: bool) -> Uplink {
+        let in_batches = datagram::joins_received(&socket);
+        Uplink { socket, can_cut, queued: false, in_batches }
+    }
 }
 
 /// Whether an error of a flow's socket says that its server does not answer
@@ -93,8 +110,8 @@ impl Datagrams<'_> {
         self.count_opened(listener);
         self.count_source(key, &name, now);
         self.count_server(listener, server, OfServer::Connections);
-        self.put_uplink(key, socket, true);
-        if self.begin_polling(registry, key).is_err() {
+        self.put_uplink(key, Uplink::new(socket));
+        if self.poll_uplink(registry, key).is_err() {
             self.end_flow(key, CloseReason::NoResources, now);
             return Err(DropReason::Shed);
         }
@@ -122,12 +139,12 @@ impl Datagrams<'_> {
         self.count_server(listener, server, OfServer::Connections);
         self.context.counters.flows(listener, OfFlows::Moved).add(1);
         self.flows.handle_moved(key, server as u32);
-        if let Some(left) = self.put_uplink(key, socket, true)
+        if let Some(left) = self.put_uplink(key, Uplink::new(socket))
             && outstanding
         {
             self.rest(listener, left.socket, now);
         }
-        if self.begin_polling(registry, key).is_err() {
+        if self.poll_uplink(registry, key).is_err() {
             self.end_flow(key, CloseReason::NoResources, now);
             return Err(DropReason::Shed);
         }
@@ -162,22 +179,32 @@ impl Datagrams<'_> {
         }
     }
 
-    pub(super) fn put_uplink(&mut self, key: Key, socket: OwnedFd, can_cut: bool) -> Option<Uplink> {
+    pub(super) fn put_uplink(&mut self, key: Key, uplink: Uplink) -> Option<Uplink> {
         let place = key.index as usize;
         if place >= self.uplinks.len() {
             self.uplinks.resize_with(place + 1, || None);
         }
-        self.flows.set_socket(key, Some(socket.as_raw_fd()), can_cut);
-        self.uplinks[place].replace(Uplink { socket, can_cut, queued: false })
+        self.flows.set_socket(key, Some(uplink.socket.as_raw_fd()), uplink.can_cut);
+        self.uplinks[place].replace(uplink)
     }
 
-    /// Polls a flow's new socket, on which the kernel may join what comes.
-    fn begin_polling(&mut self, registry: &Registry, key: Key) -> io::Result<()> {
+    /// Polls a flow's socket by its state: one call takes the answer that most
+    /// questions have, and epoll itself looks whether another waits.
+    pub(super) fn poll_uplink(&self, registry: &Registry, key: Key) -> io::Result<()> {
         let Some(Some(uplink)) = self.uplinks.get(key.index as usize) else { return Ok(()) };
-        if self.fronts.joins() {
+        level::watch(registry, &uplink.socket, flow_token(key).0)
+    }
+
+    /// More than one datagram at a time has come, and more will: from here on
+    /// they are read in batches.
+    pub(super) fn begin_batches(&mut self, key: Key) {
+        let joins = self.fronts.joins();
+        if let Some(Some(uplink)) = self.uplinks.get_mut(key.index as usize)
+            && !std::mem::replace(&mut uplink.in_batches, true)
+            && joins
+        {
             datagram::join_received(&uplink.socket);
         }
-        registry.register(&mut SourceFd(&uplink.socket.as_raw_fd()), flow_token(key), Interest::READABLE)
     }
 
     pub(super) fn count_server(&self, listener: usize, server: usize, which: OfServer) {
@@ -299,6 +326,8 @@ impl Datagrams<'_> {
     /// Keeps a port from use for a while, deaf to what still comes.
     pub(super) fn rest(&mut self, listener: usize, socket: OwnedFd, now: Millis) {
         self.quarantine_changed = true;
+        // An error that nobody takes would be told of without end.
+        let _ = self.registry.deregister(&mut SourceFd(&socket.as_raw_fd()));
         // Without the filter it would fill its receive buffer for nothing.
         let _ = filter::take_nothing(&socket);
         let back = self.quarantine.put(listener, socket, now);
@@ -342,22 +371,20 @@ impl Datagrams<'_> {
             if flow.is_frozen() {
                 continue;
             }
-            match self.arena.receive_connected(&uplink.socket, used, FLOW_BATCH) {
+            let received = if uplink.in_batches {
+                self.arena.receive_connected(&uplink.socket, used, FLOW_BATCH)
+            } else {
+                self.arena.receive_one(&uplink.socket, used).map(|()| 1)
+            };
+            match received {
                 Ok(count) => {
                     (used..used + count).for_each(|at| self.handle_reply(key, at, now));
                     used += count;
-                    if count == FLOW_BATCH {
-                        self.enqueue(key);
-                    }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                // Taken by that; what else there is, the next poll tells.
                 Err(error) => {
                     self.note_server_error(key, &error);
-                    // What the network said stands in front of what else
-                    // there is. Without memory the next datagram is waited for.
-                    if !is_shortage(&error) {
-                        self.enqueue(key);
-                    }
                 }
             }
         }
@@ -367,16 +394,21 @@ impl Datagrams<'_> {
 
     fn handle_reply(&mut self, key: Key, at: usize, now: Millis) {
         let received = self.arena.get(at);
-        let Some(name) = self.flows.get(key).map(|flow| flow.key()) else {
+        let (count, total, segment) = (received.count(), received.bytes.len(), received.segment);
+        let is_truncated = received.truncated;
+        let Some((name, is_awaited)) = self.flows.get(key).map(|flow| (flow.key(), flow.awaits_reply()))
+        else {
             // The last reply of the flow was in this very batch.
             let front = self.replies.last().map_or(0, |reply| reply.listener);
-            return self.drop_datagrams(front, DropReason::Late, received.count());
+            return self.drop_datagrams(front, DropReason::Late, count);
         };
         let listener = usize::from(name.listener);
-        if received.truncated {
+        if is_truncated {
             return self.drop_datagrams(listener, DropReason::Truncated, 1);
         }
-        let (count, step) = (received.count(), received.segment.unwrap_or(received.bytes.len()));
+        if !is_awaited {
+            self.begin_batches(key);
+        }
         let mut passed = 0;
         let mut is_last = false;
         while passed < count && !is_last {
@@ -387,8 +419,8 @@ impl Datagrams<'_> {
         let own_address = has_own_address(self.context.config.listeners[listener].bind[place.address]);
         if let Some(front) = self.fronts.own(place) {
             let from = Some(name.local).filter(|local| !own_address && !local.is_unspecified());
-            let length = received.bytes.len().min(step.saturating_mul(passed as usize));
-            self.replies.push(Reply { at, length, front, listener, client: name.client, from });
+            let length = total.min(segment.unwrap_or(total).saturating_mul(passed as usize));
+            self.replies.push(Reply { at, length, segment, front, listener, client: name.client, from });
             self.note_bytes(key, 0, length as u64);
         } else {
             self.drop_datagrams(listener, DropReason::ToClient, passed);
@@ -408,15 +440,12 @@ impl Datagrams<'_> {
             let run = replies[first..].iter().take_while(|reply| reply.front == index).count();
             let Self { arena, fronts, outlet, .. } = self;
             if let Some(front) = fronts.get_mut(index) {
-                let items = replies[first..first + run].iter().map(|reply| {
-                    let received = arena.get(reply.at);
-                    Outgoing {
-                        head: &[],
-                        bytes: &received.bytes[..reply.length],
-                        to: Some(reply.client),
-                        from: reply.from,
-                        segment: received.segment,
-                    }
+                let items = replies[first..first + run].iter().map(|reply| Outgoing {
+                    head: &[],
+                    bytes: arena.bytes(reply.at, reply.length),
+                    to: Some(reply.client),
+                    from: reply.from,
+                    segment: reply.segment,
                 });
                 let sent = outlet.send(&front.socket, &mut front.can_cut, items);
                 self.count_sent_to_client(listener, &sent);

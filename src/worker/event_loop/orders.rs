@@ -23,6 +23,9 @@ impl Loop<'_> {
     /// on: a flow needs the listening socket by which it answers its client.
     fn begin_serving(&mut self, now: Millis) {
         for arrival in self.before_serving.take().into_iter().flatten() {
+            if arrival.recovers {
+                self.datagrams.begin_recovery();
+            }
             self.begin_receiving(arrival, now);
         }
         self.datagrams.hold(self.receivers.is_shut(now));

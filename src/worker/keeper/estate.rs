@@ -53,6 +53,9 @@ pub struct Estate<'a> {
     flows: Vec<Option<FlowParcel>>,
     ending: Vec<Ending>,
     found: Kept,
+    /// What another worker had taken already, and this one still counted: its
+    /// listener, and its server's place among all.
+    elsewhere: Vec<(usize, Option<usize>)>,
     /// The receiver settles the gauges.
     shares: bool,
     is_begun: bool,
@@ -73,6 +76,8 @@ struct Parcel {
 struct FlowParcel {
     record: FlowRecord,
     socket: Option<OwnedFd>,
+    listener: usize,
+    server: Option<usize>,
 }
 
 /// Sockets that are reset when they have what was sent to them.
@@ -93,6 +98,7 @@ impl<'a> Estate<'a> {
             flows: Vec::new(),
             ending: Vec::new(),
             found: Kept::default(),
+            elsewhere: Vec::new(),
             shares: false,
             is_begun: false,
         };
@@ -129,6 +135,11 @@ impl<'a> Estate<'a> {
             if moved.is_elsewhere(&heir) {
                 // A duplicate lives on there, so this ends nothing.
                 drop(take(slot.iter().flat_map(|slot| [slot.client, slot.server]).flatten().collect()));
+                if let Some(slot) = slot.filter(|_| !heir.is_arriving) {
+                    let listener = usize::from(slot.listener);
+                    let server = slot.place.and_then(|place| number_of(&context, listener, place));
+                    self.elsewhere.push((listener, server));
+                }
                 remains.forget(heir.session);
                 continue;
             }
@@ -169,7 +180,9 @@ impl<'a> Estate<'a> {
 
     /// Every flow that has a place.
     fn inherit_flows(&mut self, open: &HashSet<RawFd>, moved: &Doubts, now: Millis) {
-        let Estate { remains: Some(remains), context: Some(context), flows: parcels, found, .. } = self
+        let Estate {
+            remains: Some(remains), context: Some(context), flows: parcels, found, elsewhere, ..
+        } = self
         else {
             return;
         };
@@ -181,15 +194,24 @@ impl<'a> Estate<'a> {
         for heir in flows.flows() {
             let socket = heir.socket.filter(|number| open.contains(number));
             let socket = socket.and_then(|number| table::take(number).ok());
-            let is_elsewhere = moved.moved.contains(&keep::Item::Flow(heir.index))
-                || heir.is_arriving && moved.arrivals_are_theirs;
-            let record = names.flow(&heir).filter(|_| !is_elsewhere);
+            let listener = usize::from(heir.key.listener);
+            let server = (heir.server < GONE_SERVER).then_some(heir.server);
+            let server = server.and_then(|place| number_of(context, listener, place));
+            if moved.moved.contains(&keep::Item::Flow(heir.index)) {
+                elsewhere.push((listener, server));
+                continue;
+            }
+            if heir.is_arriving && moved.arrivals_are_theirs {
+                continue;
+            }
+            let record = names.flow(&heir);
             // One whose socket was not there yet begins anew with its client's
             // next datagram.
             let record = record.filter(|record| (record.server.is_some()) == socket.is_some());
             if let Some(record) = record {
                 found.flows += 1;
-                parcels.push(Some(FlowParcel { record: FlowRecord::Flow(record), socket }));
+                let record = FlowRecord::Flow(record);
+                parcels.push(Some(FlowParcel { record, socket, listener, server }));
             }
         }
     }
@@ -213,7 +235,13 @@ impl<'a> Estate<'a> {
             }
             match self.listener_of(&socket) {
                 Some(listener) if is_untouched(&socket) => self.adopt_one(listener, socket, now),
-                _ => reset([&socket]),
+                // One of a client that was on its way out, in the worst case.
+                Some(_) => {
+                    self.found.lost += 1;
+                    reset([&socket]);
+                }
+                // Towards a server, and not yet anybody's.
+                None => reset([&socket]),
             }
         }
     }
@@ -273,6 +301,9 @@ impl<'a> Estate<'a> {
     /// Somebody is to have it all; what was found.
     pub fn begin_passing(&mut self, shares: bool, fault: bool) -> Kept {
         self.shares = shares;
+        for (listener, server) in std::mem::take(&mut self.elsewhere) {
+            self.take_from_gauges(listener, server);
+        }
         if fault && !self.is_begun {
             for at in 0..self.sessions.len() {
                 self.note_crash(at);
@@ -346,7 +377,11 @@ impl<'a> Estate<'a> {
                 self.count_gone(&parcel);
                 true
             }
-            Number::Flow(at) => self.flows[at].take().is_some(),
+            Number::Flow(at) => {
+                let Some(parcel) = self.flows[at].take() else { return false };
+                self.take_from_gauges(parcel.listener, parcel.server);
+                true
+            }
         }
     }
 
@@ -370,13 +405,18 @@ impl<'a> Estate<'a> {
         if let (Some(remains), Some(session)) = (&self.remains, parcel.session) {
             remains.forget(session);
         }
-        let Some(context) = self.context.as_ref().filter(|_| !self.shares && parcel.session.is_some()) else {
-            return;
-        };
+        // One that was only adopted was never counted.
+        if parcel.session.is_some() {
+            self.take_from_gauges(parcel.listener, parcel.server);
+        }
+    }
+
+    fn take_from_gauges(&self, listener: usize, server: Option<usize>) {
+        let Some(context) = self.context.as_ref().filter(|_| !self.shares) else { return };
         let counters = &context.counters;
         counters.process(Process::Active).take_one();
-        counters.listener(parcel.listener, OfListener::Active).take_one();
-        if let Some(server) = parcel.server {
+        counters.listener(listener, OfListener::Active).take_one();
+        if let Some(server) = server {
             counters.server(server, OfServer::Active).take_one();
         }
     }

@@ -95,6 +95,12 @@ impl Chunk {
     }
 }
 
+/// Says a part of the count once more: nothing else would tell that one of
+/// both was spoilt.
+pub(super) fn scratch_claim(owner: Owner, sent: u64) -> u64 {
+    owner.code() | sent << OWNER_BITS
+}
+
 impl Keep {
     /// The worker's one buffer.
     pub fn scratch(&mut self) -> &mut [u8] {
@@ -105,7 +111,7 @@ impl Keep {
     /// so many bytes have been sent.
     pub fn claim(&self, owner: Owner, sent: u64) {
         self.put(SCRATCH_BASE, sent);
-        self.put(SCRATCH_CLAIM, owner.code());
+        self.put(SCRATCH_CLAIM, scratch_claim(owner, sent));
     }
 
     /// What is kept of this direction is being sent: of some receivers nobody

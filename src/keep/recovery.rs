@@ -123,6 +123,10 @@ pub fn recover(sight: &Sight) -> Verdict {
     let Some(client) = sight.counts[0] else { return Verdict::Reset(Failure::Disagreement) };
     match slot.state {
         State::Free | State::Closing => Verdict::End { lost: None, owed: None },
+        // Nothing was passed on to it, so nobody closed it in an orderly way.
+        State::Accepted | State::Header if is_lost(sight, Side::Client) => {
+            Verdict::End { lost: Some(Side::Client), owed: None }
+        }
         State::Accepted | State::Header => match client.consumed() {
             0 if slot.state == State::Header => Verdict::AwaitHeader,
             0 => Verdict::Enter { header_read: false },

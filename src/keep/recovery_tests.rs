@@ -53,6 +53,8 @@ fn what_has_begun_goes_on_where_it_was() {
     assert_eq!(with(&announced, idle, None), Verdict::AwaitHeader, "announced and not read");
     let read = counts(Established, 20, 0);
     assert_eq!(with(&announced, read, None), Verdict::Enter { header_read: true });
+    let lost = Verdict::End { lost: Some(Side::Client), owed: None };
+    assert_eq!(with(&announced, TcpCounts { has_error: true, ..counts(Close, 20, 0) }, None), lost);
     let other = counts(Established, 19, 0);
     assert_eq!(with(&announced, other, None), Verdict::Reset(Failure::Disagreement));
     for state in [State::Connecting, State::Queued] {

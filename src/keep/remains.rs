@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::sync::atomic::Ordering::Acquire;
 
-use super::chunks::{Chunk, Owner, SCRATCH_BYTES, first};
+use super::chunks::{Chunk, Owner, SCRATCH_BYTES, first, scratch_claim};
 use super::layout::{
     BUNDLE, BUNDLE_ITEMS, CHUNKS_USED, EXTRA_WORDS, FLOWS, Layout, PIPE_COUNT, PIPES, RECEIPT, RECEIVING,
     SCRATCH_BASE, SCRATCH_CLAIM, SLOTS_USED, VERSION_WORD,
@@ -174,8 +174,9 @@ impl Remains {
     /// Who claims what.
     pub(super) fn claims(&self) -> ClaimTable {
         let mut table = ClaimTable::default();
-        let claim = Owner::of_code(self.get(SCRATCH_CLAIM));
-        table.scratch = claim.map(|owner| (owner, self.get(SCRATCH_BASE)));
+        let (claim, base) = (self.get(SCRATCH_CLAIM), self.get(SCRATCH_BASE));
+        let owner = Owner::of_code(claim).filter(|&owner| scratch_claim(owner, base) == claim);
+        table.scratch = owner.map(|owner| (owner, base));
         for class in 0..2 {
             let used = (self.get(CHUNKS_USED + class) as usize).min(self.layout.chunk_count()) as u32;
             let begin = first(&self.layout, class);

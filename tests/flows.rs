@@ -242,7 +242,11 @@ fn deaths(
         check(&daemon, &first, &ask_all);
         let listener = daemon.listener("front");
         let ended: u64 = listener.ended.values().sum();
-        assert_eq!(listener.connections, listener.active + ended, "{arguments:?} {listener:?}");
+        // Without a keeper what a dead sender had sent is counted twice: where
+        // it was, and where it lives on.
+        if crash_proof || moment != "sent" {
+            assert_eq!(listener.connections, listener.active + ended, "{arguments:?} {listener:?}");
+        }
     }
 }
 

@@ -235,7 +235,13 @@ impl<'a> Estate<'a> {
             }
             match self.listener_of(&socket) {
                 Some(listener) if is_untouched(&socket) => self.adopt_one(listener, socket, now),
-                _ => reset([&socket]),
+                // One of a client that was on its way out, in the worst case.
+                Some(_) => {
+                    self.found.lost += 1;
+                    reset([&socket]);
+                }
+                // Towards a server, and not yet anybody's.
+                None => reset([&socket]),
             }
         }
     }

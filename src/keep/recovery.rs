@@ -232,8 +232,11 @@ fn relayed(
     let down = direction(from_server, to_client, gone[0], &sight.claims[1]);
     let mut down = down.map_err(|failure| of_lost(Side::Server, failure))?;
     down.has_ended = !gone[0] && client.state.has_our_fin();
-    if [&up, &down].into_iter().any(|direction| direction.has_ended && !direction.held.is_empty()) {
-        return Err(Failure::Disagreement);
+    for (direction, to) in [(&up, Side::Server), (&down, Side::Client)] {
+        if direction.has_ended && !direction.held.is_empty() {
+            // Behind its end nothing is owed, unless a reset made it look so.
+            return Err(if is_closed(to) { Failure::Lost(to) } else { Failure::Disagreement });
+        }
     }
     Ok([up, down])
 }

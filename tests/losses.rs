@@ -222,7 +222,11 @@ fn hung(crash_proof: bool) {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("hang");
     let count = 5 * support::soak();
-    crashes(count, crash_proof, &file, |_, slot| std::fs::write(&file, slot.to_string()).unwrap());
+    crashes(count, crash_proof, &file, |daemon, slot| {
+        std::fs::write(&file, slot.to_string()).unwrap();
+        // One that sleeps reads no orders: a question wakes everybody.
+        let _ = daemon.ask("sessions");
+    });
 }
 
 fn a_killed_worker_without_a_keeper_loses_what_it_held_and_no_more() {

@@ -113,7 +113,6 @@ impl Supervisor {
             return false;
         }
         process.become_keeper(keeper, fault || seen::is_own_fault(status));
-        slot.handed_over = false;
         let number = slot.number;
         let limit = self.generation.config.daemon.drain_timeout.as_millis() as u64;
         if let Some((_, process)) = self.slot_mut(index, retiring).find(token) {
@@ -151,9 +150,9 @@ impl Supervisor {
     /// The slot has another worker: what the keepers of its dead ones have goes
     /// there.
     pub(super) fn pair_keepers(&mut self, slot: usize) {
-        let Slot { current: Some(new), old, handed_over, .. } = &mut self.slots[slot] else { return };
+        let Slot { current: Some(new), old, .. } = &mut self.slots[slot] else { return };
         for old in old.iter_mut().filter(|old| old.is_keeper) {
-            *handed_over = false;
+            old.handed_over = false;
             pair(old, new, true);
         }
     }

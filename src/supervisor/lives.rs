@@ -190,7 +190,9 @@ impl Supervisor {
                     // The rest goes to whoever comes next in that place.
                     info!(slot, "the worker that was to have them is being replaced");
                 } else if role == Role::Old {
-                    self.slot_mut(slot, retiring).handed_over = true;
+                    if let Some((_, old)) = self.slot_mut(slot, retiring).find(token) {
+                        old.handed_over = true;
+                    }
                     self.handle_handed_over(slot, retiring);
                 } else {
                     self.handle_shared(slot);
@@ -254,7 +256,8 @@ impl Supervisor {
         }
         match role {
             Role::Current => {
-                slot.handed_over = false;
+                // What they have not passed on goes to the next one.
+                slot.set_handed_over(false);
                 let dead = slot.current.take();
                 if is_kept {
                     slot.old.extend(dead);
@@ -291,7 +294,6 @@ impl Supervisor {
                 if !status.success() {
                     warn!(slot = index, "an old worker ended: {status}");
                 }
-                slot.handed_over = true;
                 self.fold_ledgers();
                 self.handle_handed_over(index, retiring);
             }

@@ -317,7 +317,6 @@ impl Supervisor {
             // Its old worker died meanwhile, and the new one took its place.
             return self.swap(slot + 1);
         }
-        place.handed_over = false;
         place.ledgers.push(Rc::clone(&generation));
         let new = place.next.take();
         let old = std::mem::replace(&mut place.current, new);
@@ -349,8 +348,8 @@ impl Supervisor {
     /// The worker that took over has died: what the old ones still have goes to
     /// the next one, before that reads any datagram.
     pub(super) fn hand_over_again(&mut self, slot: usize) {
-        let Slot { current: Some(new), old, handed_over, .. } = &mut self.slots[slot] else { return };
-        *handed_over = false;
+        self.slots[slot].set_handed_over(false);
+        let Slot { current: Some(new), old, .. } = &mut self.slots[slot] else { return };
         old.iter_mut().for_each(|old| keep::pair(old, new, true));
     }
 
@@ -443,7 +442,6 @@ impl Supervisor {
             let removed = old.generation.places().into_iter().map(|(place, _)| place).collect();
             let number = slot.number;
             slot.old.push(old);
-            slot.handed_over = false;
             self.retiring.push(slot);
             self.hand_over(self.retiring.len() - 1, true, number % slot_count, removed);
         }
@@ -454,14 +452,18 @@ impl Supervisor {
     pub(super) fn handle_handed_over(&mut self, slot: usize, retiring: bool) {
         let Some(reload) = &self.reload else { return };
         match reload.stage {
-            Stage::Swapping(swapping) if swapping == slot && !retiring => self.swap(slot + 1),
+            Stage::Swapping(swapping) if swapping == slot && !retiring => {
+                if self.slots[slot].has_handed_over() {
+                    self.swap(slot + 1);
+                }
+            }
             Stage::Retiring => self.check_reload_done(),
             Stage::Proving(_) | Stage::Swapping(_) | Stage::Shifting => {}
         }
     }
 
     fn check_reload_done(&mut self) {
-        let retired = self.retiring.iter().all(|slot| slot.handed_over || slot.old.is_empty());
+        let retired = self.retiring.iter().all(|slot| slot.has_handed_over());
         let done = |reload: &mut Reload| reload.stage == Stage::Retiring && retired;
         let Some(reload) = self.reload.take_if(done) else { return };
         info!("generation {} serves with {} workers", reload.generation.number, self.slots.len());
@@ -484,19 +486,19 @@ impl Supervisor {
             Stage::Proving(slot) => self.abort_reload(&format!("worker {slot} did not open its sockets")),
             Stage::Swapping(slot) => {
                 warn!(slot, "the old worker takes long to hand over: it is left to drain");
-                self.slots[slot].handed_over = true;
+                self.slots[slot].set_handed_over(true);
                 self.swap(slot + 1);
             }
             Stage::Shifting => {
                 warn!("flows take long to move: those of slots that go follow their slot's successor");
                 self.to_give_back.clear();
-                self.slots.iter_mut().for_each(|slot| slot.handed_over = true);
+                self.slots.iter_mut().for_each(|slot| slot.set_handed_over(true));
                 self.retire();
             }
             Stage::Retiring => {
                 warn!("retired workers take long to hand over: they are left to drain");
                 for slot in &mut self.retiring {
-                    slot.handed_over = true;
+                    slot.set_handed_over(true);
                 }
                 self.check_reload_done();
             }

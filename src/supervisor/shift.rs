@@ -70,7 +70,7 @@ impl Supervisor {
     pub(super) fn begin_shift(&mut self) {
         // Who is still getting the flows of the worker before cannot pass them
         // on yet.
-        let is_taking_over = |slot: &Slot| !slot.handed_over && !slot.old.is_empty();
+        let is_taking_over = |slot: &Slot| !slot.has_handed_over();
         let is_over = self.leave.is_some() || self.departure.is_some();
         if self.shift.is_some() || is_over || self.slots.iter().any(is_taking_over) {
             return;

@@ -36,8 +36,6 @@ pub struct Slot {
     pub next: Option<Process>,
     pub old: Vec<Process>,
     held: Vec<(SocketId, OwnedFd)>,
-    /// Its last old process has passed on what could be passed.
-    pub handed_over: bool,
     /// Generations whose counters for this slot are not in the past yet.
     pub ledgers: Vec<Rc<Generation>>,
     /// Those that systemd holds as well, beyond our end.
@@ -55,6 +53,8 @@ pub struct Process {
     pub kill_at: Option<Millis>,
     /// Who stands in its place should it die.
     pub keeper: Option<Child>,
+    /// An old one that has passed on what could be passed.
+    pub handed_over: bool,
     /// The worker is dead, and this is its keeper.
     pub is_keeper: bool,
     /// It died by its own doing.
@@ -77,10 +77,19 @@ impl Slot {
             next: None,
             old: Vec::new(),
             held: Vec::new(),
-            handed_over: false,
             ledgers: Vec::new(),
             outliving: Vec::new(),
         }
+    }
+
+    /// Every old process has passed on what could be passed.
+    pub fn has_handed_over(&self) -> bool {
+        self.old.iter().all(|old| old.handed_over)
+    }
+
+    /// All that the old ones have is, or is not, passed on.
+    pub fn set_handed_over(&mut self, handed_over: bool) {
+        self.old.iter_mut().for_each(|old| old.handed_over = handed_over);
     }
 
     /// As the next image of the supervisor is to find it.
@@ -115,13 +124,13 @@ impl Slot {
         for process in &mut old {
             let limit = process.generation.config.daemon.drain_timeout;
             process.set_bound(limit.as_millis() as u64);
+            process.handed_over = true;
         }
         Ok(Slot {
             current,
             next: None,
             old,
             held,
-            handed_over: true,
             ledgers: state.ledgers.iter().map(known).collect::<Result<_, _>>()?,
             outliving: state.outliving,
             number: state.number,
@@ -224,6 +233,7 @@ impl Slot {
             generation: Rc::clone(generation),
             kill_at: None,
             keeper: None,
+            handed_over: false,
             is_keeper: false,
             is_fault: false,
         };
@@ -419,6 +429,7 @@ impl Process {
             generation,
             kill_at: None,
             keeper: state.keeper.map(Child::of_number),
+            handed_over: false,
             is_keeper: state.is_keeper,
             is_fault: state.is_fault,
         })
@@ -475,6 +486,7 @@ impl Process {
         self.child = keeper;
         self.is_keeper = true;
         self.is_fault = is_fault;
+        self.handed_over = false;
     }
 
     /// Ends it at once; what it has is its keeper's.

@@ -119,8 +119,21 @@ pub enum Failure {
 
 /// What becomes of a session.
 pub fn recover(sight: &Sight) -> Verdict {
-    let slot = sight.slot;
     let Some(client) = sight.counts[0] else { return Verdict::Reset(Failure::Disagreement) };
+    let verdict = judge(sight, client);
+    if verdict != Verdict::Reset(Failure::Disagreement) {
+        return verdict;
+    }
+    // A reset behind our own end looks like the peer's end, and what was not
+    // acknowledged counts as unwritten: after one, counts agree with nothing.
+    let is_closed =
+        |&side: &Side| sight.counts[side as usize].is_some_and(|counts| counts.state == TcpState::Close);
+    let lost = [Side::Client, Side::Server].into_iter().find(is_closed);
+    Verdict::Reset(lost.map_or(Failure::Disagreement, Failure::Lost))
+}
+
+fn judge(sight: &Sight, client: TcpCounts) -> Verdict {
+    let slot = sight.slot;
     match slot.state {
         State::Free | State::Closing => Verdict::End { lost: None, owed: None },
         // Nothing was passed on to it, so nobody closed it in an orderly way.
@@ -173,9 +186,11 @@ fn open(sight: &Sight, client: &TcpCounts) -> Verdict {
         Ok(directions) => directions,
         Err(failure) => return Verdict::Reset(failure),
     };
-    // A reset whose error was read looks like an end of file from now on.
+    // A reset whose error was read looks like an end of file from now on, and
+    // where the end was read before, nobody reads the error.
     let silent = [Side::Client, Side::Server].into_iter().find(|&side| {
-        lost[side as usize] && sight.counts[side as usize].is_some_and(|counts| !counts.has_error)
+        let is_told = |counts: TcpCounts| counts.has_error && !sight.slot.finished[side as usize];
+        lost[side as usize] && !sight.counts[side as usize].is_some_and(is_told)
     });
     if let Some(side) = broken.or(silent) {
         let [up, down] = directions;
@@ -213,16 +228,9 @@ fn relayed(
     let from_server = sight.counts[1].filter(|_| !gone[1]).map(|counts| counts.consumed());
     let to_client = (!gone[0]).then(|| client.written(false));
     let to_server = sight.counts[1].filter(|_| !gone[1]).map(|counts| counts.written(true));
-    let is_closed =
-        |side: Side| sight.counts[side as usize].is_some_and(|counts| counts.state == TcpState::Close);
+    // How much came of a last read, nobody can tell any more.
     let of_lost = |side: Side, failure| match failure {
-        // How much came of a last read, nobody can tell any more.
         Failure::Uncertain if gone[side as usize] => Failure::Lost(side),
-        // Reset behind our own end, and the error was read already: it looks as
-        // if its end had come, which would have counted.
-        Failure::Disagreement if is_closed(side) => Failure::Lost(side),
-        // And what it had not acknowledged is written no more.
-        Failure::Disagreement if is_closed(side.other()) => Failure::Lost(side.other()),
         failure => failure,
     };
     let up = direction(from_client, to_server, gone[1], &sight.claims[0]);
@@ -232,11 +240,9 @@ fn relayed(
     let down = direction(from_server, to_client, gone[0], &sight.claims[1]);
     let mut down = down.map_err(|failure| of_lost(Side::Server, failure))?;
     down.has_ended = !gone[0] && client.state.has_our_fin();
-    for (direction, to) in [(&up, Side::Server), (&down, Side::Client)] {
-        if direction.has_ended && !direction.held.is_empty() {
-            // Behind its end nothing is owed, unless a reset made it look so.
-            return Err(if is_closed(to) { Failure::Lost(to) } else { Failure::Disagreement });
-        }
+    if [&up, &down].into_iter().any(|direction| direction.has_ended && !direction.held.is_empty()) {
+        // Behind its end nothing is owed.
+        return Err(Failure::Disagreement);
     }
     Ok([up, down])
 }

@@ -154,6 +154,15 @@ fn an_end_is_passed_on_once_and_a_reset_is_none() {
     // Whose error waits, somebody else can read.
     let pending = TcpCounts { has_error: true, ..connected(Close, 3, 9) };
     assert!(matches!(with(&open, counts(Established, 9, 3), pending), Verdict::Open(_)));
+    // But not where its end was read before: nobody reads there again.
+    let pending = TcpCounts { has_error: true, ..counts(Close, 9, 3) };
+    let lost_client = Verdict::End { lost: Some(Side::Client), owed: None };
+    assert_eq!(with(&finished, pending, connected(FinWait2, 3, 9)), lost_client);
+    // And a reset has thrown away what was on its way: what is owed then agrees
+    // with nothing, which is not the worker's fault.
+    let both = Slot { finished: [true, true], ..open };
+    let over = with(&both, counts(Close, 9, 3), connected(Close, 3, 8));
+    assert_eq!(over, Verdict::Reset(Failure::Lost(Side::Client)));
     let broken = Slot { reason: Some(CloseReason::ServerReset), ..open };
     assert_eq!(with(&broken, counts(Established, 9, 3), connected(Close, 3, 9)), lost);
 }

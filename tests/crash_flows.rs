@@ -6,7 +6,7 @@ mod support;
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, UdpSocket};
 
-use support::daemon::Daemon;
+use support::crashes::start;
 use support::datagrams::{Seen, ask, client, front, named_server, receive};
 use support::eventually;
 
@@ -25,14 +25,6 @@ fn config(workers: usize, servers: &[SocketAddr]) -> String {
          bind = \"{}\"\n[[upstream]]\nname = \"back\"\n{servers}",
         front()
     )
-}
-
-fn start(config: &str) -> Daemon {
-    let mut daemon = Daemon::start_with(config, |command| {
-        command.env("EVENKEEL_TEST_HASTE", "1");
-    });
-    daemon.wait_ready();
-    daemon
 }
 
 /// The ports of ours that the servers saw, by the client's number, which is

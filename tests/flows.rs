@@ -51,7 +51,6 @@ fn mirror() -> (SocketAddr, Seen) {
 #[track_caller]
 fn succeed(daemon: &Daemon, arguments: &[&str]) -> String {
     let text = daemon.change(arguments);
-    daemon.notified();
     daemon.assert_all_handed_over();
     for failure in ["come, ", "slow to"] {
         assert!(!daemon.log().contains(failure), "{}", daemon.log());

@@ -3,12 +3,10 @@
 mod support;
 
 use std::fs;
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use support::daemon::Daemon;
-use support::servers::local;
-use support::{eventually, pattern};
+use support::{nginx, pattern};
 
 fn main() {
     support::run(tests![
@@ -16,50 +14,14 @@ fn main() {
     ])
 }
 
-/// A program that ends with the test.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn nginx(folder: &Path) -> Running {
-    let config = folder.join("nginx.conf");
-    let text = format!(
-        "daemon off; worker_processes 1; pid {0}/pid; error_log {0}/error.log;\n\
-         events {{ worker_connections 2000; }}\n\
-         http {{ access_log off; root {0}/files;\n\
-           client_body_temp_path {0}/t1; proxy_temp_path {0}/t2; fastcgi_temp_path {0}/t3;\n\
-           uwsgi_temp_path {0}/t4; scgi_temp_path {0}/t5;\n\
-           server {{ listen 127.0.0.1:9001; }}\n\
-           server {{ listen 127.0.0.1:9002 http2; }} }}\n",
-        folder.display()
-    );
-    fs::write(&config, text).unwrap();
-    // One process: killed whole with the test.
-    let child = Command::new("nginx")
-        .args(["-g", "master_process off;", "-c"])
-        .arg(&config)
-        .stdin(Stdio::null())
-        .spawn()
-        .expect("nginx starts");
-    eventually("nginx listens", || std::net::TcpStream::connect(local(9002)).is_ok());
-    Running(child)
-}
-
 fn nginx_serves_a_folder_of_files_to_64_clients_byte_for_byte() {
-    let folder = tempfile::tempdir().unwrap();
-    fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    fs::create_dir(folder.path().join("files")).unwrap();
+    let folder = nginx::a_folder();
     let sizes = [0, 1, 100, 1460, 16_384, 65_536, 300_000, 2_000_000];
     for index in 0..128 {
         let bytes = pattern(index, sizes[index % sizes.len()] + index);
         fs::write(folder.path().join(format!("files/{index}")), bytes).unwrap();
     }
-    let _nginx = nginx(folder.path());
+    let _nginx = nginx::start(folder.path());
     let listener = |name: &str, port: u16, server: u16| {
         format!(
             "[[listener]]\nname = \"{name}\"\nmode = \"tcp\"\nbind = \"127.0.0.1:{port}\"\nupstream = \"{name}\"\n\

@@ -2,13 +2,17 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use evenkeel::control::client;
 use evenkeel::control::status::{self, Status};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
@@ -19,10 +23,43 @@ use super::{eventually, within};
 pub struct Daemon {
     child: Child,
     folder: tempfile::TempDir,
-    notify: UnixDatagram,
-    /// Read from there, and not asked for yet.
-    heard: std::sync::Mutex<Vec<String>>,
+    manager: Arc<Manager>,
     pub ready: bool,
+}
+
+/// Where it is heard as by a service manager: at once, since a socket that it
+/// asks to keep is open for as long as the message lies unread.
+struct Manager {
+    socket: UnixDatagram,
+    /// Read from there, and not asked for yet.
+    heard: Mutex<Vec<String>>,
+    is_over: AtomicBool,
+}
+
+impl Manager {
+    fn start(path: &Path) -> Arc<Manager> {
+        let socket = UnixDatagram::bind(path).expect("a notify socket");
+        socket.set_nonblocking(true).expect("non-blocking");
+        let manager = Arc::new(Manager { socket, heard: Mutex::default(), is_over: AtomicBool::default() });
+        let own = Arc::clone(&manager);
+        std::thread::spawn(move || {
+            while !own.is_over.load(Relaxed) {
+                let mut readable = [PollFd::new(own.socket.as_fd(), PollFlags::POLLIN)];
+                let _ = poll(&mut readable, 100u8);
+                drop(own.hear());
+            }
+        });
+        manager
+    }
+
+    fn hear(&self) -> MutexGuard<'_, Vec<String>> {
+        let mut heard = self.heard.lock().expect("no thread panics with it");
+        let mut buffer = [0; 4096];
+        while let Ok(count) = self.socket.recv(&mut buffer) {
+            heard.push(String::from_utf8_lossy(&buffer[..count]).into_owned());
+        }
+        heard
+    }
 }
 
 /// The program under test.
@@ -56,8 +93,7 @@ impl Daemon {
         // Workers that are another user must reach it.
         let _ = fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755));
         let path = write_config(folder.path(), config);
-        let notify = UnixDatagram::bind(folder.path().join("notify")).expect("a notify socket");
-        notify.set_nonblocking(true).expect("non-blocking");
+        let manager = Manager::start(&folder.path().join("notify"));
         let log = fs::File::create(folder.path().join("log")).expect("a log file");
         let mut words = wrapper.iter().copied().chain([program()]);
         let mut command = Command::new(words.next().expect("the program at least"));
@@ -65,7 +101,7 @@ impl Daemon {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         change(&mut command);
         let child = command.spawn().expect("the program starts");
-        Daemon { child, folder, notify, heard: Default::default(), ready: false }
+        Daemon { child, folder, manager, ready: false }
     }
 
     /// Waits for READY=1.
@@ -82,18 +118,7 @@ impl Daemon {
 
     /// What was sent to the notify socket since the last call.
     pub fn notified(&self) -> Vec<String> {
-        self.hear();
-        std::mem::take(&mut self.heard.lock().expect("no thread panics with it"))
-    }
-
-    /// Reads what was sent, as a service manager does: a socket that it is
-    /// asked to keep is open for as long as the message lies unread.
-    fn hear(&self) {
-        let mut buffer = [0; 4096];
-        while let Ok(count) = self.notify.recv(&mut buffer) {
-            let text = String::from_utf8_lossy(&buffer[..count]).into_owned();
-            self.heard.lock().expect("no thread panics with it").push(text);
-        }
+        std::mem::take(&mut *self.manager.hear())
     }
 
     pub fn pid(&self) -> u32 {
@@ -223,10 +248,10 @@ impl Daemon {
         let mut status = None;
         within(limit, "the daemon's end", || {
             status = self.child.try_wait().expect("our child");
-            self.hear();
             status.is_some()
         });
-        self.hear();
+        // The last words are heard, too.
+        drop(self.manager.hear());
         status.expect("waited for")
     }
 
@@ -242,6 +267,7 @@ impl Drop for Daemon {
         let children = children_of(self.pid());
         let _ = self.child.kill();
         let _ = self.child.wait();
+        self.manager.is_over.store(true, Relaxed);
         for pid in &children {
             let _ = kill(Pid::from_raw(*pid as i32), Signal::SIGKILL);
         }

@@ -16,12 +16,14 @@
 
 pub mod browser;
 pub mod clients;
+pub mod crashes;
 pub mod daemon;
 pub mod datagrams;
 pub mod health;
 pub mod http;
 pub mod load;
 pub mod machine;
+pub mod nginx;
 pub mod postgres;
 pub mod resolver;
 pub mod schema;

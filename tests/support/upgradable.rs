@@ -70,8 +70,6 @@ impl Upgradable {
     pub fn upgrade(&self) -> String {
         let (code, text) = self.run(&["upgrade"]);
         assert_eq!(code, Some(0), "{text}\n{}", self.daemon.log());
-        // Or the socket that systemd is told by would be full at last.
-        self.daemon.notified();
         self.daemon.assert_all_handed_over();
         text
     }

@@ -1,7 +1,8 @@
 //! A worker that dies loses nothing: its keeper has what it had.
 //!
 //! Every byte is checked by its place in its stream at both ends, so a lost, a
-//! doubled or a moved one shows. `EVENKEEL_SOAK=10` kills ten times as often, `EVENKEEL_SOAK=50` two thousand times under packet loss.
+//! doubled or a moved one shows. `EVENKEEL_SOAK=10` kills ten times as often, and
+//! `EVENKEEL_SOAK=50` two thousand times under packet loss.
 
 mod support;
 
@@ -29,6 +30,9 @@ fn main() {
         kills_in_the_middle_of_a_reload_lose_nothing,
         a_killed_worker_of_a_leaving_daemon_loses_nothing,
         a_session_whose_numbers_do_not_agree_is_reset_and_counted,
+        a_session_at_which_workers_fault_twice_is_reset_and_its_client_named needs ["strace"],
+        keeper_and_worker_killed_at_once_lose_what_they_had_and_nothing_else,
+        a_kernel_without_pidfds_means_no_keeper_and_that_is_said_once needs ["strace"],
         without_crash_proof_there_is_no_keeper,
         no_keeper_outlives_the_daemon,
         workers_killed_under_packet_loss_lose_nothing needs ["nft"],
@@ -226,6 +230,83 @@ fn a_session_whose_numbers_do_not_agree_is_reset_and_counted() {
     });
     eventually("it is lost", || daemon.listener("plain").ended.get("worker_lost") == Some(&1));
     Client::new();
+}
+
+/// Makes a worker fault in its next read.
+fn spoil(worker: u32) {
+    let fault = ["-qq", "-o", "/dev/null", "-e", "inject=recvfrom:signal=SIGABRT:when=1", "-p"];
+    // Ends with whom it watches.
+    Command::new("strace").args(fault).arg(worker.to_string()).spawn().expect("strace");
+    eventually("it is watched", || {
+        let status = std::fs::read_to_string(format!("/proc/{worker}/status")).unwrap_or_default();
+        status.lines().any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
+    });
+}
+
+fn a_session_at_which_workers_fault_twice_is_reset_and_its_client_named() {
+    let seen = Arc::<Seen>::default();
+    let servers = Servers::start(&seen);
+    let daemon = start(&servers.config(1, ""));
+    let mut other = Client::new();
+    let mut client = Client::new();
+    let named = client.stream.local_addr().unwrap();
+    let fault = || {
+        wait_for(&daemon, "ek-keeper-0");
+        let worker = wait_for(&daemon, "ek-worker-0");
+        spoil(worker);
+        worker
+    };
+    // Once may be chance.
+    let first = fault();
+    client.exchange();
+    assert!(!runs(first));
+    fault();
+    assert!(client.try_exchange().is_err(), "{}", daemon.log());
+    daemon.says(&format!("the session of {named} was being worked on at two crashes: reset"));
+    other.exchange();
+}
+
+fn keeper_and_worker_killed_at_once_lose_what_they_had_and_nothing_else() {
+    let seen = Arc::<Seen>::default();
+    let servers = Servers::start(&seen);
+    let daemon = start(&servers.config(2, ""));
+    let mut clients: Vec<Client> = (0..40).map(|_| Client::new()).collect();
+    let lost = daemon.worker(0).active;
+    let (keeper, worker) = (wait_for(&daemon, "ek-keeper-0"), wait_for(&daemon, "ek-worker-0"));
+    // So that it begins no other keeper, and accepts nobody.
+    signal(worker, Signal::SIGSTOP);
+    let mut waiting: Vec<Client> = (0..40).map(|_| Client { stream: connect(local(8080)), at: 0 }).collect();
+    signal(keeper, Signal::SIGKILL);
+    eventually("the keeper is dead", || !runs(keeper));
+    signal(worker, Signal::SIGKILL);
+    waiting.iter_mut().for_each(Client::exchange);
+    let broken = clients.iter_mut().filter_map(|client| client.try_exchange().err()).count() as u64;
+    assert_eq!(broken, lost, "{}", daemon.log());
+    assert!((1..40).contains(&lost), "40 connections over 2 slots, all in one: 2 in 2^40");
+    eventually("they are counted", || {
+        daemon.listener("plain").ended.get("worker_lost").copied() == Some(lost)
+    });
+}
+
+fn a_kernel_without_pidfds_means_no_keeper_and_that_is_said_once() {
+    let seen = Arc::<Seen>::default();
+    let servers = Servers::start(&seen);
+    let old = ["strace", "-D", "-f", "-qq", "-o", "/dev/null", "-e", "inject=pidfd_open:error=ENOSYS"];
+    let mut daemon = Daemon::start_under(&servers.config(2, ""), &old, |command| {
+        command.env("EVENKEEL_TEST_HASTE", "1");
+    });
+    daemon.wait_ready();
+    Client::new();
+    eventually("status says it", || {
+        let reasons = daemon.status().workers.into_iter().map(|worker| worker.keeper?.unavailable);
+        reasons.into_iter().all(|reason| reason.is_some_and(|reason| reason.contains("pidfd")))
+    });
+    let (_, table) = daemon.run(&["status"]);
+    assert!(table.contains("pidfd"), "{table}");
+    daemon.kill_worker(1);
+    Client::new();
+    let warning = "sessions do not survive the death of their worker";
+    assert_eq!(daemon.log().matches(warning).count(), 1, "{}", daemon.log());
 }
 
 fn without_crash_proof_there_is_no_keeper() {

@@ -14,6 +14,7 @@ fn main() {
     support::run(tests![
         flows_keep_their_servers_and_ports_over_many_kills,
         what_a_server_sends_while_its_worker_is_dead_arrives,
+        the_access_log_tells_of_what_was_before_the_death_too,
     ])
 }
 
@@ -82,4 +83,30 @@ fn what_a_server_sends_while_its_worker_is_dead_arrives() {
     server.send_to(b"late answer", from).unwrap();
     eventually("the slot is filled again", || ![0, old].contains(&daemon.worker(0).pid));
     assert_eq!(receive(&client).expect("an answer").0, b"late answer");
+}
+
+fn the_access_log_tells_of_what_was_before_the_death_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("access.log");
+    let (server, _) = named_server("127.0.0.1:0", "server");
+    let config = config(1, &[server]).replacen(
+        "workers = 1\n",
+        &format!("workers = 1\n[log]\naccess = {:?}\n", path.display().to_string()),
+        1,
+    );
+    let ends = "[listener.udp]\nidle_timeout = \"2s\"\n[[upstream]]";
+    let config = config.replacen("[[upstream]]", ends, 1);
+    let daemon = start(&config);
+    let client = client("127.0.0.1:0");
+    let answer = ask(&client, front(), b"question");
+    for _ in 0..2 {
+        let old = daemon.kill_worker(0);
+        eventually("the slot is filled again", || ![0, old].contains(&daemon.worker(0).pid));
+        ask(&client, front(), b"question");
+    }
+    eventually("the flow ends", || std::fs::read_to_string(&path).is_ok_and(|text| !text.is_empty()));
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert_eq!(text.lines().count(), 1, "{text}");
+    let told = format!("in={} out={} ", 3 * b"question".len(), 3 * answer.len());
+    assert!(text.contains(&told), "{told} is not in {text}");
 }

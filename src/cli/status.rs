@@ -85,7 +85,10 @@ fn remarks(worker: &Worker) -> String {
 /// Who keeps its sessions, and what came of that.
 fn describe_keeper(keeper: &Keeper) -> String {
     let who = match keeper.pid {
-        0 => "no keeper".to_string(),
+        0 => match &keeper.unavailable {
+            Some(why) => format!("no keeper: {why}"),
+            None => "no keeper".to_string(),
+        },
         pid => format!("keeper {pid}"),
     };
     let did = match keeper.takeovers {

@@ -26,6 +26,8 @@ mod tests;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 
+use serde::{Deserialize, Serialize};
+
 use crate::deadline::Deadlines;
 use crate::slab::Key;
 use index::Index;
@@ -72,6 +74,8 @@ pub struct Flow {
     frozen: bool,
     /// It came from another process, which has it still.
     arriving: bool,
+    /// The access log will say something of it.
+    has_story: bool,
     answered: bool,
     /// A client's datagram came after the last reply.
     awaits: bool,
@@ -81,6 +85,17 @@ pub struct Flow {
     /// Neighbours in the list of the unanswered.
     older: u32,
     newer: u32,
+}
+
+/// What the access log says of a flow beside its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Story {
+    /// When it began, in milliseconds of the monotonic clock.
+    pub born: u64,
+    /// Bytes from the client that went to its server.
+    pub bytes_in: u64,
+    /// Bytes to the client.
+    pub bytes_out: u64,
 }
 
 /// What a listener allows its flows, times in milliseconds.
@@ -472,6 +487,21 @@ impl Flows {
         self.table.set_socket(key, socket, can_cut);
     }
 
+    /// From here on a flow has a story.
+    pub fn tell(&mut self, key: Key, story: Story) {
+        self.table.tell(key, story);
+    }
+
+    /// More bytes of a flow, which count where it has a story.
+    pub fn note_bytes(&mut self, key: Key, bytes_in: u64, bytes_out: u64) {
+        self.table.note_bytes(key, bytes_in, bytes_out);
+    }
+
+    /// The story of a flow that lives, or that ended just now.
+    pub fn story(&self, key: Key, flow: &Flow) -> Option<Story> {
+        self.table.story_at(key.index, flow)
+    }
+
     /// The other process knows that a flow is here.
     pub fn own(&mut self, key: Key) {
         self.table.change(key, |flow| flow.arriving = false);
@@ -493,6 +523,7 @@ impl Flow {
             failed: false,
             frozen: false,
             arriving: false,
+            has_story: false,
             answered: false,
             awaits: true,
             requests: 1,

@@ -8,6 +8,7 @@
 //!   2     server 32 | socket 32, plus one
 //!   3     older 32 | newer 32             of a free place: the next free one
 //!   4-9   name                            and in the last the generation 32
+//!   behind all places, three words for each: its story, where it is told
 //! ```
 //!
 //! Under generational keys, as in `crate::slab`. A place is used from its first
@@ -23,17 +24,19 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use super::name::Name;
-use super::{Flow, FlowKey, NONE, Snapshot};
+use super::{Flow, FlowKey, NONE, Snapshot, Story};
 use crate::slab::Key;
 use crate::sys::area::Area;
 use crate::sys::shared::Region;
 
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 const HEAD_WORDS: usize = 8;
 const WORDS: usize = 10;
 /// What a flow takes here.
 #[cfg(test)]
 pub(super) const PLACE_BYTES: usize = WORDS * 8;
+/// When it began, bytes in, bytes out.
+const STORY_WORDS: usize = 3;
 const NAME: usize = 4;
 /// Four words of addresses, and two of what is left.
 const NAME_WORDS: usize = 6;
@@ -47,6 +50,7 @@ const ANSWERED: u64 = 1 << 43;
 const AWAITS: u64 = 1 << 44;
 const CAN_CUT: u64 = 1 << 45;
 const ARRIVING: u64 = 1 << 46;
+const TOLD: u64 = 1 << 47;
 
 /// All flows of a worker, by place.
 #[derive(Debug)]
@@ -62,7 +66,7 @@ impl Table {
     /// For at most so many.
     pub(super) fn create(capacity: u32) -> io::Result<Table> {
         let capacity = capacity.clamp(1, 1 << 27);
-        let area = Area::create("evenkeel-flows", HEAD_WORDS + capacity as usize * WORDS, 0)?;
+        let area = Area::create("evenkeel-flows", word_count(capacity), 0)?;
         area.words()[0].store(VERSION << 32 | u64::from(capacity), Release);
         Ok(Table { area, capacity, used: 0, first_free: NONE, len: 0 })
     }
@@ -166,6 +170,34 @@ impl Table {
         self.change(key, |flow| (flow.socket, flow.can_cut) = (socket, can_cut));
     }
 
+    /// From here on a flow has a story. Of flows without one nothing is
+    /// touched, and their memory costs nothing.
+    pub(super) fn tell(&mut self, key: Key, story: Story) {
+        if let Some(key) = self.is_living(key).then_some(key) {
+            write_story(self.story_words(key.index), story);
+            self.change(key, |flow| flow.has_story = true);
+        }
+    }
+
+    /// More bytes of a flow that has a story.
+    pub(super) fn note_bytes(&mut self, key: Key, bytes_in: u64, bytes_out: u64) {
+        if self.is_living(key) && self.place(key.index)[0].load(Relaxed) & TOLD != 0 {
+            let words = self.story_words(key.index);
+            // Nobody else writes here.
+            words[1].store(words[1].load(Relaxed) + bytes_in, Relaxed);
+            words[2].store(words[2].load(Relaxed) + bytes_out, Relaxed);
+        }
+    }
+
+    /// The story at a place, of the flow that has it, or that had it last.
+    pub(super) fn story_at(&self, index: u32, flow: &Flow) -> Option<Story> {
+        flow.has_story.then(|| read_story(self.story_words(index)))
+    }
+
+    fn story_words(&self, index: u32) -> &[AtomicU64; STORY_WORDS] {
+        story_words(self.area.words(), self.capacity, index)
+    }
+
     #[cfg(test)]
     fn words(&self) -> &[AtomicU64] {
         self.area.words()
@@ -175,6 +207,26 @@ impl Table {
 fn place(words: &[AtomicU64], index: u32) -> &[AtomicU64; WORDS] {
     let at = HEAD_WORDS + index as usize * WORDS;
     words[at..at + WORDS].try_into().expect("ten words")
+}
+
+fn word_count(capacity: u32) -> usize {
+    HEAD_WORDS + capacity as usize * (WORDS + STORY_WORDS)
+}
+
+fn story_words(words: &[AtomicU64], capacity: u32, index: u32) -> &[AtomicU64; STORY_WORDS] {
+    let at = HEAD_WORDS + capacity as usize * WORDS + index as usize * STORY_WORDS;
+    words[at..at + STORY_WORDS].try_into().expect("three words")
+}
+
+fn write_story(words: &[AtomicU64; STORY_WORDS], story: Story) {
+    for (word, value) in words.iter().zip([story.born, story.bytes_in, story.bytes_out]) {
+        word.store(value, Relaxed);
+    }
+}
+
+fn read_story(words: &[AtomicU64; STORY_WORDS]) -> Story {
+    let [born, bytes_in, bytes_out] = [0, 1, 2].map(|word| words[word].load(Relaxed));
+    Story { born, bytes_in, bytes_out }
 }
 
 fn write(place: &[AtomicU64; WORDS], flow: &Flow) {
@@ -189,7 +241,8 @@ fn write(place: &[AtomicU64; WORDS], flow: &Flow) {
         | flag(flow.answered, ANSWERED)
         | flag(flow.awaits, AWAITS)
         | flag(flow.can_cut, CAN_CUT)
-        | flag(flow.arriving, ARRIVING);
+        | flag(flow.arriving, ARRIVING)
+        | flag(flow.has_story, TOLD);
     place[0].store(flow.last.min(LAST) | flags, Release);
 }
 
@@ -204,6 +257,7 @@ fn read(place: &[AtomicU64; WORDS]) -> Flow {
         failed: is(FAILED),
         frozen: is(FROZEN),
         arriving: is(ARRIVING),
+        has_story: is(TOLD),
         answered: is(ANSWERED),
         awaits: is(AWAITS),
         requests: counts as u32,
@@ -249,6 +303,8 @@ pub struct Heir {
     pub is_arriving: bool,
     /// How far it is.
     pub state: Snapshot,
+    /// What the access log will say of it.
+    pub story: Option<Story>,
 }
 
 impl Remains {
@@ -256,8 +312,7 @@ impl Remains {
     pub fn open(memory: OwnedFd) -> io::Result<Remains> {
         let region = Region::open(memory)?;
         let head = region.words().first().map_or(0, |word| word.load(Acquire));
-        let word_count = HEAD_WORDS + head as u32 as usize * WORDS;
-        if head >> 32 != VERSION || region.words().len() < word_count {
+        if head >> 32 != VERSION || region.words().len() < word_count(head as u32) {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "no table of flows of this version"));
         }
         Ok(Remains { region })
@@ -268,7 +323,7 @@ impl Remains {
         let words = self.region.words();
         let capacity = words[0].load(Acquire) as u32;
         let used = words[1].load(Acquire).min(capacity.into()) as u32;
-        (0..used).filter_map(|index| {
+        (0..used).filter_map(move |index| {
             let place = place(words, index);
             if place[0].load(Acquire) & USED == 0 {
                 return None;
@@ -295,6 +350,7 @@ impl Remains {
                 can_cut: flow.can_cut,
                 is_arriving: flow.arriving,
                 state,
+                story: flow.has_story.then(|| read_story(story_words(words, capacity, index))),
             })
         })
     }
@@ -329,6 +385,10 @@ mod tests {
         assert_eq!(flows.handle_reply(keys[0], 25), Reply::Pass);
         flows.handle_client(&names[0], 26);
         flows.end(ended);
+        let story = Story { born: 10, bytes_in: 700, bytes_out: 0 };
+        flows.tell(keys[1], story);
+        flows.note_bytes(keys[1], 30, 400);
+        flows.note_bytes(keys[0], 1, 1);
         let remains = Remains::open(flows.memory().try_clone_to_owned().unwrap()).unwrap();
         let found: Vec<Heir> = remains.flows().collect();
         assert_eq!(found.iter().map(|heir| heir.key).collect::<Vec<_>>(), names);
@@ -336,6 +396,8 @@ mod tests {
             Snapshot { answered: true, awaits: true, requests: 2, replies: 1, last: 26, failed: false };
         assert_eq!(found[0].state, state);
         assert_eq!((found[1].socket, found[1].can_cut, found[1].server), (Some(77), true, 5));
+        let told = Story { bytes_in: 730, bytes_out: 400, ..story };
+        assert_eq!((found[0].story, found[1].story), (None, Some(told)));
         remains.forget(found[1].index);
         assert_eq!(remains.flows().count(), 2);
     }

@@ -14,7 +14,7 @@ use std::net::{IpAddr, SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use super::BundleError;
-use crate::flow::Snapshot;
+use crate::flow::{Snapshot, Story};
 
 /// The version of this format; another one is refused, and the sender keeps
 /// its flows until they are idle.
@@ -61,17 +61,6 @@ pub struct Flow {
     /// What its line of the access log will say.
     #[serde(default)]
     pub story: Option<Story>,
-}
-
-/// What the access log says of a flow beside its name.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Story {
-    /// When it began, in milliseconds of the monotonic clock.
-    pub born: u64,
-    /// Bytes from the client that went to its server.
-    pub bytes_in: u64,
-    /// Bytes to the client.
-    pub bytes_out: u64,
 }
 
 impl Record {

@@ -37,7 +37,6 @@ use crate::config::{Config, Listener, Mode, Multicast, Service, Target};
 use crate::control::Place;
 use crate::counters::{OfFlows, OfListener, OfServer, Process};
 use crate::flow::{DropReason, Flow, Flows, GONE_SERVER, Limits, Quarantine};
-use crate::handover::flows::Story;
 use crate::relay::CloseReason;
 use crate::slab::Key;
 use crate::sources::UNCOUNTED;
@@ -96,8 +95,6 @@ pub struct Datagrams<'a> {
     queue: Vec<Key>,
     spare_queue: Vec<Key>,
     balancers: Vec<Balancer>,
-    /// For the access log, by the flow's place; empty without one.
-    stories: Vec<Option<Box<Story>>>,
     /// Each upstream's epoch when the board was last looked at for flows.
     seen_epochs: Vec<u64>,
     /// What a listener with `service = "identify"` puts in front.
@@ -150,7 +147,6 @@ impl<'a> Datagrams<'a> {
             fronts: Fronts::default(),
             recovers: false,
             uplinks: Vec::new(),
-            stories: Vec::new(),
             queue: Vec::new(),
             spare_queue: Vec::new(),
             arena: Arena::new(places, PLACE_BYTES),

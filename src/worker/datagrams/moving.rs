@@ -171,7 +171,7 @@ impl Datagrams<'_> {
             server,
             can_cut,
             state,
-            story: self.story(key),
+            story: self.flows.story(key, &flow),
         }))
     }
 

@@ -4,8 +4,7 @@
 use super::Datagrams;
 use crate::access_log::Record;
 use crate::config::Target;
-use crate::flow::{Flow, GONE_SERVER};
-use crate::handover::flows::Story;
+use crate::flow::{Flow, GONE_SERVER, Story};
 use crate::relay::CloseReason;
 use crate::slab::Key;
 use crate::sys::clock::{self, Millis};
@@ -14,49 +13,38 @@ use crate::worker::access_log;
 impl Datagrams<'_> {
     /// A flow begins, or goes on here.
     pub(super) fn begin_story(&mut self, key: Key, story: Option<Story>, now: Millis) {
-        if self.context.access_log.is_none() {
-            return;
+        if self.context.access_log.is_some() {
+            self.flows.tell(key, story.unwrap_or(Story { born: now, bytes_in: 0, bytes_out: 0 }));
         }
-        let place = key.index as usize;
-        if place >= self.stories.len() {
-            self.stories.resize(place + 1, None);
-        }
-        self.stories[place] = Some(Box::new(story.unwrap_or(Story { born: now, bytes_in: 0, bytes_out: 0 })));
-    }
-
-    /// The story of a flow that is handed over.
-    pub(super) fn story(&self, key: Key) -> Option<Story> {
-        self.stories.get(key.index as usize)?.as_deref().cloned()
     }
 
     /// Bytes came from its client, and went to it.
     pub(super) fn note_bytes(&mut self, key: Key, bytes_in: u64, bytes_out: u64) {
-        if let Some(Some(story)) = self.stories.get_mut(key.index as usize) {
-            story.bytes_in += bytes_in;
-            story.bytes_out += bytes_out;
+        if self.context.access_log.is_some() {
+            self.flows.note_bytes(key, bytes_in, bytes_out);
         }
     }
 
     /// A run of datagrams in the arena is of this flow.
     pub(super) fn note_run(&mut self, key: Key, first: usize, end: usize) {
-        if !self.stories.is_empty() {
+        if self.context.access_log.is_some() {
             let bytes = (first..end).map(|at| self.arena.get(at).bytes.len() as u64).sum();
-            self.note_bytes(key, bytes, 0);
+            self.flows.note_bytes(key, bytes, 0);
         }
     }
 
     /// A datagram in the arena is answered by this worker, or only dropped.
     pub(super) fn note_answered(&mut self, key: Key, at: usize, is_dropped: bool) {
-        if !self.stories.is_empty() {
+        if self.context.access_log.is_some() {
             let bytes = self.arena.get(at).bytes.len() as u64;
-            self.note_bytes(key, bytes, if is_dropped { 0 } else { bytes });
+            self.flows.note_bytes(key, bytes, if is_dropped { 0 } else { bytes });
         }
     }
 
     /// Its line.
     pub(super) fn log_end(&mut self, key: Key, flow: &Flow, reason: CloseReason) {
         let Some(log) = self.context.access_log else { return };
-        let Some(story) = self.stories.get_mut(key.index as usize).and_then(Option::take) else { return };
+        let Some(story) = self.flows.story(key, flow) else { return };
         let listener = &self.context.config.listeners[usize::from(flow.key().listener)];
         let (upstream, server) = match listener.target {
             Target::Upstream(upstream) if flow.server < GONE_SERVER => {

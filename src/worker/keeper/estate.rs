@@ -535,8 +535,7 @@ impl Known<'_, '_> {
             server,
             can_cut: heir.can_cut,
             state: heir.state,
-            // What the access log would have said of it is not kept.
-            story: None,
+            story: heir.story,
         })
     }
 }

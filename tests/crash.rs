@@ -16,6 +16,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use support::crashes::{Chance, kill, process, self_check_resets, start, wait_for};
 use support::daemon::{Daemon, runs, signal};
+use support::nginx::Running;
 use support::servers::{connect, local};
 use support::steady::{Load, Seen, Servers};
 use support::{eventually, pattern, within};
@@ -138,12 +139,17 @@ fn kill_under_load(
     workers: usize,
     count: usize,
     pause: u64,
-    with_flows: bool,
+    (with_flows, with_checks): (bool, bool),
     mut also: impl FnMut(&Daemon, usize),
 ) {
     let seen = Arc::<Seen>::default();
     let servers = Servers::start(&seen);
-    let daemon = start(&servers.config(workers, ""));
+    let mut config = servers.config(workers, "");
+    if !with_checks {
+        let none = "[upstream.health]\ncheck = \"none\"\n[[upstream.server]]";
+        config = config.replace("[[upstream.server]]", none);
+    }
+    let daemon = start(&config);
     let load = Load::begin(&seen, with_flows);
     let mut chance = Chance(0x9E37_79B9);
     let mut kills = 0;
@@ -160,11 +166,12 @@ fn kill_under_load(
 }
 
 fn workers_killed_under_load_lose_nothing() {
-    kill_under_load(3, 100, 60, true, |_, _| {});
+    kill_under_load(3, 100, 60, (true, true), |_, _| {});
 }
 
 /// One segment of fifty is lost, so that much is under way that nobody has
-/// acknowledged. (A segment of the handshake as well.)
+/// acknowledged. (A segment of the handshake as well: no checks, which would
+/// find a server that does not answer within a second.)
 fn workers_killed_under_packet_loss_lose_nothing() {
     let mut nft = Command::new("nft").args(["-f", "-"]).stdin(Stdio::piped()).spawn().expect("nft");
     let rules = "table inet lossy {\n chain input {\n  type filter hook input priority 0;\n  \
@@ -173,7 +180,7 @@ fn workers_killed_under_packet_loss_lose_nothing() {
     if !nft.wait().expect("nft").success() {
         support::skip("the kernel has no nftables with numgen");
     }
-    kill_under_load(3, 40, 100, false, |_, _| {});
+    kill_under_load(3, 40, 100, (false, false), |_, _| {});
     let counted = Command::new("nft").args(["list", "ruleset"]).output().expect("nft");
     let text = String::from_utf8_lossy(&counted.stdout).into_owned();
     assert!(text.contains("counter packets ") && !text.contains("counter packets 0 "), "{text}");
@@ -181,11 +188,11 @@ fn workers_killed_under_packet_loss_lose_nothing() {
 
 /// Less than a worker's birth takes.
 fn kills_in_the_middle_of_a_recovery_lose_nothing() {
-    kill_under_load(2, 60, 12, false, |_, _| {});
+    kill_under_load(2, 60, 12, (false, true), |_, _| {});
 }
 
 fn kills_in_the_middle_of_a_reload_lose_nothing() {
-    kill_under_load(2, 40, 40, false, |daemon, kills| {
+    kill_under_load(2, 40, 40, (false, true), |daemon, kills| {
         if kills % 5 == 0 {
             // Refused where one is under way still.
             daemon.signal(Signal::SIGHUP);
@@ -233,14 +240,14 @@ fn a_session_whose_numbers_do_not_agree_is_reset_and_counted() {
 }
 
 /// Makes a worker fault in its next read.
-fn spoil(worker: u32) {
+fn spoil(worker: u32) -> Running {
     let fault = ["-qq", "-o", "/dev/null", "-e", "inject=recvfrom:signal=SIGABRT:when=1", "-p"];
-    // Ends with whom it watches.
-    Command::new("strace").args(fault).arg(worker.to_string()).spawn().expect("strace");
+    let strace = Running(Command::new("strace").args(fault).arg(worker.to_string()).spawn().expect("strace"));
     eventually("it is watched", || {
         let status = std::fs::read_to_string(format!("/proc/{worker}/status")).unwrap_or_default();
         status.lines().any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
     });
+    strace
 }
 
 fn a_session_at_which_workers_fault_twice_is_reset_and_its_client_named() {
@@ -253,14 +260,13 @@ fn a_session_at_which_workers_fault_twice_is_reset_and_its_client_named() {
     let fault = || {
         wait_for(&daemon, "ek-keeper-0");
         let worker = wait_for(&daemon, "ek-worker-0");
-        spoil(worker);
-        worker
+        (worker, spoil(worker))
     };
     // Once may be chance.
-    let first = fault();
+    let (first, _strace) = fault();
     client.exchange();
     assert!(!runs(first));
-    fault();
+    let _strace = fault();
     assert!(client.try_exchange().is_err(), "{}", daemon.log());
     daemon.says(&format!("the session of {named} was being worked on at two crashes: reset"));
     other.exchange();

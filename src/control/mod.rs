@@ -243,8 +243,10 @@ pub enum PeerMessage {
     },
     /// The last bundle was not understood, and nothing more is wanted.
     Refused,
-    /// Nothing more will come.
-    Done,
+    /// Nothing more will come. Up to this number the sender knows of every
+    /// bundle that it was taken, and of none after it.
+    #[allow(missing_docs)]
+    Done { heard: u64 },
 }
 
 /// Datagrams that are passed on, of one length but for the last where there

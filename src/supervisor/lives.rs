@@ -183,8 +183,8 @@ impl Supervisor {
             FromWorker::HandedOver { moved, left, gone } => {
                 info!(slot, "{moved} sessions handed over, {left} left");
                 let is_keeper = self.slot_mut(slot, retiring).find(token).is_some_and(|(_, p)| p.is_keeper);
-                if is_keeper && !gone && left > 0 {
-                    // Its receiver was silent, not dead.
+                if is_keeper && left > 0 && (retiring || !gone) {
+                    // Its receiver was silent, not dead, or hands over itself.
                     self.pair_old_keeper(slot, retiring, token);
                 } else if role == Role::Old && gone && !retiring {
                     // The rest goes to whoever comes next in that place.

@@ -115,7 +115,7 @@ impl Supervisor {
                 continue;
             }
             // Whoever reads it knows by this that it has all.
-            let ended = control::send(&lot.a, &PeerMessage::Done, &[]);
+            let ended = control::send(&lot.a, &PeerMessage::Done { heard: 0 }, &[]);
             if let Err(error) = &ended {
                 warn!(slot = lot.slot, %error, "what was parked has no end");
             }
@@ -152,7 +152,7 @@ impl Supervisor {
             while let Ok(Some((message, _))) = control::receive::<PeerMessage>(&lot.a) {
                 match message {
                     PeerMessage::Taken { refused, .. } => lot.refused += refused.len(),
-                    PeerMessage::Done => return true,
+                    PeerMessage::Done { .. } => return true,
                     _ => {}
                 }
             }

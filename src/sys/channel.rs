@@ -59,10 +59,10 @@ impl Channel {
         socket2::SockRef::from(&self.socket).set_nonblocking(true)
     }
 
-    /// Ends both directions: the other end can send nothing from now on. What
-    /// it has sent before can still be received.
-    pub fn shut(&self) {
-        let _ = socket2::SockRef::from(&self.socket).shutdown(std::net::Shutdown::Both);
+    /// The other end can send nothing from now on. What it has sent before can
+    /// still be received, and this end can still send.
+    pub fn hush(&self) {
+        let _ = socket2::SockRef::from(&self.socket).shutdown(std::net::Shutdown::Read);
     }
 
     /// Sends one message. The descriptors stay the caller's.
@@ -223,10 +223,13 @@ mod tests {
     fn what_was_sent_before_the_end_arrives_and_nothing_later() {
         let (a, b) = Channel::pair().unwrap();
         b.send(b"in time", &[]).unwrap();
-        a.shut();
+        a.hush();
         assert!(b.send(b"too late", &[]).is_err());
         assert_eq!(a.receive().unwrap().unwrap().bytes, b"in time");
         assert!(a.receive().unwrap().is_none());
+        a.send(b"heard", &[]).unwrap();
+        drop(a);
+        assert_eq!(b.receive().unwrap().unwrap().bytes, b"heard");
     }
 
     #[test]

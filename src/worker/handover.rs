@@ -301,7 +301,7 @@ impl Sender {
     /// counts, or can be sent no more, and the receiver lets go: never do both
     /// have a session.
     pub fn fail(&mut self, why: &str, cargo: &mut Cargo) -> Progress {
-        self.channel.shut();
+        self.channel.hush();
         // An error may stand in front of what was sent.
         let mut errors = 0;
         while errors < 2 {
@@ -318,20 +318,27 @@ impl Sender {
             }
         }
         warn!("a hand-over stopped after {} sessions and flows: {why}", self.moved);
+        self.say_done();
         let verdict = self.state.give_up();
         self.settle(verdict, cargo);
         self.unregister(cargo.registry);
         Progress::Failed { moved: self.moved }
     }
 
+    /// Should the receiver die now, its keeper is not to wonder whether its last
+    /// word was heard.
+    fn say_done(&self) {
+        let heard = if self.state.under_way().is_empty() { self.number } else { self.number - 1 };
+        let _ = control::send(&self.channel, &PeerMessage::Done { heard }, &[]);
+    }
+
     fn end(&mut self, refused: bool, registry: &Registry) -> Progress {
-        if refused {
+        if refused || !matches!(self.load, Load::FlowsOf(_)) {
             self.unregister(registry);
-            return Progress::Failed { moved: self.moved };
+            self.say_done();
         }
-        if !matches!(self.load, Load::FlowsOf(_)) {
-            self.unregister(registry);
-            let _ = control::send(&self.channel, &PeerMessage::Done, &[]);
+        if refused {
+            return Progress::Failed { moved: self.moved };
         }
         Progress::Done { moved: self.moved }
     }

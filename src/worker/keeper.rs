@@ -19,6 +19,7 @@
 //! one. It ends when all is passed on, or with the supervisor; then the kernel
 //! closes what is left. Bounded by what its worker had.
 
+mod doubts;
 mod estate;
 mod guard;
 mod sending;

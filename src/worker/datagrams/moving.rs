@@ -257,7 +257,7 @@ impl Datagrams<'_> {
             address: address as u16,
         };
         let key = self.flows.adopt(name, server, &flow.state, now)?;
-        self.begin_story(key, flow.story.clone(), now);
+        self.begin_story(key, flow.story, now);
         let place = self.context.handle_taken(listener, flow.client.ip(), now);
         self.note_source(key, place);
         if let Some(socket) = socket {

@@ -53,6 +53,8 @@ impl<'a> Loop<'a> {
         if !self.listeners.is_empty() {
             self.begin_leave(now, limit);
         }
+        // What came from now on would be left behind.
+        self.receivers.stop(self.poll.registry());
         if let Some(mut outgoing) = self.sender.take() {
             // Its receiver died, and this is the next one.
             outgoing.sender.fail("another receiver", &mut self.cargo(now));

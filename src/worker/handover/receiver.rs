@@ -80,6 +80,14 @@ impl Receivers {
         self.all.iter().any(|receiver| receiver.recovers)
     }
 
+    /// Takes nothing more: whoever has something for this worker keeps it, and
+    /// passes it to the next. What was parked nobody else would have.
+    pub fn stop(&mut self, registry: &Registry) {
+        for gone in self.all.extract_if(.., |receiver| !receiver.is_parked) {
+            let _ = registry.deregister(&mut SourceFd(&gone.channel.as_fd().as_raw_fd()));
+        }
+    }
+
     /// Shuts the gate until `release`.
     pub fn hold(&mut self, now: Millis) {
         self.hold_until = Some(now + PATIENCE);
@@ -123,7 +131,7 @@ impl Receivers {
             let _ = cargo.registry.deregister(&mut SourceFd(&gone.channel.as_fd().as_raw_fd()));
             if gone.is_parked {
                 // For whoever counts what was refused.
-                let _ = control::send(&gone.channel, &PeerMessage::Done, &[]);
+                let _ = control::send(&gone.channel, &PeerMessage::Done { heard: 0 }, &[]);
             }
             return gone.is_parked;
         }
@@ -161,7 +169,7 @@ impl Receiver {
                     })
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return true,
-                Ok(Some((PeerMessage::Done, _)) | None) => return false,
+                Ok(Some((PeerMessage::Done { .. }, _)) | None) => return false,
                 Ok(Some((PeerMessage::Taken { .. } | PeerMessage::Refused, _))) => return false,
                 Err(error) => Err(error.to_string()),
             };

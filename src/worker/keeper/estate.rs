@@ -14,9 +14,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use super::Born;
+use super::doubts::{self, Doubts};
 use crate::balance::Balancer;
 use crate::config::{Mode, Target};
-use crate::control::{self, Kept, PeerMessage};
+use crate::control::Kept;
 use crate::counters::{OfListener, OfServer, Process};
 use crate::flow::{self, GONE_SERVER, NO_SERVER};
 use crate::handover::flows::{self, Record as FlowRecord};
@@ -106,7 +107,7 @@ impl<'a> Estate<'a> {
         let numbers = table::list().unwrap_or_default();
         let own = HashSet::from([0, 1, 2, channel.as_fd().as_raw_fd(), memory.as_raw_fd()]);
         estate.remains = memory.try_clone().and_then(Remains::open).ok();
-        let moved = estate.remains.as_ref().map(settle_doubts).unwrap_or_default();
+        let moved = estate.remains.as_ref().map(doubts::settle).unwrap_or_default();
         // Whoever waits at the other end of a channel hears now that nobody is
         // at this one.
         let is_way = |number: &RawFd| !own.contains(number) && table::kind(*number) == Kind::Packets;
@@ -436,62 +437,6 @@ impl<'a> Estate<'a> {
         (0..self.sessions.len()).for_each(|at| self.refuse(Number::Session(at)));
         self.flows.clear();
     }
-}
-
-/// Bundles that were on their way when the worker died.
-#[derive(Default)]
-struct Doubts {
-    /// The receiver of what this worker sent has these.
-    moved: HashSet<keep::Item>,
-    /// Whether what came from others and was not acknowledged is theirs.
-    arrivals_are_theirs: bool,
-}
-
-impl Doubts {
-    fn is_elsewhere(&self, heir: &Heir) -> bool {
-        self.moved.contains(&keep::Item::Session(heir.session))
-            || heir.is_arriving && self.arrivals_are_theirs
-    }
-}
-
-/// Decides who has what was between two processes.
-fn settle_doubts(remains: &Remains) -> Doubts {
-    let mut doubts = Doubts { moved: HashSet::new(), arrivals_are_theirs: true };
-    if let Some(receipt) = remains.receipt()
-        && let Ok(channel) = table::take(receipt.channel).map(Channel::from_fd)
-    {
-        let _ = channel.set_nonblocking();
-        // Whoever has said more since then has heard it. Else it is given,
-        // perhaps again: the sender knows by its number.
-        let is_refused = |at: &usize| receipt.refused[at / 64] >> (at % 64) & 1 == 1;
-        let refused = (0..256).filter(is_refused).collect();
-        let message = PeerMessage::Taken { refused, number: receipt.number };
-        let has_gone_on = matches!(control::receive::<PeerMessage>(&channel), Ok(Some(_)));
-        doubts.arrivals_are_theirs = !has_gone_on && control::send(&channel, &message, &[]).is_err();
-    }
-    if let Some(bundle) = remains.bundle()
-        && let Ok(channel) = table::take(bundle.channel).map(Channel::from_fd)
-    {
-        // After this nobody acknowledges anything any more.
-        channel.shut();
-        let _ = channel.set_nonblocking();
-        let mut errors = 0;
-        while errors < 2 {
-            match control::receive::<PeerMessage>(&channel) {
-                Ok(None) => break,
-                Ok(Some((PeerMessage::Taken { refused, number }, _)))
-                    if number == 0 || number == bundle.number =>
-                {
-                    let items = bundle.items.iter().enumerate();
-                    let taken = items.filter(|(at, _)| !refused.contains(at)).map(|(_, item)| *item);
-                    doubts.moved.extend(taken);
-                }
-                Ok(Some(_)) => {}
-                Err(_) => errors += 1,
-            }
-        }
-    }
-    doubts
 }
 
 /// The kernel, asked by numbers of a table that is this process's alone.

@@ -74,7 +74,7 @@ impl Sending {
                     Ok(())
                 }
                 Next::End { .. } => {
-                    let _ = control::send(&self.channel, &PeerMessage::Done, &[]);
+                    self.say_done();
                     return Progress::Done { moved: self.moved };
                 }
             };
@@ -158,13 +158,19 @@ impl Sending {
         self.moved += verdict.moved.into_iter().filter(|item| estate.forget(*item)).count();
     }
 
+    /// As any sender: the receiver's keeper may have to know.
+    fn say_done(&self) {
+        let heard = if self.state.under_way().is_empty() { self.number } else { self.number - 1 };
+        let _ = control::send(&self.channel, &PeerMessage::Done { heard }, &[]);
+    }
+
     /// Nobody takes anything through this channel any more.
     pub fn cut(&mut self, estate: &mut Estate) {
         self.fail(estate);
     }
 
     fn fail(&mut self, estate: &mut Estate) -> Progress {
-        self.channel.shut();
+        self.channel.hush();
         // An error may stand in front of what was sent.
         let mut errors = 0;
         while errors < 2 {
@@ -177,6 +183,7 @@ impl Sending {
             let verdict = self.state.handle_late(&answer);
             self.settle(verdict, estate);
         }
+        self.say_done();
         let verdict = self.state.give_up();
         self.settle(verdict, estate);
         Progress::Failed { moved: self.moved, gone: self.state.is_receiver_gone() }

@@ -321,6 +321,24 @@ fn the_unit_starts_and_stops_within_the_drain_timeout() {
     println!("{}", limits.lines().find(|line| line.starts_with("Max open files")).unwrap_or(""));
     let mut session = connect(local(80));
     exchange(&mut session, b"x").unwrap();
+    // Under all that the unit forbids a killed worker still loses nothing.
+    let workers = || {
+        let children = support::daemon::children_of(supervisor).into_iter();
+        let workers = children.filter(|pid| support::daemon::name_of(*pid).starts_with("ek-worker-"));
+        workers.collect::<Vec<u32>>()
+    };
+    let killed = workers();
+    assert_eq!(killed.len(), 2);
+    killed.iter().for_each(|pid| support::daemon::signal(*pid, nix::sys::signal::Signal::SIGKILL));
+    exchange(&mut session, b"of another worker").expect("its keeper has it");
+    eventually("both are replaced, and kept", || {
+        let status = machine.status();
+        let is_kept = |slot: usize| {
+            let worker = &status["workers"][slot];
+            worker["state"] == "ready" && worker["keeper"]["pid"].as_u64().is_some_and(|pid| pid > 0)
+        };
+        is_kept(0) && is_kept(1) && workers().len() == 2
+    });
     machine.systemctl(&["stop", "--no-block", "evenkeel"]);
     let begin = Instant::now();
     while begin.elapsed() < Duration::from_secs(4) {

@@ -28,7 +28,7 @@ use clap::Parser;
 use evenkeel::sys::{isolated, process};
 use serde_json::json;
 
-use proxies::{Open, Way};
+use proxies::{Open, Setting, Way};
 use report::Results;
 use server::Server;
 use workloads::{ALL, Lab, Workload};
@@ -198,7 +198,7 @@ fn take_sample(lab: &Lab, workload: &Workload, way: &Way, round: usize, results:
 /// one goes backwards, so that none always follows the same one.
 fn in_turn<'a>(ways: &'a [Way], workload: &Workload, round: usize) -> Vec<&'a Way> {
     let belongs = |way: &&Way| match way {
-        Way::Evenkeel { logs, .. } => !logs || workload.is_logged(),
+        Way::Evenkeel { setting, .. } => workload.has(*setting),
         other => workload.ways.contains(&other.name()),
     };
     let mut turn: Vec<&Way> = ways.iter().filter(belongs).collect();
@@ -211,10 +211,10 @@ fn in_turn<'a>(ways: &'a [Way], workload: &Workload, round: usize) -> Vec<&'a Wa
 }
 
 fn ways(arguments: &Arguments, results: &mut Results) -> Vec<Way> {
-    let own = |name: &str, logs| Way::Evenkeel {
+    let own = |name: &str, setting| Way::Evenkeel {
         name: name.into(),
         program: env!("CARGO_BIN_EXE_evenkeel").into(),
-        logs,
+        setting,
     };
     let mut ways = vec![
         Way::Direct,
@@ -223,12 +223,13 @@ fn ways(arguments: &Arguments, results: &mut Results) -> Vec<Way> {
         Way::HaproxySplice,
         Way::Nginx,
         Way::NginxBuffers,
-        own("evenkeel", false),
-        own("evenkeel-log", true),
+        own("evenkeel", Setting::Default),
+        own("evenkeel-log", Setting::AccessLog),
+        own("evenkeel-unkept", Setting::NoKeepers),
     ];
     for text in &arguments.build {
         let (name, path) = text.split_once('=').expect("--build NAME=PATH");
-        ways.push(Way::Evenkeel { name: name.into(), program: path.into(), logs: false });
+        ways.push(Way::Evenkeel { name: name.into(), program: path.into(), setting: Setting::Default });
     }
     ways.retain(|way| {
         if !arguments.ways.is_empty() && !arguments.ways.iter().any(|name| name == way.name()) {

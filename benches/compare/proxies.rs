@@ -21,9 +21,8 @@ pub enum Way {
     Direct,
     /// The kernel's own address translation.
     Nftables,
-    /// evenkeel, or another build of it; `logs` = with an access log, which
-    /// its peers have not.
-    Evenkeel { name: String, program: PathBuf, logs: bool },
+    /// evenkeel, or another build of it.
+    Evenkeel { name: String, program: PathBuf, setting: Setting },
     /// HAProxy.
     Haproxy,
     /// HAProxy with splice(2) and large pipes.
@@ -32,6 +31,17 @@ pub enum Way {
     Nginx,
     /// nginx with large buffers.
     NginxBuffers,
+}
+
+/// How evenkeel is set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Setting {
+    /// As it is by default.
+    Default,
+    /// With an access log, which its peers have not.
+    AccessLog,
+    /// Without keepers: what a killed worker had is lost, as with its peers.
+    NoKeepers,
 }
 
 /// What the client is served.
@@ -164,10 +174,14 @@ impl Open {
                 open.nat = Some(Nat::begin().expect("it did before"));
                 return open;
             }
-            Way::Evenkeel { logs: false, .. } => (include_str!("evenkeel.toml").to_string(), "evenkeel.toml"),
-            Way::Evenkeel { logs: true, .. } => {
-                let log = "[log]\naccess = \"@folder@/access\"\n";
-                (include_str!("evenkeel.toml").replace("[log]\n", log), "evenkeel.toml")
+            Way::Evenkeel { setting, .. } => {
+                let (line, more) = match setting {
+                    Setting::Default => ("", ""),
+                    Setting::AccessLog => ("[log]\n", "access = \"@folder@/access\"\n"),
+                    Setting::NoKeepers => ("[daemon]\n", "crash_proof = false\n"),
+                };
+                let text = include_str!("evenkeel.toml");
+                (text.replacen(line, &format!("{line}{more}"), 1), "evenkeel.toml")
             }
             Way::Haproxy => (include_str!("haproxy.cfg").to_string(), "haproxy.cfg"),
             Way::HaproxySplice => (include_str!("haproxy-splice.cfg").to_string(), "haproxy.cfg"),

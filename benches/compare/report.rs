@@ -86,6 +86,9 @@ const GOALS: &[Goal] = &[
     goal("connect", "proxy_us", Beside::Best, 1.00, 0.90),
     goal("exchange", "proxy_us", Beside::Best, 0.95, 0.85),
     goal("exchange", "p99_us", Beside::Best, 1.0, 0.9),
+    goal("connect", "proxy_us", Beside::Way("evenkeel-unkept"), 1.03, 1.01),
+    goal("exchange", "proxy_us", Beside::Way("evenkeel-unkept"), 1.03, 1.01),
+    goal("udp-100", "proxy_us", Beside::Way("evenkeel-unkept"), 1.03, 1.01),
     goal("http", "proxy_us", Beside::Way("nginx"), 0.97, 0.90),
     goal("bulk-1", "proxy_s_per_gb", Beside::Way("haproxy"), 0.20, 0.15),
     goal("bulk-1", "proxy_s_per_gb", Beside::Way("haproxy-splice"), 1.05, 0.95),
@@ -194,6 +197,7 @@ impl Results {
                         }
                         None => continue,
                     },
+                    Beside::Way(way) if way == evenkeel => continue,
                     Beside::Way(way) => {
                         (way.to_string(), self.ratio(goal.workload, &evenkeel, way, goal.metric))
                     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::account::{self, Used};
 use crate::flows::Askers;
-use crate::proxies::{Open, Service, Way};
+use crate::proxies::{Open, Service, Setting, Way};
 use crate::server::Server;
 use crate::streams::{self, Dialogue, Drains, Outcome, Talkers};
 
@@ -140,9 +140,14 @@ pub const ALL: &[Workload] = &[
 ];
 
 impl Workload {
-    /// Whether it is also run with an access log: where sessions end.
-    pub fn is_logged(&self) -> bool {
-        self.name == "connect"
+    /// Whether it is run with that: an access log where sessions end, and no
+    /// keepers where much is done for few bytes.
+    pub fn has(&self, setting: Setting) -> bool {
+        match setting {
+            Setting::Default => true,
+            Setting::AccessLog => self.name == "connect",
+            Setting::NoKeepers => ["connect", "exchange", "udp-100"].contains(&self.name),
+        }
     }
 }
 

@@ -8,13 +8,7 @@
 # Needs nginx and wrk (Debian: nginx-light, wrk) and a network namespace.
 set -euo pipefail
 rounds=${1:-5} seconds=${2:-2}
-evenkeel=$(cd "$(dirname "$0")/.." && pwd)/target/release/evenkeel
-if [ "${INSIDE:-}" != 1 ]; then
-  user=()
-  [ "$(id -u)" = 0 ] || user=(--user --map-root-user)
-  INSIDE=1 exec unshare "${user[@]}" --net "$0" "$rounds" "$seconds"
-fi
-ip link set lo up
+source "$(dirname "$0")/own_network.sh" "$rounds" "$seconds"
 folder=$(mktemp -d)
 trap 'kill "$server" 2>/dev/null; rm -rf "$folder"' EXIT
 chmod -R a+rX "$folder"

@@ -8,13 +8,7 @@
 # CPUs but the client. Needs python3 and a network namespace.
 set -euo pipefail
 rounds=${1:-5} seconds=${2:-1}
-evenkeel=$(cd "$(dirname "$0")/.." && pwd)/target/release/evenkeel
-if [ "${INSIDE:-}" != 1 ]; then
-  user=()
-  [ "$(id -u)" = 0 ] || user=(--user --map-root-user)
-  INSIDE=1 exec unshare "${user[@]}" --net "$0" "$rounds" "$seconds"
-fi
-ip link set lo up
+source "$(dirname "$0")/own_network.sh" "$rounds" "$seconds"
 folder=$(mktemp -d)
 daemon=
 trap '[ -z "$daemon" ] || kill "$daemon" 2>/dev/null; wait; rm -rf "$folder"' EXIT

@@ -173,7 +173,7 @@ impl Table {
     /// From here on a flow has a story. Of flows without one nothing is
     /// touched, and their memory costs nothing.
     pub(super) fn tell(&mut self, key: Key, story: Story) {
-        if let Some(key) = self.is_living(key).then_some(key) {
+        if self.is_living(key) {
             write_story(self.story_words(key.index), story);
             self.change(key, |flow| flow.has_story = true);
         }

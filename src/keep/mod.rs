@@ -35,6 +35,8 @@
 mod chunks;
 mod extra;
 mod layout;
+#[cfg(test)]
+mod model;
 mod parcels;
 mod recovery;
 mod remains;
@@ -92,7 +94,7 @@ impl Keep {
     /// Every store there is.
     fn put(&self, at: usize, value: u64) {
         #[cfg(test)]
-        tests::step();
+        model::step();
         self.area.words()[at].store(value, Release);
     }
 

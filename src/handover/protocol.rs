@@ -278,6 +278,12 @@ impl<T> Sender<T> {
         self.under_way.as_ref().map_or(&[], |(_, items)| items)
     }
 
+    /// Up to which number its bundles are known to be taken, the last of them
+    /// having this one.
+    pub fn heard(&self, last: u64) -> u64 {
+        if self.under_way.is_none() { last } else { last - 1 }
+    }
+
     /// Flows of bundles that the receiver would not have.
     pub fn flows_kept(&self) -> usize {
         self.flows_kept

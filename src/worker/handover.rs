@@ -328,7 +328,7 @@ impl Sender {
     /// Should the receiver die now, its keeper is not to wonder whether its last
     /// word was heard.
     fn say_done(&self) {
-        let heard = if self.state.under_way().is_empty() { self.number } else { self.number - 1 };
+        let heard = self.state.heard(self.number);
         let _ = control::send(&self.channel, &PeerMessage::Done { heard }, &[]);
     }
 

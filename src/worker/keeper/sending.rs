@@ -160,7 +160,7 @@ impl Sending {
 
     /// As any sender: the receiver's keeper may have to know.
     fn say_done(&self) {
-        let heard = if self.state.under_way().is_empty() { self.number } else { self.number - 1 };
+        let heard = self.state.heard(self.number);
         let _ = control::send(&self.channel, &PeerMessage::Done { heard }, &[]);
     }
 

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use support::daemon::{Daemon, evenkeel, runs, signal};
 use support::servers::{connect, echo, exchange, local, tcp_server};
-use support::{eventually, within};
+use support::{eventually, pace, within};
 
 fn main() {
     support::run(tests![
@@ -39,6 +39,8 @@ fn main() {
         a_user_that_does_not_exist_is_a_configuration_error,
         workers_inherit_nothing_that_is_not_theirs,
         a_worker_that_says_nothing_has_one_thread,
+        a_busy_worker_waits_for_its_turn,
+        a_policy_that_somebody_chose_stays,
     ])
 }
 
@@ -525,5 +527,28 @@ fn a_worker_that_says_nothing_has_one_thread() {
     for worker in daemon.status().workers {
         let threads = fs::read_dir(format!("/proc/{}/task", worker.pid)).expect("a living process").count();
         assert_eq!(threads, 1, "worker {}", worker.slot);
+    }
+}
+
+fn a_busy_worker_waits_for_its_turn() {
+    if pace::policy(std::process::id()) != libc::SCHED_OTHER {
+        support::skip("somebody chose another policy for the tests");
+    }
+    let daemon = echo_daemon(1);
+    pace::goes_with_the_load(&[daemon.worker(0).pid], local(8080));
+}
+
+/// With so little to do a worker would take another one.
+fn a_policy_that_somebody_chose_stays() {
+    let config = format!("[daemon]\nworkers = 1\n{}", IDENTIFY.replace("identify", "echo"));
+    let mut daemon = Daemon::start_under(&config, &["chrt", "--batch", "0"], |_| ());
+    daemon.wait_ready();
+    let pid = daemon.worker(0).pid;
+    let mut client = connect(local(8080));
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(1) {
+        exchange(&mut client, b"now and then").expect("an answer");
+        assert_eq!(pace::policy(pid), libc::SCHED_BATCH);
+        std::thread::park_timeout(Duration::from_millis(20));
     }
 }

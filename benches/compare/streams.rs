@@ -1,6 +1,7 @@
 //! The client's side of TCP: questions and answers, and bulk. One thread, a
 //! closed loop; the clock is read at each question and answer.
 
+use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
@@ -18,8 +19,11 @@ pub struct Dialogue {
     pub question: Vec<u8>,
     /// The length of each answer.
     pub answer_bytes: usize,
-    /// Connections at once, each with one question under way.
+    /// Connections at once.
     pub open: usize,
+    /// Questions under way at once, each on a connection of its own; they are
+    /// asked in turn.
+    pub under_way: usize,
     /// A connection of its own for each question.
     pub reconnects: bool,
 }
@@ -55,38 +59,48 @@ pub struct Talkers {
     dialogue: Dialogue,
     target: SocketAddr,
     talks: Vec<Talk>,
+    /// Connections that wait to ask, the one that waits longest in front.
+    resting: VecDeque<usize>,
     poll: Poll,
     events: Events,
     buffer: Vec<u8>,
 }
 
 impl Talkers {
-    /// Connects all of them and asks the first questions.
+    /// Connects all of them and asks as many questions as may be under way.
     pub fn begin(target: SocketAddr, dialogue: Dialogue) -> io::Result<Talkers> {
         let mut talkers = Talkers {
             target,
             talks: Vec::new(),
+            resting: VecDeque::new(),
             poll: Poll::new()?,
             events: Events::with_capacity(256),
             buffer: vec![0; 64 * 1024],
             dialogue,
         };
         for at in 0..talkers.dialogue.open {
-            let talk = talkers.ask_anew(at)?;
+            let rests = at >= talkers.dialogue.under_way;
+            let talk = if rests { talkers.connect(at)? } else { talkers.ask_anew(at)? };
             talkers.talks.push(talk);
+            talkers.resting.extend(rests.then_some(at));
         }
         Ok(talkers)
     }
 
     fn ask_anew(&self, at: usize) -> io::Result<Talk> {
+        let mut talk = self.connect(at)?;
+        talk.stream.write_all(&self.dialogue.question)?;
+        Ok(talk)
+    }
+
+    fn connect(&self, at: usize) -> io::Result<Talk> {
         let asked = Instant::now();
         // Waits for the handshake, which on loopback is over at once.
-        let mut stream = TcpStream::connect(self.target)?;
+        let stream = TcpStream::connect(self.target)?;
         stream.set_nonblocking(true)?;
         if !self.dialogue.reconnects {
             stream.set_nodelay(true)?;
         }
-        stream.write_all(&self.dialogue.question)?;
         let fd = stream.as_raw_fd();
         self.poll.registry().register(&mut SourceFd(&fd), Token(at), Interest::READABLE)?;
         Ok(Talk { stream, asked, got: 0 })
@@ -103,6 +117,15 @@ impl Talkers {
                 let talk = &mut self.talks[at];
                 talk.got += talk.stream.read(&mut self.buffer)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Talks for so long, and on until all could have been asked once.
+    pub fn warm_up(&mut self, time: Duration) -> io::Result<()> {
+        let mut done = 0;
+        while done < self.dialogue.open as u64 {
+            done += self.run(time)?.done;
         }
         Ok(())
     }
@@ -147,6 +170,9 @@ impl Talkers {
             // The old one is closed by this, after the new one is open.
             self.talks[at] = self.ask_anew(at)?;
         } else {
+            self.resting.push_back(at);
+            let next = self.resting.pop_front().expect("just put there");
+            let talk = &mut self.talks[next];
             (talk.asked, talk.got) = (now, 0);
             talk.stream.write_all(&self.dialogue.question)?;
         }

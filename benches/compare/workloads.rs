@@ -75,6 +75,13 @@ pub const ALL: &[Workload] = &[
         run: |lab, way| talk(lab, way, Service::Echo, plain(100, false)),
     },
     Workload {
+        name: "exchange-9500",
+        title: "64 bytes there and back on 9,500 open connections, 100 under way",
+        ways: TCP,
+        metric: "proxy_us",
+        run: |lab, way| talk(lab, way, Service::Echo, Dialogue { under_way: 100, ..plain(9_500, false) }),
+    },
+    Workload {
         name: "http",
         title: "HTTP keep-alive, 1 KiB, 64 connections",
         ways: WEB,
@@ -152,19 +159,24 @@ impl Workload {
 }
 
 fn plain(open: usize, reconnects: bool) -> Dialogue {
-    Dialogue { question: vec![7; 64], answer_bytes: 64, open, reconnects }
+    Dialogue { question: vec![7; 64], answer_bytes: 64, open, under_way: open, reconnects }
 }
 
 fn http(lab: &Lab, way: &Way) -> io::Result<Sample> {
     let question = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n".to_vec();
     let answer_bytes = streams::answer_bytes(Open::begin(&Way::Direct).address(Service::Web), &question)?;
-    talk(lab, way, Service::Web, Dialogue { question, answer_bytes, open: 64, reconnects: false })
+    talk(
+        lab,
+        way,
+        Service::Web,
+        Dialogue { question, answer_bytes, open: 64, under_way: 64, reconnects: false },
+    )
 }
 
 fn talk(lab: &Lab, way: &Way, service: Service, dialogue: Dialogue) -> io::Result<Sample> {
     let open = Open::begin(way);
     let mut talkers = Talkers::begin(open.address(service), dialogue)?;
-    talkers.run(lab.time / 4)?;
+    talkers.warm_up(lab.time / 4)?;
     measure(lab, &open, || talkers.run(lab.time))
 }
 

@@ -21,6 +21,12 @@ pub fn precise_micros() -> u64 {
     time.tv_sec() as u64 * 1_000_000 + time.tv_nsec() as u64 / 1_000
 }
 
+/// CPU time of the calling thread in microseconds; a system call.
+pub fn thread_micros() -> u64 {
+    let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("a thread can read its own clock");
+    time.tv_sec() as u64 * 1_000_000 + time.tv_nsec() as u64 / 1_000
+}
+
 /// The monotonic clock together with the time that the machine slept.
 pub fn with_sleep() -> Millis {
     millis(ClockId::CLOCK_BOOTTIME)

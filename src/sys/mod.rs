@@ -27,6 +27,7 @@ pub mod notify;
 pub mod pipe;
 pub mod process;
 pub mod queues;
+pub mod scheduling;
 pub mod shared;
 pub mod signals;
 pub mod stream;

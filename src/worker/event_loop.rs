@@ -30,6 +30,7 @@ use super::keeper::Guard;
 use super::leave::Leave;
 use super::listeners::{self, Listeners};
 use super::load::Load;
+use super::pace::Pace;
 use super::sessions::{self, Sessions};
 use super::test_hook::Busy;
 use crate::config::Mode;
@@ -83,6 +84,7 @@ struct Loop<'a> {
     datagrams: Datagrams<'a>,
     session_limit: usize,
     load: Option<&'a Load>,
+    pace: Pace,
     busy: Busy,
     leave: Option<Leave>,
     /// Its slot's sockets, until the supervisor says `Serve`.
@@ -169,6 +171,7 @@ impl<'a> Loop<'a> {
             sessions: Sessions::new(context, keep, clock::coarse()),
             session_limit,
             load: born.load.as_ref(),
+            pace: Pace::begin(clock::coarse()),
             busy: Busy::of_slot(born.slot),
             leave: None,
             unserved: sockets,
@@ -252,6 +255,7 @@ impl<'a> Loop<'a> {
             }
             over = clock::coarse();
             self.publish_lag(over.saturating_sub(now));
+            self.pace.handle_turn(over);
             if let Some(load) = self.load {
                 load.end_turn(now, over, self.sessions.len());
             }

@@ -26,6 +26,7 @@ mod keeper;
 mod leave;
 mod listeners;
 mod load;
+mod pace;
 mod places;
 mod sessions;
 mod test_hook;

@@ -24,6 +24,7 @@ pub mod http;
 pub mod load;
 pub mod machine;
 pub mod nginx;
+pub mod pace;
 pub mod postgres;
 pub mod resolver;
 pub mod schema;

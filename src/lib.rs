@@ -31,6 +31,7 @@ pub mod health;
 pub mod keep;
 pub mod loadgen;
 pub mod logging;
+pub mod ports;
 pub mod proxy_protocol;
 pub mod relay;
 pub mod slab;

@@ -35,6 +35,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("access", 1),
     ("proxy_protocol", 1),
     ("sources", 1),
+    ("ports", 1),
     ("sys", 0),
     ("units", 0),
     ("logging", 0),

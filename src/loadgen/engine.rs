@@ -29,6 +29,7 @@ use super::pattern::LONGEST;
 use super::session::{Desk, Session, Step};
 use super::sockets::{self, Sources};
 use super::tally::{Tally, Trouble, nanos};
+use crate::ports::Ports;
 
 /// A place whose connection failed rests for so long in a closed loop, so that
 /// a dead target is not hammered.
@@ -67,6 +68,7 @@ pub struct Engine {
     held_up: bool,
     phase: Phase,
     sources: Sources,
+    ports: Ports,
     scratch: Vec<u8>,
     tally: Box<Tally>,
     number: u64,
@@ -109,6 +111,7 @@ impl Engine {
             held_up: false,
             phase: Phase::Warmup,
             sources: Sources::new(&plan.sources, plan.target.ip(), index),
+            ports: Ports::of_host(),
             scratch: vec![0; LONGEST],
             tally: Box::default(),
             number: (index as u64) << 32,
@@ -352,8 +355,9 @@ impl Engine {
         let mut tried = 0;
         loop {
             let source = self.sources.pick();
+            let dial = |window| sockets::dial_tcp(plan.target, source, window, nodelay);
             let opened = match plan.transport {
-                Transport::Tcp => sockets::dial_tcp(plan.target, source, nodelay).and_then(|mut stream| {
+                Transport::Tcp => self.ports.connect(dial).and_then(|mut stream| {
                     let both = Interest::READABLE | Interest::WRITABLE;
                     self.poll.registry().register(&mut stream, Token(at), both)?;
                     let mut session = Session::new(stream, dialled, self.number, self.per_connection, plan);

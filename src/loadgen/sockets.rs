@@ -11,6 +11,8 @@ use mio::net::{TcpStream, UdpSocket};
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::sys::local_end::{self, Window};
+
 /// Loopback addresses that are tried one after the other.
 const LOOPBACK_SOURCES: u8 = 250;
 
@@ -64,9 +66,17 @@ impl Sources {
 }
 
 /// Starts a connection; it may stand already.
-pub fn dial_tcp(target: SocketAddr, source: Option<IpAddr>, nodelay: bool) -> io::Result<TcpStream> {
+pub fn dial_tcp(
+    target: SocketAddr,
+    source: Option<IpAddr>,
+    ports: Option<Window>,
+    nodelay: bool,
+) -> io::Result<TcpStream> {
     let kind = Type::STREAM.nonblocking().cloexec();
     let socket = Socket::new(Domain::for_address(target), kind, Some(Protocol::TCP))?;
+    if let Some(window) = ports {
+        local_end::narrow(&socket, window)?;
+    }
     if let Some(address) = source {
         // The port is chosen at connect, so that it need be free towards this
         // target only.

@@ -6,6 +6,9 @@ use std::os::fd::AsRawFd;
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
+/// include/uapi/linux/in.h; musl's headers have no name for it.
+const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
+
 /// The address to leave from; the port is always the kernel's choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LocalEnd {
@@ -44,20 +47,48 @@ fn set_foreign(socket: &Socket, address: IpAddr) -> io::Result<()> {
 }
 
 fn set_no_port(socket: &Socket) -> io::Result<()> {
-    let on: libc::c_int = 1;
-    // SAFETY: needed because no library of ours sets this option. The kernel
-    // reads one int, which lives through the call. It is an option of both
-    // families (net/ipv6/ipv6_sockglue.c passes SOL_IP on).
+    set_ip(socket, libc::IP_BIND_ADDRESS_NO_PORT, 1)
+}
+
+/// Both families take these (net/ipv6/ipv6_sockglue.c passes SOL_IP on).
+fn set_ip(socket: &impl AsRawFd, option: libc::c_int, value: u32) -> io::Result<()> {
+    // SAFETY: needed because no library of ours sets these options. The kernel
+    // reads four bytes, which live through the call.
     super::check(unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
             libc::SOL_IP,
-            libc::IP_BIND_ADDRESS_NO_PORT,
-            (&raw const on).cast(),
-            size_of_val(&on) as libc::socklen_t,
+            option,
+            (&raw const value).cast(),
+            size_of_val(&value) as libc::socklen_t,
         )
     })
     .map(drop)
+}
+
+/// Part of the local ports, first and last.
+pub type Window = (u16, u16);
+
+/// The ports that the kernel binds by itself, first and last.
+pub fn local_ports() -> io::Result<(u16, u16)> {
+    let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")?;
+    let mut words = text.split_ascii_whitespace().map(str::parse::<u16>);
+    match (words.next(), words.next()) {
+        (Some(Ok(first)), Some(Ok(last))) => Ok((first, last)),
+        _ => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+/// Has connect(2) take the port from this part alone (IP_LOCAL_PORT_RANGE, Linux
+/// 6.3; an option of both families).
+pub fn narrow(socket: &impl AsRawFd, (first, last): Window) -> io::Result<()> {
+    set_ip(socket, IP_LOCAL_PORT_RANGE, u32::from(first) | u32::from(last) << 16)
+}
+
+/// Whether a part of the ports can be chosen.
+pub fn can_narrow() -> bool {
+    let socket = Socket::new(Domain::IPV4, Type::DGRAM.cloexec(), None);
+    socket.is_ok_and(|socket| narrow(&socket, (40_000, 40_000)).is_ok())
 }
 
 /// Whether this process may leave from addresses that are not its host's.

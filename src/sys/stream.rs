@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::time::Duration;
 
-use super::local_end::LocalEnd;
+use super::local_end::{self, LocalEnd, Window};
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 
 /// One side of a session.
@@ -92,11 +92,14 @@ pub fn accept(listener: impl AsFd) -> io::Result<(Stream, SocketAddr)> {
     Ok((stream, address))
 }
 
-/// Begins a TCP connection. Of its options it has only the one that cannot
+/// Begins a TCP connection; `ports` = which local ones will do. Of its options it has only the one that cannot
 /// wait: the shortest connections need no other (`TcpOptions::settle`).
-pub fn connect_tcp(address: SocketAddr, from: LocalEnd) -> io::Result<Connecting> {
+pub fn connect_tcp(address: SocketAddr, from: LocalEnd, ports: Option<Window>) -> io::Result<Connecting> {
     let socket = Socket::new(Domain::for_address(address), nonblocking_stream(), Some(Protocol::TCP))?;
     set_inline(&SockRef::from(&socket))?;
+    if let Some(window) = ports {
+        local_end::narrow(&socket, window)?;
+    }
     from.bind(&socket)?;
     begin(socket, &SockAddr::from(address))
 }

@@ -43,6 +43,7 @@ use crate::sources::UNCOUNTED;
 use crate::steering::Route;
 use crate::sys::clock::Millis;
 use crate::sys::datagram::{self, Arena};
+use crate::sys::local_end;
 use fronts::{Front, Fronts};
 pub use moving::{Arrived, Item, Passage};
 use outlet::Outlet;
@@ -402,7 +403,7 @@ fn socket_limit(config: &Config, descriptors: usize, slots: usize) -> u32 {
         }
     });
     let addresses = addresses.min().unwrap_or(1);
-    let range = datagram::local_ports().unwrap_or((32_768, 60_999));
+    let range = local_end::local_ports().unwrap_or((32_768, 60_999));
     let ports = usize::from(range.1.saturating_sub(range.0)) + 1;
     descriptors.min(addresses.saturating_mul(ports * 9 / 10) / slots.max(1)).clamp(1, u32::MAX as usize)
         as u32

@@ -36,7 +36,7 @@ impl Departures {
         client: IpAddr,
         server: SocketAddr,
         now: Millis,
-        connect: impl Fn(LocalEnd) -> io::Result<T>,
+        mut connect: impl FnMut(LocalEnd) -> io::Result<T>,
     ) -> (u64, io::Result<T>) {
         if upstream.transparent {
             let client = client.to_canonical();

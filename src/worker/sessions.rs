@@ -46,6 +46,7 @@ use crate::counters::{ASLEEP, Counters, Layout, OfListener, OfServer, Process};
 use crate::deadline::Deadlines;
 use crate::handover::Story;
 use crate::keep::{self, Keep};
+use crate::ports::Ports;
 use crate::proxy_protocol::Ends;
 use crate::relay::{self, CloseReason, Drive, End, Lent, MAX_PIPED, Pipes, Readiness, Session, Side};
 use crate::slab::{Key, Slab};
@@ -198,6 +199,7 @@ pub struct Sessions<'a> {
     fired: Vec<u32>,
     complaints: Complaints,
     departures: Departures,
+    ports: Ports,
 }
 
 #[derive(Debug)]
@@ -260,6 +262,7 @@ impl<'a> Sessions<'a> {
         Sessions {
             complaints: Complaints::default(),
             departures: Departures::new(context.config.upstreams.len(), context.slot),
+            ports: Ports::of_host(),
             context,
             slab: Slab::new(),
             deadlines: Deadlines::new(now),

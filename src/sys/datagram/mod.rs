@@ -118,13 +118,3 @@ pub fn kernel_drops(socket: &impl AsFd) -> io::Result<u32> {
     let [.., drops] = super::queues::memory(socket)?;
     Ok(drops)
 }
-
-/// The ports that the kernel binds by itself, first and last.
-pub fn local_ports() -> io::Result<(u16, u16)> {
-    let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")?;
-    let mut words = text.split_ascii_whitespace().map(str::parse::<u16>);
-    match (words.next(), words.next()) {
-        (Some(Ok(first)), Some(Ok(last))) => Ok((first, last)),
-        _ => Err(io::ErrorKind::InvalidData.into()),
-    }
-}

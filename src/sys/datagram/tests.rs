@@ -129,6 +129,6 @@ fn a_full_receive_buffer_is_counted_by_the_kernel() {
     }
     let drops = kernel_drops(&to).unwrap();
     assert!((90..100).contains(&drops), "{drops}");
-    let (first, last) = local_ports().unwrap();
+    let (first, last) = crate::sys::local_end::local_ports().unwrap();
     assert!(first < last);
 }

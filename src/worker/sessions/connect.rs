@@ -164,8 +164,8 @@ impl Sessions<'_> {
         match self.address_at(upstream, server) {
             Some(ServerAddress::Ip(address)) => {
                 let config = &self.context.config.upstreams[upstream];
-                let departures = &mut self.departures;
-                let connect = |from| connect_tcp(address, from);
+                let (departures, ports) = (&mut self.departures, &mut self.ports);
+                let connect = |from| ports.connect(|window| connect_tcp(address, from, window));
                 let (shortages, result) =
                     departures.connect((upstream, config), client, address, now, connect);
                 self.context.counters.process(Process::PortShortages).add(shortages);

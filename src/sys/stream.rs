@@ -92,8 +92,9 @@ pub fn accept(listener: impl AsFd) -> io::Result<(Stream, SocketAddr)> {
     Ok((stream, address))
 }
 
-/// Begins a TCP connection; `ports` = which local ones will do. Of its options it has only the one that cannot
-/// wait: the shortest connections need no other (`TcpOptions::settle`).
+/// Begins a TCP connection; `ports` = the local ones that will do. Of its
+/// options it has only the one that cannot wait: the shortest connections need
+/// no other (`TcpOptions::settle`).
 pub fn connect_tcp(address: SocketAddr, from: LocalEnd, ports: Option<Window>) -> io::Result<Connecting> {
     let socket = Socket::new(Domain::for_address(address), nonblocking_stream(), Some(Protocol::TCP))?;
     set_inline(&SockRef::from(&socket))?;
